@@ -1,0 +1,20 @@
+"""Policy losses for RL of language models, from hidden states and the head, without the logits."""
+
+from .config import ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov
+from .logprob import LinearLogprob, linear_logprob
+from .loss import CovGRPOLoss, CovGRPOOutput, covgrpo_loss
+from .weighting import covariance_weights
+
+__all__ = [
+    "ClipCov",
+    "CovGRPOConfig",
+    "CovGRPOLoss",
+    "CovGRPOOutput",
+    "CovarianceWeighting",
+    "KLCov",
+    "LinearLogprob",
+    "covariance_weights",
+    "covgrpo_loss",
+    "linear_logprob",
+]
+__version__ = "0.1.0"

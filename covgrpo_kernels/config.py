@@ -1,0 +1,186 @@
+"""What the loss computes: frozen, validated on construction, shared by the reference and the kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+IGNORE_INDEX = -100
+
+
+def _one_of(name: str, value: Any, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def _number(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and (low < value if open_low else low <= value) and value <= high):
+        interval = f"{'>' if open_low else '>='} {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
+        raise ValueError(f"{name} must be finite and {interval}, got {value!r}")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+@dataclass(frozen=True)
+class CovarianceWeighting:
+    """Gaussian covariance weights (arXiv 2605.11538) and the readings of the paper that differ.
+
+    scope: ``"group"`` or ``"batch"``: the tokens over which means, bandwidth and normaliser are taken.
+    centering: ``"scope"`` or ``"sequence"``: whose mean is taken off a token's log-prob.
+    advantage_centering: ``"token"`` (mean over the scope's tokens) or ``"response"`` (plain mean over its
+        responses, each counted once by the mean advantage of its valid tokens).
+    normalizer: ``"valid"``, weights of a scope sum to its number of valid tokens; ``"numel"``, to its number
+        of mask elements, padding included.
+    differentiate_weights: the exact gradient through the weights joins the loss's; else they are constants.
+    bandwidth_eps: added to the standard deviation of the covariances (nats times advantage).
+    """
+
+    scope: str = "group"
+    centering: str = "scope"
+    advantage_centering: str = "token"
+    normalizer: str = "valid"
+    differentiate_weights: bool = False
+    bandwidth_eps: float = 0.0
+
+    def __post_init__(self) -> None:
+        _one_of("scope", self.scope, ("group", "batch"))
+        _one_of("centering", self.centering, ("scope", "sequence"))
+        _one_of("advantage_centering", self.advantage_centering, ("token", "response"))
+        _one_of("normalizer", self.normalizer, ("valid", "numel"))
+        _flag("differentiate_weights", self.differentiate_weights)
+        _number("bandwidth_eps", self.bandwidth_eps, 0.0)
+
+
+@dataclass(frozen=True)
+class ClipCov:
+    """Clip-Cov (arXiv 2505.22617): of the tokens with ``low < cov < high`` that PPO did not clip, a random
+    ``max(int(ratio * n), 1)`` lose their policy term."""
+
+    ratio: float = 2e-4
+    low: float = 1.0
+    high: float = 5.0
+
+    def __post_init__(self) -> None:
+        _number("ratio", self.ratio, 0.0, 1.0)
+        _number("low", self.low, -math.inf)
+        _number("high", self.high, -math.inf)
+        if self.low >= self.high:
+            raise ValueError(f"low must be less than high, got {self.low!r} and {self.high!r}")
+
+
+@dataclass(frozen=True)
+class KLCov:
+    """KL-Cov (arXiv 2505.22617): the ``max(int(fraction * n), 1)`` tokens of highest covariance get
+    ``coef * |x - old|`` added; there is no PPO clip."""
+
+    fraction: float = 2e-3
+    coef: float = 1.0
+
+    def __post_init__(self) -> None:
+        _number("fraction", self.fraction, 0.0, 1.0)
+        _number("coef", self.coef, 0.0)
+
+
+_WEIGHTINGS = {"covariance": CovarianceWeighting, "none": None, "clip_cov": ClipCov, "kl_cov": KLCov}
+
+
+@dataclass(frozen=True)
+class CovGRPOConfig:
+    """The policy loss. Defaults are CW-GRPO as the paper states it (arXiv 2605.11538).
+
+    weighting: ``"covariance"``, ``"none"``, ``"clip_cov"``, ``"kl_cov"``, or an instance of
+        `CovarianceWeighting`, `ClipCov` or `KLCov`.
+    loss_type: how token losses are added up. ``"grpo"``: mean over sequences of the mean over their valid
+        tokens; ``"bnpo"``, ``"dapo"``: mean over valid tokens (they differ in what a trainer passes as
+        ``normalizer``); ``"dr_grpo"``: sum over ``sequences * max_completion_length``; ``"cispo"``
+        (arXiv 2506.13585): mean over valid tokens of ``-sg(min(r, 1 + clip_high)) * a * x``. Sequences
+        without a valid token do not count.
+    importance_level: ``"token"``, or ``"sequence"`` (GSPO, arXiv 2507.18071).
+    clip_low, clip_high: the ratio is clipped to ``[1 - clip_low, 1 + clip_high]``; None is no bound.
+    dual_clip: a number > 1 bounds the loss of a negative advantage by ``dual_clip * |a|``; None is no bound.
+    beta, kl_estimator: ``beta`` times ``"k1"``, ``"k2"`` or ``"k3"`` of the KL divergence to the reference.
+    entropy_coef: this times the token entropy is subtracted from the token loss.
+    max_completion_length: tokens; needed by ``"dr_grpo"``, not used elsewhere.
+
+    Raises ValueError or TypeError, naming the field.
+    """
+
+    weighting: str | CovarianceWeighting | ClipCov | KLCov = "covariance"
+    loss_type: str = "grpo"
+    importance_level: str = "token"
+    clip_low: float | None = 0.2
+    clip_high: float | None = 0.2
+    dual_clip: float | None = None
+    beta: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    max_completion_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weighting, (CovarianceWeighting, ClipCov, KLCov)):
+            if not isinstance(self.weighting, str):
+                raise TypeError(
+                    "weighting must be a str, CovarianceWeighting, ClipCov or KLCov, "
+                    f"got {type(self.weighting).__name__}"
+                )
+            _one_of("weighting", self.weighting, tuple(_WEIGHTINGS))
+        _one_of("loss_type", self.loss_type, ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"))
+        _one_of("importance_level", self.importance_level, ("token", "sequence"))
+        _one_of("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+        if self.clip_low is not None:
+            _number("clip_low", self.clip_low, 0.0, 1.0)
+        if self.clip_high is not None:
+            _number("clip_high", self.clip_high, 0.0)
+        if self.dual_clip is not None:
+            _number("dual_clip", self.dual_clip, 1.0, open_low=True)
+        _number("beta", self.beta, 0.0)
+        _number("entropy_coef", self.entropy_coef, -math.inf)
+        if self.loss_type == "cispo" and (
+            self.dual_clip is not None or isinstance(self.token_weighting, (ClipCov, KLCov))
+        ):
+            raise ValueError("loss_type 'cispo' has no PPO clip for dual_clip, 'clip_cov' or 'kl_cov' to change")
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            raise ValueError("max_completion_length must be given for loss_type 'dr_grpo', got None")
+        if self.max_completion_length is not None:
+            if isinstance(self.max_completion_length, bool) or not isinstance(self.max_completion_length, int):
+                raise TypeError(
+                    f"max_completion_length must be an int, got {type(self.max_completion_length).__name__}"
+                )
+            _number("max_completion_length", self.max_completion_length, 1)
+
+    @property
+    def token_weighting(self) -> CovarianceWeighting | ClipCov | KLCov | None:
+        """The weighting as an object; None where tokens are not weighted."""
+        if not isinstance(self.weighting, str):
+            return self.weighting
+        kind = _WEIGHTINGS[self.weighting]
+        return None if kind is None else kind()
+
+    @classmethod
+    def paper(cls, **changes: Any) -> CovGRPOConfig:
+        """CW-GRPO as arXiv 2605.11538 states it: the defaults."""
+        return cls(**changes)
+
+    @classmethod
+    def author_code(cls, **changes: Any) -> CovGRPOConfig:
+        """CW-GRPO as the first author's public 2025 code behaves. Its micro-batch is one group, so the
+        scope is the batch: give it one group a call."""
+        weighting = CovarianceWeighting(
+            scope="batch",
+            centering="sequence",
+            advantage_centering="response",
+            normalizer="numel",
+            differentiate_weights=True,
+            bandwidth_eps=1e-8,
+        )
+        settings: dict[str, Any] = dict(
+            weighting=weighting, loss_type="grpo", clip_low=None, clip_high=None, beta=0.04, kl_estimator="k3"
+        )
+        return cls(**(settings | changes))

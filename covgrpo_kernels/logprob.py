@@ -1,0 +1,498 @@
+"""`linear_logprob`: log-probs and entropies from hidden states and the head, without the logits.
+
+Four layers: the public function, the operators (fake, autograd), the chunk loop, the tile operations (`tiles/`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import tiles
+from .backward_plan import plan_backward, resolve_grad_tol
+from .config import IGNORE_INDEX
+from .layout import check_floating, check_integer, check_tensor
+from .tiles.eager import BLOCK, Head
+
+
+class LinearLogprob(NamedTuple):
+    logprob: Tensor  # [...] float32 (float64 for float64 inputs)
+    entropy: Tensor | None  # [...], likewise; None unless asked for
+
+
+# ------------------------------------------------------------------------------------------- the chunk loop
+
+# Bytes of all temporaries of a pass together, and the largest tile (rows, vocabulary entries) worth having:
+# beyond it the matrix product gains nothing and the tile falls out of the cache.
+WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+LARGEST_TILE = {"cpu": (1024, 2 * BLOCK), "cuda": (4096, 8 * BLOCK)}
+
+
+def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _gemm_dtype(x: Tensor) -> torch.dtype:
+    """What operands of a product with float32 output may be. On a CPU only float32 ones have it in torch; the
+    cast of a slice is exact."""
+    return x.dtype if x.device.type == "cuda" else _accumulator_dtype(x.dtype)
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out (+)= a @ b in the accumulator's dtype."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def tile_shape(rows: int, depth: int, vocab: int, device: torch.device, itemsize: int) -> tuple[int, int]:
+    """(rows, vocabulary entries) of a tile: the largest whose tile, copies of operands and weight-gradient slice
+    fit the workspace. The entries are a multiple of BLOCK, or all there are."""
+    kind = device.type if device.type in LARGEST_TILE else "cpu"
+    budget = WORKSPACE_BYTES[kind]
+    r, c = LARGEST_TILE[kind]
+    r = max(min(r, rows), 1)
+
+    def need(r: int, c: int) -> int:
+        tile = 3 * r * c * max(itemsize, 4)  # the tile, its exponentials, masks
+        return tile + depth * (2 * c + 2 * r) * max(itemsize, 4)
+
+    while need(r, c) > budget and (r > 256 or c > BLOCK):
+        r, c = (r // 2, c) if r > 256 and (r * 2 > c or c <= BLOCK) else (r, c // 2)
+    return r, max(c // BLOCK, 1) * BLOCK if vocab > BLOCK else max(vocab, 1)
+
+
+def _vocabulary_slices(vocab: int, width: int) -> Iterator[tuple[int, int]]:
+    """Slices of ``width``; the last ones are a multiple of BLOCK and the rest, so that every tile is blocks."""
+    whole = vocab - vocab % BLOCK
+    edges = [*range(0, whole, width), whole, vocab]
+    return ((a, b) for a, b in itertools.pairwise(edges) if a < b)
+
+
+class _Rows:
+    """Chosen rows of the [N, ...] inputs, loaded a block at a time; all rows without a copy."""
+
+    def __init__(self, hidden: Tensor, chosen: Tensor | None, block: int) -> None:
+        self.hidden, self.chosen = hidden, chosen
+        self.count = len(hidden) if chosen is None else len(chosen)
+        self.blocks = [slice(i, min(i + block, self.count)) for i in range(0, self.count, block)]
+        self._only = self._load(self.blocks[0]) if len(self.blocks) == 1 else None
+
+    def take(self, value: Tensor) -> Tensor:
+        return value if self.chosen is None else value[self.chosen]
+
+    def take_optional(self, value: Tensor | None) -> Tensor | None:
+        return None if value is None else self.take(value)
+
+    def _load(self, block: slice) -> Tensor:
+        rows = self.hidden[block] if self.chosen is None else self.hidden[self.chosen[block]]
+        return rows.to(_gemm_dtype(rows))
+
+    def load(self, block: slice) -> Tensor:
+        return self._load(block) if self._only is None else self._only
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager:
+    return torch.autocast(device.type, enabled=False)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _stream_forward(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N]
+    row_temperature: Tensor | None,  # [N]
+    head: Head,
+    entropy: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # 4 x [N]: as tiles.finish; zeros where ignored
+    ops = tiles.select(hidden.device)
+    valid = targets != ignore_index
+    if hidden.device.type == "cpu":
+        bad = valid & ((targets < 0) | (targets >= len(weight)))
+        if bad.any():
+            raise ValueError(
+                f"targets must be in [0, {len(weight)}) or {ignore_index}, got {targets[bad][0].item()}"
+            )
+        if row_temperature is not None and not (row_temperature[valid] > 0).all():
+            raise ValueError("temperature must be positive in every row that is not ignored")
+    # Ignored rows are not computed; reading back how many there are is not possible while a graph is captured.
+    chosen = None if _capturing(hidden.device) else valid.nonzero().squeeze(1)
+    if chosen is not None and len(chosen) == len(hidden):
+        chosen = None
+
+    dtype = _accumulator_dtype(hidden.dtype)
+    height, width = tile_shape(len(hidden), hidden.shape[1], len(weight), hidden.device, hidden.element_size())
+    rows = _Rows(hidden, chosen, height)
+    targets, row_temperature = rows.take(targets), rows.take_optional(row_temperature)
+    state = ops.new_state(rows.count, dtype, hidden.device)
+    workspace = hidden.new_empty(min(height, max(rows.count, 1)) * width, dtype=dtype)
+    if rows.count:
+        for a, b in _vocabulary_slices(len(weight), width):
+            w = weight[a:b].to(_gemm_dtype(weight)).t()
+            bias_slice = None if bias is None else bias[a:b].to(dtype)
+            for block in rows.blocks:
+                h = rows.load(block)
+                tile = workspace[: len(h) * (b - a)].view(len(h), b - a)
+                _mm(h, w, tile)
+                t = None if row_temperature is None else row_temperature[block]
+                part = type(state)(*(s[block] for s in state))
+                ops.fold(tile, part, targets[block], a, head, bias_slice, t, entropy)
+    results = ops.finish(state)
+    if chosen is None:
+        return tuple(r.where(valid, 0) for r in results)
+    return tuple(r.new_zeros(len(hidden)).index_copy_(0, chosen, r) for r in results)
+
+
+def _spread_rows_(gradient: Tensor, chosen: Tensor, block: int) -> None:
+    """Moves row i of the first len(chosen) rows to row chosen[i] >= i, in place, zeros elsewhere: from the last
+    block to the first nothing is overwritten that has yet to move."""
+    for i in reversed(range(0, len(chosen), block)):
+        rows = gradient[i : i + block][: len(chosen) - i].clone()
+        gradient[i : i + len(rows)] = 0
+        gradient[chosen[i : i + len(rows)]] = rows
+
+
+def _stream_backward(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N]
+    row_temperature: Tensor | None,  # [N]
+    head: Head,
+    logprob: Tensor,  # [N], of the forward, as are the next three
+    entropy: Tensor,  # [N]
+    maximum: Tensor,  # [N]
+    log_total: Tensor,  # [N]
+    logprob_grad: Tensor,  # [N]
+    entropy_grad: Tensor | None,  # [N]
+    live: Tensor,  # [N] bool, of the plan
+    needs: list[bool],  # hidden, weight, bias
+) -> tuple[Tensor, Tensor, Tensor]:  # [N, D], [V, D], [V]; empty where not needed
+    ops = tiles.select(hidden.device)
+    need_hidden, need_weight, need_bias = needs
+    dtype = _accumulator_dtype(hidden.dtype)
+    empty = hidden.new_empty(0)
+    grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_hidden else empty
+    grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else empty
+    grad_bias = torch.zeros_like(bias) if bias is not None and need_bias else empty
+
+    chosen = live.nonzero().squeeze(1)
+    if not len(chosen) or not len(weight):
+        return grad_hidden, grad_weight, grad_bias
+    height, width = tile_shape(len(chosen), hidden.shape[1], len(weight), hidden.device, hidden.element_size())
+    rows = _Rows(hidden, None if len(chosen) == len(hidden) else chosen, height)
+
+    # The largest coefficient to between 1/2 and 1, by an exact power of two: a loss averaged over many tokens
+    # would have entries below what float16 can hold.
+    largest = logprob_grad.abs().amax()
+    if entropy_grad is not None:
+        largest = torch.maximum(largest, entropy_grad.abs().amax())
+    exponent = torch.frexp(largest).exponent.where(largest.isfinite(), 0)
+    g = rows.take(torch.ldexp(logprob_grad, -exponent))
+    e = None if entropy_grad is None else rows.take(torch.ldexp(entropy_grad, -exponent))
+
+    targets, row_temperature = rows.take(targets), rows.take_optional(row_temperature)
+    logprob, entropy, maximum, log_total = (rows.take(v) for v in (logprob, entropy, maximum, log_total))
+    h_sum = grad_hidden if hidden.dtype == dtype else hidden.new_zeros(rows.count, hidden.shape[1], dtype=dtype)
+    workspace = hidden.new_empty(min(height, rows.count) * width, dtype=dtype)
+    w_sum = None
+    if need_weight and weight.dtype != dtype:
+        w_sum = weight.new_empty(min(width, len(weight)), weight.shape[1], dtype=dtype)
+
+    for a, b in _vocabulary_slices(len(weight), width):
+        w = weight[a:b].to(_gemm_dtype(weight))
+        bias_slice = None if bias is None else bias[a:b].to(dtype)
+        w_slice = grad_weight[a:b] if w_sum is None else w_sum[: b - a]
+        bias_sum = torch.zeros(b - a, dtype=dtype, device=hidden.device)
+        for block in rows.blocks:
+            h = rows.load(block)
+            tile = workspace[: len(h) * (b - a)].view(len(h), b - a)
+            _mm(h, w.t(), tile)
+            dz = ops.grad(
+                tile, targets[block], a, head, bias_slice,
+                None if row_temperature is None else row_temperature[block],
+                logprob[block], entropy[block], maximum[block], log_total[block],
+                g[block], None if e is None else e[block],
+            )  # fmt: skip
+            if need_bias:
+                bias_sum += dz.sum(0)
+            dz = dz.to(_gemm_dtype(hidden))
+            if need_hidden:
+                _mm(dz, w, h_sum[block], add=True)
+            if need_weight:
+                _mm(dz.t(), h, w_slice, add=block.start > 0)
+        if need_weight:
+            grad_weight[a:b] = torch.ldexp(w_slice, exponent)
+        if need_bias:
+            grad_bias[a:b] = torch.ldexp(bias_sum, exponent)
+    if need_hidden:
+        for block in rows.blocks:
+            h_sum[block] = torch.ldexp(h_sum[block], exponent)
+        if h_sum is not grad_hidden:
+            grad_hidden[chosen] = h_sum.to(hidden.dtype)
+        elif rows.chosen is not None:
+            _spread_rows_(grad_hidden, chosen, height)
+    return grad_hidden, grad_weight, grad_bias
+
+
+# -------------------------------------------------------------------------------------------- the operators
+
+
+@torch.library.custom_op("covgrpo::linear_logprob", mutates_args=())
+def linear_logprob_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    entropy: bool,
+    ignore_index: int,
+    grad_tol: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-prob, entropy, maximum, log of the normaliser over the maximum), 4 x [N]."""
+    head = Head(logit_scale, softcap, temperature)
+    with _no_autocast(hidden.device):
+        return _stream_forward(hidden, weight, bias, targets, row_temperature, head, entropy, ignore_index)
+
+
+@linear_logprob_op.register_fake
+def _(hidden, weight, bias, targets, row_temperature, *settings):  # type: ignore[no-untyped-def]
+    dtype = _accumulator_dtype(hidden.dtype)
+    return tuple(torch.empty(targets.shape, dtype=dtype, device=hidden.device) for _ in range(4))
+
+
+@torch.library.custom_op("covgrpo::linear_logprob_backward", mutates_args=())
+def linear_logprob_backward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    logprob: Tensor,
+    entropy: Tensor,
+    maximum: Tensor,
+    log_total: Tensor,
+    logprob_grad: Tensor,
+    entropy_grad: Tensor | None,
+    live: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden [N, D], dweight [V, D], dbias [V]), each rounded once to its input's dtype."""
+    with _no_autocast(hidden.device):
+        return _stream_backward(
+            hidden, weight, bias, targets, row_temperature, Head(logit_scale, softcap, temperature),
+            logprob, entropy, maximum, log_total, logprob_grad, entropy_grad, live, needs,
+        )  # fmt: skip
+
+
+@linear_logprob_backward_op.register_fake
+def _(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
+    needs = rest[-1]
+    inputs = (hidden, weight, hidden if bias is None else bias)
+    wanted = (needs[0], needs[1], needs[2] and bias is not None)
+    return tuple(
+        torch.empty(x.shape if want else (0,), dtype=x.dtype if want else hidden.dtype, device=x.device)
+        for x, want in zip(inputs, wanted, strict=True)
+    )
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    (
+        hidden,
+        weight,
+        bias,
+        targets,
+        row_temperature,
+        temperature,
+        scale,
+        softcap,
+        entropy,
+        ignored,
+        grad_tol,
+    ) = inputs
+    ctx.save_for_backward(hidden, weight, bias, targets, row_temperature, *output)
+    ctx.head, ctx.entropy, ctx.ignored, ctx.grad_tol = (
+        Head(scale, softcap, temperature),
+        entropy,
+        ignored,
+        grad_tol,
+    )
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, logprob_grad, entropy_grad, _maximum_grad, _log_total_grad):  # type: ignore[no-untyped-def]
+    hidden, weight, bias, targets, row_temperature, logprob, entropy, maximum, log_total = ctx.saved_tensors
+    head = ctx.head
+    valid = targets != ctx.ignored
+    g = torch.zeros_like(logprob) if logprob_grad is None else logprob_grad.where(valid, 0)
+    e = entropy_grad.where(valid, 0) if ctx.entropy and entropy_grad is not None else None
+    plan = plan_backward(logprob, entropy, maximum + log_total, g, e, head, row_temperature, ctx.grad_tol)
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+    grads = linear_logprob_backward_op(
+        hidden, weight, bias, targets, row_temperature, head.temperature, head.scale, head.softcap,
+        logprob, entropy, maximum, log_total, g, e, plan.live, needs,
+    )  # fmt: skip
+    return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 8
+
+
+def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError(
+        "covgrpo_kernels computes first derivatives only: its backward can't be differentiated again "
+        "(create_graph=True); covgrpo_kernels.reference can"
+    )
+
+
+linear_logprob_op.register_autograd(_backward, setup_context=_save_for_backward)
+linear_logprob_backward_op.register_autograd(_refuse_double_backward)
+
+
+# --------------------------------------------------------------------------------------- the public function
+
+
+class HeadInputs(NamedTuple):
+    """Checked and flat inputs of the operators."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [N] int64
+    row_temperature: Tensor | None  # [N] float32 or float64
+    head: Head
+    grad_tol: float
+
+
+def _positive(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    return float(value)
+
+
+def prepare_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    grad_tol: float | str,
+) -> HeadInputs:
+    """Checks what `linear_logprob` and `covgrpo_loss` share, applies autocast, flattens. Raises ValueError or
+    TypeError naming the argument."""
+    check_floating("hidden", check_tensor("hidden", hidden))
+    check_floating("weight", check_tensor("weight", weight, hidden))
+    check_integer("targets", check_tensor("targets", targets, hidden))
+    if weight.ndim != 2 or hidden.ndim < 1 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must have shape [V, D] with D of hidden {list(hidden.shape)}, got {list(weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets must have shape {list(hidden.shape[:-1])}, got {list(targets.shape)}")
+    if bias is not None:
+        check_floating("bias", check_tensor("bias", bias, hidden))
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape {list(weight.shape[:1])}, got {list(bias.shape)}")
+    if isinstance(logit_scale, bool) or not isinstance(logit_scale, (int, float)):
+        raise TypeError(f"logit_scale must be a number, got {type(logit_scale).__name__}")
+    if not abs(logit_scale) < float("inf") or logit_scale == 0:
+        raise ValueError(f"logit_scale must be finite and not zero, got {logit_scale!r}")
+    cap = None if softcap is None else _positive("softcap", softcap)
+    row_temperature = None
+    if isinstance(temperature, Tensor):
+        check_floating("temperature", check_tensor("temperature", temperature, hidden))
+        if temperature.ndim and temperature.shape != targets.shape:
+            raise ValueError(
+                f"temperature must be a number or have shape {list(targets.shape)}, got {list(temperature.shape)}"
+            )
+        if temperature.requires_grad:
+            raise ValueError("temperature must not require a gradient: none is computed for it")
+        row_temperature = temperature.expand(targets.shape).reshape(-1).to(_accumulator_dtype(hidden.dtype))
+        temperature = 1.0
+    head = Head(float(logit_scale), cap, _positive("temperature", temperature))
+
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
+    return HeadInputs(
+        hidden.reshape(-1, hidden.shape[-1]) if hidden.shape[-1] else hidden.reshape(targets.numel(), 0),
+        weight,
+        bias,
+        targets.reshape(-1).long(),
+        row_temperature,
+        head,
+        resolve_grad_tol(grad_tol, hidden.dtype),
+    )
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+    grad_tol: float | str = "auto",
+) -> LinearLogprob:
+    """Log-probs of the targets, and on request entropies, of softmax(softcap(scale * (h W^T + b)) / T), in nats.
+
+    The logits never exist: a pass over the vocabulary in slices forward, another one backward. Differentiable
+    once in hidden, weight and bias; each gradient is computed only if it is required.
+
+    Args:
+        hidden: [..., D] last hidden states; float32, bfloat16, float16 or float64.
+        weight: [V, D] head, same dtype (under autocast both are cast, as `F.linear` does).
+        targets: [...] integer token ids in [0, V), or ``ignore_index``.
+        bias: [V], same dtype.
+        temperature: a positive number, or a floating tensor [...] with one for each token.
+        logit_scale: multiplies products and bias (Cohere, Granite).
+        softcap: s of s * tanh(z / s), before the temperature (Gemma-2).
+        entropy: compute entropies too; they are differentiable.
+        ignore_index: rows with this target are not computed: zeros out, no gradient, whatever they hold.
+        grad_tol: rows of small gradient are left out of the backward so long as the sum of what is left out is
+            certified to be at most this fraction of |dL/dlogits|_1. 0.0 is exact; ``"auto"`` is a quarter of
+            the dtype's machine epsilon.
+
+    Returns:
+        LinearLogprob(logprob, entropy), [...] in float32 (float64 for float64 inputs); entropy is None unless
+        asked for. Logits and all sums are float32 at least, whatever the input dtype; on a GPU a target
+        outside [0, V) gives NaN.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name; on a CPU also a target outside [0, V).
+    """
+    x = prepare_head(hidden, weight, targets, bias, temperature, logit_scale, softcap, grad_tol)
+    logprob, h, _, _ = linear_logprob_op(
+        x.hidden, x.weight, x.bias, x.targets, x.row_temperature,
+        x.head.temperature, x.head.scale, x.head.softcap, entropy, ignore_index, x.grad_tol,
+    )  # fmt: skip
+    return LinearLogprob(logprob.reshape(targets.shape), h.reshape(targets.shape) if entropy else None)

@@ -1,0 +1,215 @@
+"""The tile operations in plain PyTorch, for any device.
+
+A tile is a contiguous [R, C] slice of the raw products h_t . W_v in float32 (float64 for float64 inputs), R rows
+by C vocabulary entries from ``first`` on; the operations overwrite it. C is a multiple of BLOCK, or less than it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import CovarianceWeighting
+from ..layout import Segments
+
+# Entries folded together before they join a row's running statistics. Fixed, so that the order of every sum, and
+# with it every bit, is the same however the vocabulary is cut into tiles.
+BLOCK = 1024
+
+# Stand for -inf: exp of it is zero in float64 too, and times zero it is zero and not NaN.
+_LOG_ZERO = -1e3
+_NO_MAX = -1e30
+
+
+class Head(NamedTuple):
+    """What turns raw products into logits: softcap(scale * (product + bias)) / temperature."""
+
+    scale: float
+    softcap: float | None
+    temperature: float
+
+
+class State(NamedTuple):
+    """Running statistics of R rows. The maximum stays out of the sums, so that 1 - p of a confident token and
+    its entropy have no cancellation."""
+
+    maximum: Tensor  # [R] largest logit m so far
+    total: Tensor  # [R] sum of exp(z - m) over the other entries
+    moment: Tensor  # [R] sum of exp(z - m) (m - z) over the other entries; stays zero without entropy
+    target: Tensor  # [R] logit of the target, NaN until its tile came
+
+
+class GroupWeights(NamedTuple):
+    """All float64: these are a few numbers per token, and differences of log-probs are what they are made of."""
+
+    weights: Tensor  # [N] W_t, zero where masked
+    covariance: Tensor  # [N] c_t, zero where masked
+    advantage_deviation: Tensor  # [N] A_t less its mean, zero where masked
+    std: Tensor  # [bound] sqrt(s2) of each scope, zero where it is zero within rounding
+
+
+def new_state(rows: int, dtype: torch.dtype, device: torch.device) -> State:
+    zeros = torch.zeros(2, rows, dtype=dtype, device=device)
+    maximum = torch.full((rows,), _NO_MAX, dtype=dtype, device=device)
+    return State(maximum, zeros[0], zeros[1], torch.full_like(maximum, torch.nan))
+
+
+def _logits_(tile: Tensor, head: Head, bias: Tensor | None, temperature: Tensor | None) -> Tensor:
+    if bias is not None:
+        tile.add_(bias)
+    if head.softcap is not None:
+        tile.mul_(head.scale / head.softcap).tanh_().mul_(head.softcap)
+    elif head.scale != 1.0:
+        tile.mul_(head.scale)
+    if temperature is not None:
+        tile.div_(temperature.unsqueeze(1))
+    elif head.temperature != 1.0:
+        tile.div_(head.temperature)
+    return tile
+
+
+def _target_column(targets: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
+    column = targets - first
+    return column.clamp(0, width - 1).unsqueeze(1), (column >= 0) & (column < width)
+
+
+def fold(
+    tile: Tensor,  # [R, C]
+    state: State,  # of R rows, updated in place
+    targets: Tensor,  # [R] int64
+    first: int,
+    head: Head,
+    bias: Tensor | None,  # [C]
+    temperature: Tensor | None,  # [R]
+    entropy: bool,
+) -> None:
+    """Folds a tile of raw products into the running statistics, block after block from left to right."""
+    rows, width = tile.shape
+    z = _logits_(tile, head, bias, temperature)
+    column, here = _target_column(targets, first, width)
+    state.target.copy_(torch.where(here, z.gather(1, column).squeeze(1), state.target))
+
+    blocks = z.view(rows, -1, min(width, BLOCK))
+    maxima = blocks.amax(-1).clamp_(min=_NO_MAX)  # a block of -inf has no maximum
+    d = blocks.sub_(maxima.unsqueeze(-1))
+    at_max = d == 0
+    ties = at_max.sum(-1).sub_(1).clamp_(min=0)
+    e = d.exp() if entropy else d.exp_()
+    e.masked_fill_(at_max, 0)
+    totals = e.sum(-1).add_(ties)
+    moments = d.clamp_(min=_LOG_ZERO).mul_(e).sum(-1).neg_() if entropy else torch.zeros_like(totals)
+
+    m, s, u, _ = state
+    for i in range(blocks.shape[1]):
+        mb, sb, ub = maxima[:, i], totals[:, i], moments[:, i]
+        top = torch.maximum(m, mb)
+        gap, gap_b = top - m, top - mb
+        w, wb = gap.neg().exp(), gap_b.neg().exp()
+        # The smaller of the two maxima joins the sum of the others.
+        lesser, lesser_gap = torch.minimum(w, wb), torch.maximum(gap, gap_b)
+        u.copy_(w * (u + gap * s) + wb * (ub + gap_b * sb) + lesser * lesser_gap)
+        s.copy_(w * s + wb * sb + lesser)
+        m.copy_(top)
+
+
+def finish(state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-prob, entropy, maximum, log of the normaliser over the maximum), each [R]. Rows without a finite
+    logit have no distribution: NaN."""
+    m, s, u, target = state
+    log_total = s.log1p()
+    maximum = m.where(m != _NO_MAX, torch.nan)
+    return (target - maximum) - log_total, log_total + u / (1 + s), maximum, log_total
+
+
+def grad(
+    tile: Tensor,  # [R, C]
+    targets: Tensor,  # [R] int64
+    first: int,
+    head: Head,
+    bias: Tensor | None,  # [C]
+    temperature: Tensor | None,  # [R]
+    logprob: Tensor,  # [R], of finish(), as are the next three
+    entropy: Tensor | None,  # [R], needed with entropy_grad
+    maximum: Tensor,  # [R]
+    log_total: Tensor,  # [R]
+    logprob_grad: Tensor,  # [R] g = dL/dlogprob
+    entropy_grad: Tensor | None,  # [R] e = dL/dentropy
+) -> Tensor:  # [R, C], the tile
+    """Turns a tile of raw products into dL/dproducts:
+    (g (1[v = y] - p) - e p (log p + H)) * softcap' * scale / temperature."""
+    z = _logits_(tile, head, bias, temperature)
+    slope = None
+    if head.softcap is not None:
+        per_cap = z / head.softcap
+        per_cap.mul_(head.temperature if temperature is None else temperature.unsqueeze(1))
+        slope = per_cap.square_().neg_().add_(1)
+    column, here = _target_column(targets, first, z.shape[1])
+    log_p = z.sub_(maximum.unsqueeze(1)).sub_(log_total.unsqueeze(1))
+    # The target's own entry from the log-prob the forward kept: 1 - p without cancellation.
+    at_target = -torch.expm1(logprob) * logprob_grad
+    if entropy_grad is None:
+        dz = log_p.exp_().mul_(-logprob_grad.unsqueeze(1))
+    else:
+        assert entropy is not None
+        at_target = at_target - entropy_grad * logprob.exp() * (logprob.clamp(min=_LOG_ZERO) + entropy)
+        log_p.clamp_(min=_LOG_ZERO)
+        p = log_p.exp()
+        dz = log_p.add_(entropy.unsqueeze(1)).mul_(entropy_grad.unsqueeze(1)).add_(logprob_grad.unsqueeze(1))
+        dz.mul_(p.neg_())
+    dz.scatter_(1, column, torch.where(here, at_target, dz.gather(1, column).squeeze(1)).unsqueeze(1))
+    if slope is not None:
+        dz.mul_(slope)
+    if temperature is not None:
+        dz.mul_((head.scale / temperature).unsqueeze(1))
+    elif head.scale != head.temperature:
+        dz.mul_(head.scale / head.temperature)
+    return dz
+
+
+def group_weights(
+    logprobs: Tensor,  # [N], zero where masked
+    advantages: Tensor,  # [N], zero where masked
+    valid: Tensor,  # [N] bool
+    scopes: Segments,
+    sequences: Segments | None,  # needed by two of the readings
+    weighting: CovarianceWeighting,
+) -> GroupWeights:
+    """Gaussian covariance weights of every scope (arXiv 2605.11538), two-pass, in float64."""
+    eps = torch.finfo(logprobs.dtype).eps
+    x, a = logprobs.double(), advantages.double()
+    ones = valid.double()
+    n = scopes.sum(ones)
+    n_or_1 = n.clamp(min=1)
+
+    if weighting.centering == "scope":
+        mean_x = scopes.spread(scopes.sum(x) / n_or_1)
+    else:
+        assert sequences is not None
+        mean_x = sequences.spread(sequences.sum(x) / sequences.sum(ones).clamp(min=1))
+    if weighting.advantage_centering == "token":
+        mean_a = scopes.sum(a) / n_or_1
+    else:
+        # 1 / length per token makes every response count once.
+        assert sequences is not None
+        share = ones / sequences.spread(sequences.sum(ones).clamp(min=1))
+        responses = scopes.sum(share)
+        mean_a = scopes.sum(a * share) / responses.where(responses > 0, 1)
+    da = (a - scopes.spread(mean_a)).where(valid, 0)
+    c = ((x - mean_x) * da).where(valid, 0)
+
+    dc = (c - scopes.spread(scopes.sum(c) / n_or_1)).where(valid, 0)
+    variance = scopes.sum(dc.square()) / n_or_1
+    # Zero within rounding: two tokens always have equal c, constant x or A leaves noise. NaN is not zero.
+    noise = 8 * eps * scopes.max(x.abs(), 0.0) * scopes.max(a.abs(), 0.0)
+    std = variance.sqrt().masked_fill(variance <= noise.square(), 0)
+
+    bandwidth = scopes.spread(std + weighting.bandwidth_eps)
+    q = (-c.square() / (2 * bandwidth.square())).masked_fill(scopes.spread(std) == 0, 0)
+    q_max = scopes.spread(scopes.max(q.where(valid, -torch.inf), -torch.inf))
+    kernel = (q - q_max).exp().where(valid, 0)
+    goal = n if weighting.normalizer == "valid" else scopes.sum(torch.ones_like(ones))
+    total = scopes.sum(kernel)
+    weights = kernel * scopes.spread(goal / total.where(n > 0, 1))
+    return GroupWeights(weights, c, da, std)
