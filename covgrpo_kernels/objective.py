@@ -217,9 +217,13 @@ def _covariance_metrics(x: Tensor, tokens: Tokens, covariance: Tensor | None) ->
     valid = tokens.valid
     n = valid.sum()
     mean = _mean(covariance, valid)
+    last = (n - 1).clamp(min=0)
+    nearest = torch.stack([(last * q).round().long() for q in COVARIANCE_QUANTILES.values()])
     in_order = torch.cat([covariance.where(valid, torch.inf), covariance.new_full((1,), torch.inf)]).sort().values
-    metrics = {"covariance/mean": mean, "covariance/std": _mean((covariance - mean).square(), valid).sqrt()}
-    for name, q in COVARIANCE_QUANTILES.items():
-        nearest = ((n - 1).clamp(min=0) * q).round().long()
-        metrics[f"covariance/{name}"] = in_order[nearest].where(n > 0, 0)
+    quantiles = in_order.gather(0, nearest).where(n > 0, 0)
+    metrics = {
+        "covariance/mean": mean,
+        "covariance/std": _mean((covariance - mean).square(), valid).sqrt(),
+        **{f"covariance/{name}": q for name, q in zip(COVARIANCE_QUANTILES, quantiles.unbind(), strict=True)},
+    }
     return {name: value.to(x.dtype) for name, value in metrics.items()}
