@@ -92,9 +92,7 @@ def flatten(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     raise ValueError(f"{name} must have shape {expected}, got {list(value.shape)}")
 
 
-def flatten_floats(
-    name: str, value: Tensor | None, like: Tensor, valid: Tensor, dtype: torch.dtype
-) -> Tensor | None:
+def flatten_floats(name: str, value: Tensor | None, like: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor | None:
     """An optional per-token or per-sequence input to [N], zero where masked, whatever stood there."""
     if value is None:
         return None

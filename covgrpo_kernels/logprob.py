@@ -123,9 +123,7 @@ def _stream_forward(
     if hidden.device.type == "cpu":
         bad = valid & ((targets < 0) | (targets >= len(weight)))
         if bad.any():
-            raise ValueError(
-                f"targets must be in [0, {len(weight)}) or {ignore_index}, got {targets[bad][0].item()}"
-            )
+            raise ValueError(f"targets must be in [0, {len(weight)}) or {ignore_index}, got {targets[bad][0].item()}")
         if row_temperature is not None and not (row_temperature[valid] > 0).all():
             raise ValueError("temperature must be positive in every row that is not ignored")
     # Ignored rows are not computed; reading back how many there are is not possible while a graph is captured.
@@ -182,12 +180,16 @@ def _stream_backward(
     needs: list[bool],  # hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N, D], [V, D], [V]; empty where not needed
     ops = tiles.select(hidden.device)
-    need_hidden, need_weight, need_bias = needs
+    need_hidden, need_weight, need_bias = needs[0], needs[1], needs[2] and bias is not None
     dtype = _accumulator_dtype(hidden.dtype)
-    empty = hidden.new_empty(0)
-    grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_hidden else empty
-    grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else empty
-    grad_bias = torch.zeros_like(bias) if bias is not None and need_bias else empty
+
+    def output(value: Tensor | None, needed: bool) -> Tensor:
+        if value is None or not needed:
+            return hidden.new_empty(0)
+        return torch.zeros_like(value, memory_format=torch.contiguous_format)
+
+    grad_hidden, grad_weight = output(hidden, need_hidden), output(weight, need_weight)
+    grad_bias = output(bias, need_bias)
 
     chosen = live.nonzero().squeeze(1)
     if not len(chosen) or not len(weight):

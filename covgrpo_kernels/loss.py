@@ -111,9 +111,7 @@ class _CovGRPO(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, row_temperature, x, entropy, maximum, log_total, g, e, live = (
-            ctx.saved_tensors
-        )
+        hidden, weight, bias, targets, row_temperature, x, entropy, maximum, log_total, g, e, live = ctx.saved_tensors
         head, needs = ctx.head, list(ctx.needs_input_grad[:3])
         grads = linear_logprob_backward_op(
             hidden, weight, bias, targets, row_temperature, head.temperature, head.scale, head.softcap,
@@ -189,9 +187,7 @@ def covgrpo_loss(
     )  # fmt: skip
     if isinstance(config.token_weighting, CovarianceWeighting):
         weighting_scopes(tokens, config.token_weighting)
-    if tokens.sequences is None and (
-        config.loss_type in ("grpo", "dr_grpo") or config.importance_level == "sequence"
-    ):
+    if tokens.sequences is None and (config.loss_type in ("grpo", "dr_grpo") or config.importance_level == "sequence"):
         raise ValueError("sequence_ids must be given for packed tokens with this config, got None")
     if config.beta != 0 and ref_logprobs is None:
         raise ValueError(f"ref_logprobs must be given where beta is {config.beta:g}, got None")
@@ -263,9 +259,7 @@ class CovGRPOLoss(nn.Module):
         **inputs: Any,
     ) -> CovGRPOOutput:
         """See `covgrpo_loss`, whose other keywords ``inputs`` may hold."""
-        return covgrpo_loss(
-            hidden, weight, targets, advantages, mask, config=self.config, **(self.settings | inputs)
-        )
+        return covgrpo_loss(hidden, weight, targets, advantages, mask, config=self.config, **(self.settings | inputs))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in {"config": self.config, **self.settings}.items())

@@ -95,9 +95,7 @@ def policy_objective(
         weighted, scopes = group_weights(x, tokens, kind)
         weights, covariance = weighted.weights.to(x.dtype), weighted.covariance
         if kind.differentiate_weights:
-            weights_grad = partial(
-                group_weights_grad, result=weighted, scopes=scopes, tokens=tokens, weighting=kind
-            )
+            weights_grad = partial(group_weights_grad, result=weighted, scopes=scopes, tokens=tokens, weighting=kind)
     elif isinstance(kind, ClipCov):
         covariance = batch_covariance(x, tokens)
         eligible = valid & ~(within * a0 < ratio * a0)
@@ -183,9 +181,7 @@ def _extreme(value: Tensor, valid: Tensor, sign: float) -> Tensor:
     return (sign * padded.amax()).where(valid.any(), 0)
 
 
-def _token_metrics(
-    valid: Tensor, entropy: Tensor, kl: Tensor, ratio: Tensor, weights: Tensor
-) -> dict[str, Tensor]:
+def _token_metrics(valid: Tensor, entropy: Tensor, kl: Tensor, ratio: Tensor, weights: Tensor) -> dict[str, Tensor]:
     n = valid.sum().clamp(min=1)
     return {
         "entropy": _mean(entropy, valid),
@@ -196,8 +192,7 @@ def _token_metrics(
         "weight/min": _extreme(weights, valid, -1.0),
         "weight/max": _extreme(weights, valid, 1.0),
         # (sum W)^2 / sum W^2, as a share of the tokens.
-        "weight/ess": weights.sum().square()
-        / (weights.square().sum() * n).clamp(min=torch.finfo(weights.dtype).tiny),
+        "weight/ess": weights.sum().square() / (weights.square().sum() * n).clamp(min=torch.finfo(weights.dtype).tiny),
     }
 
 

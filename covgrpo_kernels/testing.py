@@ -97,9 +97,7 @@ class ErrorBook:
         ratios = self.ratios()
         for name, ratio in ratios.items():
             tenth = name == "logprob" and dtype in (torch.bfloat16, torch.float16)
-            assert ratio <= (0.1 if tenth else 1.1), (
-                f"{name} in {dtype}: {ratio:.3f} of eager's RMS; all: {ratios}"
-            )
+            assert ratio <= (0.1 if tenth else 1.1), f"{name} in {dtype}: {ratio:.3f} of eager's RMS; all: {ratios}"
 
 
 def bounds(
@@ -119,9 +117,7 @@ def bounds(
     accumulator = torch.promote_types(dtype, torch.float32)
     eps, out_eps = torch.finfo(accumulator).eps, torch.finfo(dtype).eps
     depth, vocab = hidden.shape[1], len(weight)
-    slope = abs(options.get("logit_scale", 1.0)) / torch.as_tensor(
-        options.get("temperature", 1.0), dtype=torch.float64
-    )
+    slope = abs(options.get("logit_scale", 1.0)) / torch.as_tensor(options.get("temperature", 1.0), dtype=torch.float64)
     size = hidden.abs() @ weight.abs().T + (0 if bias is None else bias.abs())
     per_row = size.amax(1) * slope + 1 if vocab else size.new_zeros(len(size))
     logit = 2 * eps * (math.sqrt(depth) + 8) * per_row  # [N] error of a row's logits
@@ -131,9 +127,7 @@ def bounds(
         influence = influence + 2 * entropy_grad.abs() * entropy_size
     dz = (influence * slope).expand(len(hidden)).where(targets != options.get("ignore_index", IGNORE_INDEX), 0)
     relative = (
-        out_eps
-        + eps * (math.sqrt(vocab) + math.sqrt(len(hidden)) + 8)
-        + (2 * logit * (1 + entropy_size) + grad_tol)
+        out_eps + eps * (math.sqrt(vocab) + math.sqrt(len(hidden)) + 8) + (2 * logit * (1 + entropy_size) + grad_tol)
     )
     dz_error = dz * relative  # [N] L1 error of a row of dZ
     w_max = weight.abs().amax().item() if weight.numel() else 0.0

@@ -33,9 +33,7 @@ def group_weights(
 ) -> tuple[GroupWeights, Segments]:
     scopes = weighting_scopes(tokens, weighting)
     ops = tiles.select(logprobs.device)
-    return ops.group_weights(
-        logprobs, tokens.advantages, tokens.valid, scopes, tokens.sequences, weighting
-    ), scopes
+    return ops.group_weights(logprobs, tokens.advantages, tokens.valid, scopes, tokens.sequences, weighting), scopes
 
 
 def group_weights_grad(

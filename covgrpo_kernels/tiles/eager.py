@@ -211,5 +211,5 @@ def group_weights(
     kernel = (q - q_max).exp().where(valid, 0)
     goal = n if weighting.normalizer == "valid" else scopes.sum(torch.ones_like(ones))
     total = scopes.sum(kernel)
-    weights = kernel * scopes.spread(goal / total.where(n > 0, 1))
+    weights = (kernel * scopes.spread(goal / total.where(n > 0, 1))).where(valid, 0)
     return GroupWeights(weights, c, da, std)

@@ -1,0 +1,278 @@
+"""Numbers of `linear_logprob`: against float64 and eager PyTorch, at the edges of chunks, for sure tokens."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from covgrpo_kernels import linear_logprob, logprob, reference
+from covgrpo_kernels.testing import ErrorBook, bounds, check_draw, policy_head, random_head, rms, run_logprob
+from covgrpo_kernels.tiles import eager
+from covgrpo_kernels.tiles.eager import BLOCK, Head
+
+F64 = torch.float64
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPTIONS = {
+    "plain": {},
+    "temperature": dict(temperature=0.7),
+    "softcap": dict(softcap=4.0, logit_scale=1.5, temperature=1.3),
+}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 4 rows and one block: every test shape has several of both."""
+    monkeypatch.setattr(logprob, "LARGEST_TILE", {"cpu": (4, BLOCK)})
+
+
+def three_ways(head: dict, dtype: torch.dtype, **options) -> tuple[dict, dict, dict]:
+    """Ours, eager in the same dtype, and float64, from inputs that dtype can hold."""
+    head = {n: v.to(dtype).double() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in head.items()}
+    ours = run_logprob(lambda *a, **k: linear_logprob(*a, entropy=True, **k), **head, dtype=dtype, **options)
+    options.pop("grad_tol", None)
+    return (
+        ours,
+        run_logprob(reference.linear_logprob, **head, dtype=dtype, **options),
+        run_logprob(reference.linear_logprob, **head, dtype=F64, **options),
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pooled_errors(dtype, options):
+    """The rule of the precision contract over 1,200 rows: random and policy-like ones, several chunks."""
+    book = ErrorBook()
+    for seed in range(4):
+        head = random_head(seed, 150, 48, 2500, std=2.0, bias=seed % 2 == 0)
+        if seed % 2:
+            head.pop("bias")
+        book.add(*three_ways(head, dtype, grad_tol=0.0, **options))
+    for seed in range(4):
+        book.add(*three_ways(policy_head(seed, 150, 64, 2500), dtype, grad_tol=0.0, **options))
+    book.check(dtype)
+
+
+edges = st.sampled_from([1, 2, 3, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 3])
+
+
+@given(
+    st.integers(0, 2**31), st.sampled_from([0, 1, 2, 3, 4, 5, 9]), st.sampled_from([0, 1, 3, 17]), edges,
+    st.sampled_from(DTYPES), st.sampled_from([0.1, 1.0, 10.0, 100.0]), st.booleans(),
+    st.sampled_from(list(OPTIONS.values())),
+    st.sampled_from([(4, BLOCK), (1024, 2 * BLOCK), (1, BLOCK), (3, 2 * BLOCK)]),
+)  # fmt: skip
+def test_any_shape(seed, tokens, depth, vocab, dtype, std, bias, options, tile):
+    """Shapes around the edges of tiles, empty ones included, flat to extreme logits."""
+    head = random_head(seed, tokens, depth, vocab, std=std, bias=bias)
+    head["hidden"] = head["hidden"].clamp(-100, 100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprob, "LARGEST_TILE", {"cpu": tile})
+        ours, eager_, oracle = three_ways(head, dtype, grad_tol=0.0, **options)
+    rounded = {n: v.to(dtype).double() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in head.items()}
+    bound = bounds(**rounded, dtype=dtype, **options)
+    keep = [n for n in oracle if oracle[n].isfinite().all() and eager_[n].isfinite().all()]
+    check_draw(ours, eager_, {n: oracle[n] for n in keep}, bound)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*OPTIONS.values(), dict(ignore_index=3), dict(temperature=torch.tensor([0.5, 1.0, 2.0, 0.7], dtype=F64))],
+    ids=[*OPTIONS, "ignore_index", "per token"],
+)
+@pytest.mark.parametrize("outputs", ["logprob", "entropy", "both"])
+def test_gradcheck(outputs, options, monkeypatch):
+    monkeypatch.setattr(logprob, "LARGEST_TILE", {"cpu": (3, BLOCK)})
+    head = random_head(0, 4, 3, 7, bias=True)
+    targets = torch.tensor([0, 3, 6, 2])
+
+    def f(hidden, weight, bias):
+        x, h = linear_logprob(hidden, weight, targets, bias=bias, entropy=True, grad_tol=0.0, **options)
+        return (x,) if outputs == "logprob" else (h,) if outputs == "entropy" else (x, h)
+
+    inputs = [head[n].clone().requires_grad_() for n in ("hidden", "weight", "bias")]
+    assert torch.autograd.gradcheck(f, inputs)
+
+
+def test_many_tiles_agree_with_the_reference(small_tiles):
+    """Row blocks and vocabulary slices that don't divide anything, half the rows without a coefficient."""
+    head = random_head(1, 11, 6, 3 * BLOCK + 77, std=3.0, bias=True)
+    head["logprob_grad"][::2] = 0
+    head["entropy_grad"][::2] = 0
+    ours, _, oracle = three_ways(head, F64, grad_tol=0.0, **OPTIONS["softcap"])
+    for name, exact in oracle.items():
+        assert rms(ours[name] - exact) <= 1e-13 * (1 + rms(exact)), name
+    ours, eager_, oracle = three_ways(head, torch.bfloat16, grad_tol=0.0, **OPTIONS["softcap"])
+    for name, exact in oracle.items():
+        assert rms(ours[name] - exact) <= 1.1 * rms(eager_[name] - exact), name
+
+
+def folded(logits, targets, widths):
+    state = eager.new_state(len(logits), logits.dtype, logits.device)
+    first = 0
+    for width in widths:
+        eager.fold(
+            logits[:, first : first + width].clone(), state, targets, first, Head(1.0, None, 1.0), None, None, True
+        )
+        first += width
+    assert first == logits.shape[1]
+    return torch.stack(eager.finish(state))
+
+
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 9),
+    st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    st.integers(0, 99),
+)
+def test_same_logits_same_bits_however_they_are_cut(seed, rows, blocks, rest):
+    """Given equal logits, any chunking in multiples of the fold's block folds to equal bits."""
+    g = torch.Generator().manual_seed(seed)
+    vocab = sum(blocks) * BLOCK + rest
+    logits = torch.randn(rows, vocab, generator=g) * 5
+    targets = torch.randint(0, vocab, (rows,), generator=g)
+    tail = [rest] if rest else []
+    one_by_one = folded(logits, targets, [BLOCK] * sum(blocks) + tail)
+    assert torch.equal(one_by_one, folded(logits, targets, [b * BLOCK for b in blocks] + tail))
+    assert torch.equal(one_by_one, folded(logits, targets, [sum(blocks) * BLOCK, *tail]))
+    each = torch.cat(
+        [folded(r, t, [sum(blocks) * BLOCK, *tail]) for r, t in zip(logits.split(1), targets.split(1), strict=True)],
+        1,
+    )
+    assert torch.equal(one_by_one, each)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@pytest.mark.parametrize("position", [0, BLOCK - 1, BLOCK, 2 * BLOCK + 6])
+@pytest.mark.parametrize("gap", [0.0, 1.0, 10.0, 17.0, 25.0, 60.0, 85.0])
+def test_sure_tokens_keep_their_digits(gap, position, dtype):
+    """One logit stands ``gap`` over equal others: -log1p(s) and the entropy have a closed form, and neither may
+    cancel (lse - sum p z in float32 is all noise below an entropy of 1e-5)."""
+    vocab = 2 * BLOCK + 7
+    logits = torch.zeros(2, vocab, dtype=dtype)
+    logits[:, position] = gap
+    logits += 30.0
+    other = (position + 1) % vocab
+    x, h, _, _ = folded(logits, torch.tensor([position, other]), [2 * BLOCK, 7])
+    s = (vocab - 1) * math.exp(-gap)
+    entropy = math.log1p(s) + s * gap / (1 + s)
+    few = 12 * torch.finfo(dtype).eps
+    assert x[0].item() == pytest.approx(-math.log1p(s), rel=few)
+    assert x[1].item() == pytest.approx(-gap - math.log1p(s), rel=few)
+    assert h[0].item() == pytest.approx(entropy, rel=few)
+    assert -torch.expm1(x[0]).item() == pytest.approx(s / (1 + s), rel=few)
+
+
+def test_gradient_of_sure_tokens_keeps_its_digits():
+    """1 - p of the target's own entry comes from the log-prob, not from 1 minus an exponential."""
+    gap, vocab = 20.0, 50
+    weight = torch.eye(vocab)
+    hidden = torch.zeros(1, vocab)
+    hidden[0, 7] = gap
+    hidden.requires_grad_()
+    linear_logprob(hidden, weight, torch.tensor([7]), grad_tol=0.0).logprob.sum().backward()
+    s = (vocab - 1) * math.exp(-gap)
+    assert hidden.grad[0, 7].item() == pytest.approx(s / (1 + s), rel=1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_rows_of_dlogits_sum_to_zero(dtype, options, small_tiles):
+    """With the identity as head, dhidden is dL/dz; before softcap's slope its rows sum to zero."""
+    vocab, options = BLOCK + 40, {n: v for n, v in options.items() if n != "softcap"}
+    hidden = (torch.randn(9, vocab, dtype=dtype) * 6).requires_grad_()
+    x, h = linear_logprob(
+        hidden, torch.eye(vocab, dtype=dtype), torch.arange(9) * 100, entropy=True, grad_tol=0.0, **options
+    )
+    (x * torch.randn(9, dtype=dtype) + h * torch.randn(9, dtype=dtype)).sum().backward()
+    few = 30 * torch.finfo(dtype).eps
+    assert (hidden.grad.sum(1).abs() <= few * hidden.grad.abs().sum(1)).all()
+
+
+@given(st.integers(0, 2**31), st.sampled_from(DTYPES), st.sampled_from([7, BLOCK + 5]))
+def test_vocabulary_order_is_nothing(seed, dtype, vocab):
+    head = random_head(seed, 6, 8, vocab, std=4.0, bias=True)
+    order = torch.randperm(vocab, generator=torch.Generator().manual_seed(seed))
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(vocab))
+    targets = head["targets"]
+    permuted = head | dict(
+        weight=head["weight"][order],
+        bias=head["bias"][order],
+        targets=targets.where(targets < 0, place[targets.clamp(min=0)]),
+    )
+    ours, _, _ = three_ways(head, dtype, grad_tol=0.0)
+    other, eager_, oracle = three_ways(permuted, dtype, grad_tol=0.0)
+    ours |= dict(dweight=ours["dweight"][order], dbias=ours["dbias"][order])
+    check_draw(ours, eager_, oracle, bounds(**permuted, dtype=dtype))
+    check_draw(other, eager_, oracle, bounds(**permuted, dtype=dtype))
+
+
+@given(st.integers(0, 2**31), st.sampled_from([1, 3, 16, 33]), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_a_row_alone_is_the_row_in_its_batch(seed, tokens, dtype):
+    """Up to the rounding of its matrix product, whose blocking may depend on the batch."""
+    head = random_head(seed, tokens, 64, 300, std=3.0)
+    head["targets"].clamp_(min=0)
+    hidden, weight = head["hidden"].to(dtype), head["weight"].to(dtype)
+    together = linear_logprob(hidden, weight, head["targets"]).logprob
+    alone = torch.cat(
+        [linear_logprob(h, weight, y).logprob for h, y in zip(hidden.split(1), head["targets"].split(1), strict=True)]
+    )
+    size = (hidden.double().abs() @ weight.double().abs().T).amax(1)
+    assert ((together - alone).abs() <= 4 * torch.finfo(torch.float32).eps * (math.sqrt(64) * size + 8)).all()
+
+
+def test_suppressed_entries():
+    """-inf in the bias takes an entry out: of blocks in part or whole, without a NaN; a row of nothing is NaN."""
+    vocab = 3 * BLOCK + 5
+    bias = torch.full((vocab,), -torch.inf)
+    allowed = torch.tensor([3, 2 * BLOCK + 1, 2 * BLOCK + 9])
+    bias[allowed] = torch.randn(3)
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)
+    targets = allowed[[0, 1, 2, 0]]
+    x, h = linear_logprob(hidden, weight, targets, bias=bias, entropy=True, grad_tol=0.0)
+    exact = (hidden.double() @ weight[allowed].double().T + bias[allowed]).log_softmax(-1)
+    assert rms(x - exact.gather(1, torch.tensor([0, 1, 2, 0])[:, None])[:, 0]) < 1e-6 * rms(x)
+    assert rms(h + (exact.exp() * exact).sum(1)) < 1e-6 * rms(h)
+    (x + h).sum().backward()
+    assert hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+    assert weight.grad.abs().sum(1).nonzero().squeeze(1).tolist() == allowed.tolist()
+    assert linear_logprob(hidden, weight, targets, bias=torch.full((vocab,), -torch.inf)).logprob.isnan().all()
+
+
+def test_equal_logits_are_uniform():
+    """Every entry is a maximum: the ties but one belong to the sum, in every block."""
+    vocab = 2 * BLOCK + 11
+    x, h = linear_logprob(torch.zeros(3, 4), torch.randn(vocab, 4), torch.tensor([0, BLOCK, vocab - 1]), entropy=True)
+    assert x.tolist() == pytest.approx([-math.log(vocab)] * 3, rel=3e-7)
+    assert h.tolist() == pytest.approx([math.log(vocab)] * 3, rel=3e-7)
+
+
+def test_small_coefficients_survive_float16():
+    """A loss averaged over 1e6 tokens has entries of dZ below float16's smallest; the products may not lose them."""
+    head = random_head(3, 40, 16, 300)
+    head |= dict(logprob_grad=head["logprob_grad"] * 1e-7, entropy_grad=None, bias=None)
+    head = {n: v for n, v in head.items() if v is not None}
+    head["hidden"] = head["hidden"] * 100
+    ours, _, oracle = three_ways(head, torch.float16, grad_tol=0.0)
+    error = rms(ours["dweight"].double() - oracle["dweight"])
+    assert error <= 0.5 * torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+    assert rms(oracle["dweight"]) > 50 * error
+
+
+def test_offsets_beyond_32_bits():
+    """Rows of a weight that start more than 2^31 entries into its storage; most of that is never touched."""
+    depth, stride = 8, 1 << 17
+    vocab = (1 << 14) + 3 * BLOCK
+    weight = torch.from_numpy(np.zeros((vocab, stride), dtype=np.float32))[:, :depth]
+    last = vocab - 2
+    assert last * weight.stride(0) > 2**31
+    weight[last] = 1.0
+    hidden = torch.full((1, depth), 1.0, requires_grad=True)
+    x = linear_logprob(hidden, weight, torch.tensor([last]), grad_tol=0.0).logprob
+    s = (vocab - 1) * math.exp(-depth)
+    assert x.item() == pytest.approx(-math.log1p(s), rel=1e-6)
+    x.backward()
+    assert hidden.grad[0].tolist() == pytest.approx([s / (1 + s)] * depth, rel=1e-6)

@@ -1,0 +1,148 @@
+"""Properties of the covariance weights, drawn by hypothesis, against the reference and the paper's facts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from covgrpo_kernels import CovarianceWeighting, CovGRPOConfig, covariance_weights, reference
+from covgrpo_kernels.testing import random_batch
+
+F64 = torch.float64
+WEIGHTINGS = {
+    "paper": CovarianceWeighting(),
+    "batch": CovarianceWeighting(scope="batch"),
+    "sequence": CovarianceWeighting(centering="sequence"),
+    "response": CovarianceWeighting(advantage_centering="response"),
+    "numel": CovarianceWeighting(normalizer="numel"),
+    "author": CovGRPOConfig.author_code().token_weighting,
+}
+batches = st.builds(
+    random_batch, st.integers(0, 2**31), groups=st.integers(1, 3), group_size=st.integers(1, 4),
+    length=st.sampled_from([1, 2, 7]), keep=st.sampled_from([0.2, 0.75, 1.0]),
+    packed=st.booleans(), shuffled=st.booleans(),
+)  # fmt: skip
+
+
+def arguments(batch):
+    ids = {n: batch[n] for n in ("group_ids", "group_size", "sequence_ids") if n in batch}
+    mask = batch.get("mask", torch.ones_like(batch["targets"]))
+    return (batch["old_logprobs"], batch["advantages"], mask), ids
+
+
+def groups_of(batch):
+    """[N] group of every token, by the words of the layout."""
+    shape = batch["targets"].shape
+    if "group_size" in batch:
+        return (torch.arange(shape[0]) // batch["group_size"])[:, None].expand(shape).flatten()
+    ids = batch["group_ids"]
+    return (ids if ids.shape == shape else ids[:, None].expand(shape)).flatten()
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+@given(batch=batches)
+def test_equals_the_reference(name, batch):
+    args, ids = arguments(batch)
+    expected = reference.covariance_weights(*args, **ids, weighting=WEIGHTINGS[name])
+    torch.testing.assert_close(
+        covariance_weights(*args, **ids, weighting=WEIGHTINGS[name]), expected, rtol=1e-10, atol=1e-12
+    )
+
+
+@given(batch=batches)
+def test_facts_of_the_weights(batch):
+    """Sum n per group, zero under the mask, and W <= exp((1 + mean(c)^2 / s2) / 2)."""
+    (x, advantages, mask), ids = arguments(batch)
+    weights = covariance_weights(x, advantages, mask, **ids).flatten()
+    valid, groups = mask.flatten() != 0, groups_of(batch)
+    a = (advantages if advantages.shape == x.shape else advantages[:, None].expand_as(x)).flatten()
+    assert (weights[~valid] == 0).all()
+    for i in groups.unique():
+        rows = valid & (groups == i)
+        n = int(rows.sum())
+        assert weights[rows].sum().item() == pytest.approx(n, rel=1e-12)
+        if n:
+            c = (x.flatten()[rows] - x.flatten()[rows].mean()) * (a[rows] - a[rows].mean())
+            s2 = (c - c.mean()).square().mean()
+            bound = ((1 + c.mean().square() / s2) / 2).exp() if s2 > 1e-20 else 1.0
+            assert (weights[rows] <= bound * (1 + 1e-9)).all()
+        if n <= 2:
+            assert (weights[rows] == 1).all()
+
+
+@given(batch=batches, factor=st.sampled_from([1e-3, 0.5, 3.0, 1e3]), shift=st.sampled_from([-5.0, 0.0, 2.0]))
+def test_positive_scale_of_either_deviation_is_nothing(batch, factor, shift):
+    (x, a, mask), ids = arguments(batch)
+    weights = covariance_weights(x, a, mask, **ids)
+    same = dict(rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(covariance_weights(x, a * factor + shift, mask, **ids), weights, **same)
+    torch.testing.assert_close(covariance_weights(x * factor + shift, a, mask, **ids), weights, **same)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["two tokens", "one token", "constant logprobs", "constant advantages"])
+def test_no_variance_means_one(case, dtype):
+    """The literal formula gives NaN or noise here: rounding leaves c different by an epsilon."""
+    for seed in range(50):
+        g = torch.Generator().manual_seed(seed)
+        rows, length = {"two tokens": (2, 1), "one token": (1, 1)}.get(case, (4, 9))
+        x = -torch.rand(rows, length, generator=g) * 10
+        a = torch.randn(rows, generator=g)
+        if case == "constant logprobs":
+            x = x[:1, :1].expand(rows, length)
+        if case == "constant advantages":
+            a = a[:1].expand(rows)
+        mask = torch.ones(rows, length)
+        w = covariance_weights(x.to(dtype), a.to(dtype), mask, group_size=rows)
+        assert (w == 1).all(), (seed, w)
+
+
+@given(batch=batches, garbage=st.sampled_from([float("nan"), float("inf"), 1e30]))
+def test_nothing_under_the_mask_matters(batch, garbage):
+    (x, a, mask), ids = arguments(batch)
+    mask = mask.clone()
+    mask.view(-1)[::2] = 0
+    weights = covariance_weights(x, a, mask, **ids)
+    assert torch.equal(covariance_weights(x.where(mask != 0, garbage), a, mask, **ids), weights)
+
+
+@given(batch=batches, bad=st.sampled_from([float("nan"), float("inf")]))
+def test_bad_values_stay_in_their_group_and_are_not_hidden(batch, bad):
+    (x, a, mask), ids = arguments(batch)
+    valid, groups = mask.flatten() != 0, groups_of(batch)
+    if not valid.any():
+        return
+    row = int(valid.nonzero()[0])
+    weights = covariance_weights(x, a, mask, **ids).flatten()
+    x = x.clone()
+    x.view(-1)[row] = bad
+    poisoned = covariance_weights(x, a, mask, **ids).flatten()
+    inside = valid & (groups == groups[row])
+    assert poisoned[inside].isnan().all()
+    assert torch.equal(poisoned[~inside], weights[~inside])
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_gradient_of_the_weights(name):
+    weighting = replace(WEIGHTINGS[name], differentiate_weights=True)
+    batch = random_batch(4, groups=2, group_size=3, length=4, shuffled=True)
+    (x, a, mask), ids = arguments(batch)
+    x = x.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: covariance_weights(x, a, mask, **ids, weighting=weighting), x)
+    assert not covariance_weights(x, a, mask, **ids, weighting=WEIGHTINGS["paper"]).requires_grad
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_both_layouts_agree(name):
+    for shuffled in (False, True):
+        padded, packed = (random_batch(9, groups=3, length=6, packed=p, shuffled=shuffled) for p in (False, True))
+        (x, a, mask), ids = arguments(padded)
+        kind = WEIGHTINGS[name]
+        if kind.normalizer == "numel":
+            mask = torch.ones_like(mask)
+            packed = random_batch(9, groups=3, length=6, packed=True, shuffled=shuffled, keep=1.0)
+        expected = covariance_weights(x, a, mask, **ids, weighting=kind)[mask]
+        args, ids = arguments(packed)
+        torch.testing.assert_close(covariance_weights(*args, **ids, weighting=kind), expected, rtol=1e-12, atol=0)
