@@ -96,11 +96,15 @@ def test_gradcheck(outputs, options, monkeypatch):
     assert torch.autograd.gradcheck(f, inputs)
 
 
-def test_many_tiles_agree_with_the_reference(small_tiles):
-    """Row blocks and vocabulary slices that don't divide anything, half the rows without a coefficient."""
-    head = random_head(1, 11, 6, 3 * BLOCK + 77, std=3.0, bias=True)
-    head["logprob_grad"][::2] = 0
-    head["entropy_grad"][::2] = 0
+@pytest.mark.parametrize("live", ["alternate", "all but the first", "all"])
+def test_many_tiles_agree_with_the_reference(live, small_tiles):
+    """Row blocks and vocabulary slices that don't divide anything, rows without a coefficient among them."""
+    head = random_head(1, 23, 6, 3 * BLOCK + 77, std=3.0, bias=True)
+    dead = {"alternate": slice(0, None, 2), "all but the first": slice(0, 1), "all": slice(0, 0)}[live]
+    head["logprob_grad"][dead] = 0
+    head["entropy_grad"][dead] = 0
+    if live == "all":
+        head["targets"].clamp_(min=0)
     ours, _, oracle = three_ways(head, F64, grad_tol=0.0, **OPTIONS["softcap"])
     for name, exact in oracle.items():
         assert rms(ours[name] - exact) <= 1e-13 * (1 + rms(exact)), name
@@ -159,10 +163,10 @@ def test_sure_tokens_keep_their_digits(gap, position, dtype):
     s = (vocab - 1) * math.exp(-gap)
     entropy = math.log1p(s) + s * gap / (1 + s)
     few = 12 * torch.finfo(dtype).eps
-    assert x[0].item() == pytest.approx(-math.log1p(s), rel=few)
-    assert x[1].item() == pytest.approx(-gap - math.log1p(s), rel=few)
-    assert h[0].item() == pytest.approx(entropy, rel=few)
-    assert -torch.expm1(x[0]).item() == pytest.approx(s / (1 + s), rel=few)
+    assert x[0].item() == pytest.approx(-math.log1p(s), rel=few, abs=0)
+    assert x[1].item() == pytest.approx(-gap - math.log1p(s), rel=few, abs=0)
+    assert h[0].item() == pytest.approx(entropy, rel=few, abs=0)
+    assert -torch.expm1(x[0]).item() == pytest.approx(s / (1 + s), rel=few, abs=0)
 
 
 def test_gradient_of_sure_tokens_keeps_its_digits():
@@ -174,7 +178,7 @@ def test_gradient_of_sure_tokens_keeps_its_digits():
     hidden.requires_grad_()
     linear_logprob(hidden, weight, torch.tensor([7]), grad_tol=0.0).logprob.sum().backward()
     s = (vocab - 1) * math.exp(-gap)
-    assert hidden.grad[0, 7].item() == pytest.approx(s / (1 + s), rel=1e-6)
+    assert hidden.grad[0, 7].item() == pytest.approx(s / (1 + s), rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -246,20 +250,25 @@ def test_equal_logits_are_uniform():
     """Every entry is a maximum: the ties but one belong to the sum, in every block."""
     vocab = 2 * BLOCK + 11
     x, h = linear_logprob(torch.zeros(3, 4), torch.randn(vocab, 4), torch.tensor([0, BLOCK, vocab - 1]), entropy=True)
-    assert x.tolist() == pytest.approx([-math.log(vocab)] * 3, rel=3e-7)
-    assert h.tolist() == pytest.approx([math.log(vocab)] * 3, rel=3e-7)
+    assert x.tolist() == pytest.approx([-math.log(vocab)] * 3, rel=3e-7, abs=0)
+    assert h.tolist() == pytest.approx([math.log(vocab)] * 3, rel=3e-7, abs=0)
 
 
-def test_small_coefficients_survive_float16():
-    """A loss averaged over 1e6 tokens has entries of dZ below float16's smallest; the products may not lose them."""
+def test_small_coefficients_survive_float16(monkeypatch):
+    """A loss averaged over 1e6 tokens has entries of dZ below float16's smallest. Where the products take float16
+    operands (a GPU; here that is played), dZ must not lose them when it is rounded."""
+
+    def mm(a, b, out, *, add=False):
+        out.copy_(a.float() @ b.float() + (out if add else 0))
+
+    monkeypatch.setattr(logprob, "_gemm_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(logprob, "_mm", mm)
     head = random_head(3, 40, 16, 300)
-    head |= dict(logprob_grad=head["logprob_grad"] * 1e-7, entropy_grad=None, bias=None)
-    head = {n: v for n, v in head.items() if v is not None}
+    head |= dict(logprob_grad=head["logprob_grad"] * 1e-7, entropy_grad=None)
     head["hidden"] = head["hidden"] * 100
     ours, _, oracle = three_ways(head, torch.float16, grad_tol=0.0)
     error = rms(ours["dweight"].double() - oracle["dweight"])
-    assert error <= 0.5 * torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
-    assert rms(oracle["dweight"]) > 50 * error
+    assert error <= torch.finfo(torch.float16).eps * rms(oracle["dweight"]) + 2.0**-25
 
 
 def test_offsets_beyond_32_bits():
@@ -273,6 +282,6 @@ def test_offsets_beyond_32_bits():
     hidden = torch.full((1, depth), 1.0, requires_grad=True)
     x = linear_logprob(hidden, weight, torch.tensor([last]), grad_tol=0.0).logprob
     s = (vocab - 1) * math.exp(-depth)
-    assert x.item() == pytest.approx(-math.log1p(s), rel=1e-6)
+    assert x.item() == pytest.approx(-math.log1p(s), rel=1e-6, abs=0)
     x.backward()
-    assert hidden.grad[0].tolist() == pytest.approx([s / (1 + s)] * depth, rel=1e-6)
+    assert hidden.grad[0].tolist() == pytest.approx([s / (1 + s)] * depth, rel=1e-6, abs=0)

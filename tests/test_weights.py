@@ -88,8 +88,8 @@ def test_no_variance_means_one(case, dtype):
     for seed in range(50):
         g = torch.Generator().manual_seed(seed)
         rows, length = {"two tokens": (2, 1), "one token": (1, 1)}.get(case, (4, 9))
-        x = -torch.rand(rows, length, generator=g) * 10
-        a = torch.randn(rows, generator=g)
+        x = -torch.rand(rows, length, generator=g, dtype=F64) * 10
+        a = torch.randn(rows, generator=g, dtype=F64)
         if case == "constant logprobs":
             x = x[:1, :1].expand(rows, length)
         if case == "constant advantages":

@@ -1,0 +1,197 @@
+"""The suite can fail: every deliberate fault below is applied to the source and must turn one of its tests red.
+
+A fault names the function, what stands there and what is put in its place; if the code moves on, the fault has to
+follow, or this file is red itself.
+"""
+
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import test_logprob
+import test_loss
+import test_plan
+import test_weights
+import torch
+
+from covgrpo_kernels import backward_plan, layout, logprob, objective, weighting
+from covgrpo_kernels.tiles import eager
+from covgrpo_kernels.tiles.eager import BLOCK
+
+
+class Fault(NamedTuple):
+    function: Callable
+    old: str
+    new: str
+
+
+def many_tiles(patch):
+    patch.setattr(logprob, "LARGEST_TILE", {"cpu": (4, BLOCK)})
+    test_logprob.test_many_tiles_agree_with_the_reference("alternate", None)
+
+
+def dense_tiles(patch):
+    patch.setattr(logprob, "LARGEST_TILE", {"cpu": (4, BLOCK)})
+    test_logprob.test_many_tiles_agree_with_the_reference("all but the first", None)
+
+
+def sums_to_zero(patch):
+    test_logprob.test_rows_of_dlogits_sum_to_zero(torch.float32, {}, None)
+
+
+def sure(patch):
+    test_logprob.test_sure_tokens_keep_their_digits(60.0, BLOCK, torch.float32)
+
+
+def uniform(patch):
+    test_logprob.test_equal_logits_are_uniform()
+
+
+def far(patch):
+    test_logprob.test_offsets_beyond_32_bits()
+
+
+def float16(patch):
+    test_logprob.test_small_coefficients_survive_float16(patch)
+
+
+def losses(patch):
+    test_loss.test_every_option_equals_the_reference("covariance")
+
+
+def kl_cov(patch):
+    test_loss.test_every_option_equals_the_reference("kl_cov")
+
+
+def differentiated(patch):
+    test_loss.test_every_option_equals_the_reference("differentiated")
+
+
+def weights(patch):
+    test_weights.test_equals_the_reference("paper")
+
+
+def no_variance(patch):
+    test_weights.test_no_variance_means_one("two tokens", torch.float64)
+
+
+def poisoned(patch):
+    test_weights.test_bad_values_stay_in_their_group_and_are_not_hidden()
+
+
+def certificate(patch):
+    test_plan.test_tolerance_is_kept_and_used(2e-3)
+
+
+def skipping(patch):
+    test_plan.test_rows_without_coefficient_enter_no_product(patch)
+
+
+FAULTS = {
+    "last chunk skipped": (many_tiles, Fault(logprob._vocabulary_slices, "whole, vocab]", "whole]")),
+    "-1 at the target lost": (
+        sums_to_zero, Fault(eager.grad, "torch.where(here, at_target, ", "torch.where(here & False, at_target, ")
+    ),
+    "running sum not rescaled": (many_tiles, Fault(eager.fold, "s.copy_(w * s + ", "s.copy_(s + ")),
+    "lesser maximum forgotten": (many_tiles, Fault(eager.fold, "wb * sb + lesser)", "wb * sb)")),
+    "maximum kept in the sum": (sure, Fault(eager.fold, "e.masked_fill_(at_max, 0)", "ties.fill_(-1)")),
+    "ties dropped": (uniform, Fault(eager.fold, "e.sum(-1).add_(ties)", "e.sum(-1)")),
+    "entropy gradient without H": (many_tiles, Fault(eager.grad, "log_p.add_(entropy.unsqueeze(1))", "log_p")),
+    "softcap's slope lost": (many_tiles, Fault(eager.grad, "dz.mul_(slope)", "pass")),
+    "int32 offset": (
+        far,
+        Fault(
+            logprob._stream_forward, "weight[a:b]",
+            "weight.as_strided((b - a, weight.shape[1]), weight.stride(), a * weight.stride(0) % 2**31)",
+        ),
+    ),
+    "rows moved in the wrong order": (
+        dense_tiles,
+        Fault(logprob._spread_rows_, "reversed(range(0, len(chosen), block))", "range(0, len(chosen), block)"),
+    ),
+    "coefficients rounded as they are": (
+        float16, Fault(logprob._stream_backward, ".where(largest.isfinite(), 0)", " * 0")
+    ),
+    "KL under the mask": (
+        losses,
+        Fault(layout.flatten_floats, ".where(valid, 0)", ""),
+        Fault(objective.policy_objective, "config.beta * total(share * kl)", "config.beta * (share.amax() * kl).sum()"),
+    ),
+    "KL weighted": (
+        losses,
+        Fault(objective.policy_objective, "share * config.beta * kl_grad", "share * weights * config.beta * kl_grad"),
+    ),
+    "weights from the wrong group": (
+        weights,
+        Fault(
+            eager.group_weights, "scopes.spread(goal / total.where(n > 0, 1))",
+            "scopes.spread((goal / total.where(n > 0, 1)).roll(1))",
+        ),
+    ),
+    "means of the wrong group": (
+        weights, Fault(layout.Segments.spread, "value[self.segment]", "value[(self.segment + 1) % self.bound]")
+    ),
+    "normaliser counts padding": (
+        losses,
+        Fault(objective._token_shares, "lengths = _count(valid, ", "lengths = _count(torch.ones_like(valid), "),
+    ),
+    "empty sequences counted": (
+        losses, Fault(objective._token_shares, "(lengths > 0).sum()", "torch.tensor(len(lengths))")
+    ),
+    "noise taken for variance": (no_variance, Fault(eager.group_weights, "variance <= noise.square()", "variance < 0")),
+    "NaN weight under the mask": (
+        poisoned, Fault(eager.group_weights, ".where(n > 0, 1))).where(valid, 0)", ".where(n > 0, 1)))")
+    ),
+    "clip on the wrong side": (
+        losses, Fault(objective.policy_objective, "within * a < ratio * a", "within * a > ratio * a")
+    ),
+    "KL-Cov without its penalty's sign": (kl_cov, Fault(objective.policy_objective, "gap.sign()", "gap.sign().abs()")),
+    "bandwidth taken for a constant": (
+        differentiated,
+        Fault(weighting.group_weights_grad, "scopes.spread(dvariance * 2 / n)", "0 * scopes.spread(dvariance)"),
+    ),
+    "tolerance ignored": (
+        certificate, Fault(backward_plan.plan_backward, "<= grad_tol * total", "<= 0.05 * total")
+    ),
+    "tolerance not used": (
+        certificate, Fault(backward_plan.plan_backward, "<= grad_tol * total", "<= 0.0 * total")
+    ),
+    "certificate without the entropy": (
+        certificate, Fault(backward_plan.plan_backward, "2 * entropy_grad.abs()", "0 * entropy_grad.abs()")
+    ),
+    "dead rows computed": (
+        skipping, Fault(logprob._stream_backward, "live.nonzero()", "torch.ones_like(live).nonzero()")
+    ),
+}  # fmt: skip
+
+
+def apply(fault: Fault, patch: pytest.MonkeyPatch) -> None:
+    function = fault.function
+    source = textwrap.dedent(inspect.getsource(function))
+    assert fault.old in source, f"{fault.old!r} is no longer in {function.__qualname__}"
+    module = sys.modules[function.__module__]
+    scope: dict = {}
+    exec(compile(source.replace(fault.old, fault.new), inspect.getfile(function), "exec"), vars(module), scope)
+    holder = layout.Segments if "." in function.__qualname__ else module
+    changed = scope[function.__name__]
+    patch.setattr(holder, function.__name__, changed)
+    for other in list(sys.modules.values()):
+        if other.__name__.startswith(("covgrpo_kernels", "test_")) and vars(other).get(function.__name__) is function:
+            patch.setattr(other, function.__name__, changed)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_turns_the_suite_red(name, monkeypatch):
+    check, *faults = FAULTS[name]
+    for fault in faults:
+        apply(fault, monkeypatch)
+    with pytest.raises(AssertionError):
+        check(monkeypatch)
+
+
+@pytest.mark.parametrize("check", list(dict.fromkeys(check for check, *_ in FAULTS.values())), ids=lambda c: c.__name__)
+def test_the_same_checks_are_green_without_a_fault(check, monkeypatch):
+    check(monkeypatch)
