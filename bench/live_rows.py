@@ -1,0 +1,176 @@
+"""Time and memory of the backward as the share of tokens with zero advantage grows, beside eager PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from covgrpo_kernels import linear_logprob, reference
+from covgrpo_kernels.testing import check_draw, policy_head, rms
+
+# Qwen2.5-0.5B's head; the smoke run has one block of the vocabulary and a bit.
+SIZE = dict(tokens=1024, depth=896, vocab=151936)
+SMOKE = dict(tokens=64, depth=32, vocab=1100)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--smoke", action="store_true", help="toy sizes, one repeat, nothing is written")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--grad-tol", default="0.0", help="a number or auto")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/live_rows.json"))
+    parser.set_defaults(run=run)
+
+
+def _leaf(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype, copy=True).requires_grad_()
+
+
+def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+class Contender:
+    """Forward and backward from the same inputs; seconds of each are collected by ``step``."""
+
+    def __init__(self, name: str, function: Callable[..., Any], head: dict[str, Any], dtype: torch.dtype) -> None:
+        self.name, self.function, self.head = name, function, head
+        self.hidden, self.weight = _leaf(head["hidden"], dtype), _leaf(head["weight"], dtype)
+        self.forward: list[float] = []
+        self.backward: list[float] = []
+
+    @property
+    def hidden_grad(self) -> Tensor:
+        assert self.hidden.grad is not None
+        return self.hidden.grad
+
+    def step(self) -> None:
+        self.hidden.grad = self.weight.grad = None
+        seconds, self.logprob = _timed(lambda: self.function(self.hidden, self.weight, self.head["targets"])[0])
+        self.forward.append(seconds)
+        self.backward.append(_timed(lambda: self.logprob.backward(self.head["logprob_grad"]))[0])
+
+
+def _check_numbers(ours: Contender, eager: Contender, grad_tol: float | str) -> None:
+    """Log-probs and dhidden of some rows against float64, which needs no other row. A wrong contender gets no
+    timing."""
+    targets, coefficients = ours.head["targets"], ours.head["logprob_grad"].double()
+    rows = torch.cat([torch.arange(4), torch.arange(len(targets) - 12, len(targets))])
+    h, w = ours.hidden.detach()[rows].double().requires_grad_(), ours.weight.detach().double()
+    x, _ = reference.linear_logprob(h, w, targets[rows])
+    (exact,) = torch.autograd.grad((x * coefficients[rows]).sum(), h)
+    got, by_eager = (dict(logprob=c.logprob.detach()[rows], dhidden=c.hidden_grad[rows]) for c in (ours, eager))
+    eps = torch.finfo(torch.float32).eps
+    tolerance = torch.finfo(ours.hidden.dtype).eps if grad_tol == "auto" else float(grad_tol)
+    bound = dict(logprob=64 * eps * rms(x.detach()), dhidden=(tolerance + 64 * eps) * rms(exact))
+    check_draw(got, by_eager, dict(logprob=x.detach(), dhidden=exact), bound)
+    dead = ours.head["logprob_grad"] == 0
+    if ours.hidden_grad[dead].any():
+        raise AssertionError("rows without a coefficient have a gradient")
+
+
+def _resident_kib(field: str) -> int:
+    return int(Path("/proc/self/status").read_text().split(field)[1].split()[0])
+
+
+def _peak_in_this_process(name: str, dtype_name: str, size: dict[str, int], result: Any) -> None:
+    """Peak resident MiB beyond inputs and gradients, where the kernel tells it."""
+    dtype = getattr(torch, dtype_name)
+    function = linear_logprob if name == "ours" else reference.linear_logprob
+    Contender(name, function, policy_head(0, 64, 32, 1100), dtype).step()  # threads and libraries, once
+    contender = Contender(name, function, policy_head(0, **size), dtype)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = _resident_kib("VmRSS:")
+    contender.step()
+    gradients = contender.hidden.nbytes + contender.weight.nbytes
+    result.value = _resident_kib("VmHWM:") / 1024 - before / 1024 - gradients / 2**20
+
+
+def peak_mib(name: str, dtype_name: str, size: dict[str, int]) -> float:
+    """Measured in a fresh process, every row live."""
+    context = multiprocessing.get_context("spawn")
+    result = context.Value("d", -1.0)
+    process = context.Process(target=_peak_in_this_process, args=(name, dtype_name, size, result))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"measuring the memory of {name} failed with exit status {process.exitcode}")
+    return result.value
+
+
+def environment() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return dict(
+        torch=torch.__version__,
+        python=platform.python_version(),
+        threads=torch.get_num_threads(),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        commit=commit,
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    size = SMOKE if arguments.smoke else SIZE
+    repeats = 1 if arguments.smoke else arguments.repeats
+    grad_tol = "auto" if arguments.grad_tol == "auto" else float(arguments.grad_tol)
+    dtype = getattr(torch, arguments.dtype)
+
+    def ours(*inputs: Tensor) -> Any:
+        return linear_logprob(*inputs, grad_tol=grad_tol)
+
+    # Contenders share weights of one seed, differ in coefficients, and take turns.
+    contenders = []
+    for share in (0.0, 0.3, 0.6):
+        head = policy_head(0, **size, zero_advantage=share)
+        contenders.append((share, Contender("ours", ours, head, dtype)))
+    eager = Contender("eager", reference.linear_logprob, policy_head(0, **size), dtype)
+    for _ in range(repeats):
+        for _, contender in contenders:
+            contender.step()
+        eager.step()
+    _check_numbers(contenders[0][1], eager, grad_tol)
+    for _, contender in contenders[1:]:
+        dead = contender.head["logprob_grad"] == 0
+        if contender.hidden_grad[dead].any() or not contender.hidden_grad[~dead].any():
+            raise AssertionError("gradients do not follow the coefficients")
+
+    dense = statistics.median(contenders[0][1].backward)
+    print(
+        f"N={size['tokens']} D={size['depth']} V={size['vocab']} {arguments.dtype} grad_tol={arguments.grad_tol}, ",
+        end="",
+    )
+    print(f"{repeats} alternating repeats, {torch.get_num_threads()} threads")
+    print(f"{'':8}{'zero':>6}{'forward s':>11}{'backward s':>12}{'of dense':>10}{'both, of eager':>16}")
+    eager_step = statistics.median(eager.forward) + statistics.median(eager.backward)
+    results = []
+    for share, c in [*contenders, (0.0, eager)]:
+        f, b = statistics.median(c.forward), statistics.median(c.backward)
+        print(f"{c.name:8}{share:6.0%}{f:11.3f}{b:12.3f}{b / dense:10.2f}{(f + b) / eager_step:16.2f}")
+        results.append(dict(name=c.name, zero_advantage=share, forward=c.forward, backward=c.backward))
+    memory = {}
+    if os.path.exists("/proc/self/clear_refs") and not arguments.smoke:
+        memory = {name: peak_mib(name, arguments.dtype, size) for name in ("ours", "eager")}
+        print("peak MiB beyond inputs and gradients: " + ", ".join(f"{n} {m:.0f}" for n, m in memory.items()))
+    if not arguments.smoke:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        report = dict(
+            environment=environment(), size=size, dtype=arguments.dtype, grad_tol=arguments.grad_tol,
+            results=results, peak_mib=memory,
+        )  # fmt: skip
+        partial = arguments.out.with_suffix(".partial")
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        partial.replace(arguments.out)
