@@ -66,8 +66,11 @@ def tile_shape(rows: int, depth: int, vocab: int, device: torch.device, itemsize
         return tile + depth * (2 * c + 2 * r) * max(itemsize, 4)
 
     while need(r, c) > budget and (r > 256 or c > BLOCK):
-        r, c = (r // 2, c) if r > 256 and (r * 2 > c or c <= BLOCK) else (r, c // 2)
-    return r, max(c // BLOCK, 1) * BLOCK if vocab > BLOCK else max(vocab, 1)
+        if r > 256 and (2 * r > c or c == BLOCK):
+            r //= 2
+        else:
+            c //= 2
+    return r, c if vocab > BLOCK else max(vocab, 1)
 
 
 def _vocabulary_slices(vocab: int, width: int) -> Iterator[tuple[int, int]]:
@@ -197,12 +200,12 @@ def _stream_backward(
     height, width = tile_shape(len(chosen), hidden.shape[1], len(weight), hidden.device, hidden.element_size())
     rows = _Rows(hidden, None if len(chosen) == len(hidden) else chosen, height)
 
-    # The largest coefficient to between 1/2 and 1, by an exact power of two: a loss averaged over many tokens
-    # would have entries below what float16 can hold.
+    # The largest coefficient to between 1/2 and 1, by an exact power of two (that float32 holds): a loss averaged
+    # over many tokens would have entries below what float16 can hold.
     largest = logprob_grad.abs().amax()
     if entropy_grad is not None:
         largest = torch.maximum(largest, entropy_grad.abs().amax())
-    exponent = torch.frexp(largest).exponent.where(largest.isfinite(), 0)
+    exponent = torch.frexp(largest).exponent.where(largest.isfinite(), 0).clamp(-100, 100)
     g = rows.take(torch.ldexp(logprob_grad, -exponent))
     e = None if entropy_grad is None else rows.take(torch.ldexp(entropy_grad, -exponent))
 
@@ -318,26 +321,9 @@ def _(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    (
-        hidden,
-        weight,
-        bias,
-        targets,
-        row_temperature,
-        temperature,
-        scale,
-        softcap,
-        entropy,
-        ignored,
-        grad_tol,
-    ) = inputs
-    ctx.save_for_backward(hidden, weight, bias, targets, row_temperature, *output)
-    ctx.head, ctx.entropy, ctx.ignored, ctx.grad_tol = (
-        Head(scale, softcap, temperature),
-        entropy,
-        ignored,
-        grad_tol,
-    )
+    *tensors, temperature, scale, softcap, ctx.entropy, ctx.ignored, ctx.grad_tol = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.head = Head(scale, softcap, temperature)
     ctx.set_materialize_grads(False)
 
 

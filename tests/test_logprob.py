@@ -271,6 +271,18 @@ def test_small_coefficients_survive_float16(monkeypatch):
     assert error <= torch.finfo(torch.float16).eps * rms(oracle["dweight"]) + 2.0**-25
 
 
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e30])
+def test_coefficients_of_any_size(size):
+    """The power of two that scales coefficients has to be one that float32 holds, both ways."""
+    hidden = torch.randn(5, 8, requires_grad=True)
+    x = linear_logprob(hidden, torch.randn(30, 8), torch.arange(5), grad_tol=0.0).logprob
+    (unit,) = torch.autograd.grad(x, hidden, torch.ones(5), retain_graph=True)
+    (scaled,) = torch.autograd.grad(x, hidden, torch.full((5,), size))
+    smallest = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
+    coefficient = torch.tensor(size).double()
+    assert ((scaled - unit * coefficient).abs() <= 1e-6 * coefficient * unit.abs().max() + smallest).all()
+
+
 def test_offsets_beyond_32_bits():
     """Rows of a weight that start more than 2^31 entries into its storage; most of that is never touched."""
     depth, stride = 8, 1 << 17
