@@ -23,7 +23,7 @@ def _number(name: str, value: Any, low: float, high: float = math.inf, *, open_l
         raise ValueError(f"{name} must be finite and {interval}, got {value!r}")
 
 
-def _flag(name: str, value: Any) -> None:
+def check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
@@ -54,7 +54,7 @@ class CovarianceWeighting:
         _one_of("centering", self.centering, ("scope", "sequence"))
         _one_of("advantage_centering", self.advantage_centering, ("token", "response"))
         _one_of("normalizer", self.normalizer, ("valid", "numel"))
-        _flag("differentiate_weights", self.differentiate_weights)
+        check_flag("differentiate_weights", self.differentiate_weights)
         _number("bandwidth_eps", self.bandwidth_eps, 0.0)
 
 

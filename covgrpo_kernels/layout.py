@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -73,8 +74,8 @@ def check_tensor(name: str, value: object, like: Tensor | None = None) -> Tensor
 
 
 def check_floating(name: str, value: Tensor) -> None:
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name} must be of a floating dtype, got {value.dtype}")
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
 
 
 def check_integer(name: str, value: Tensor) -> None:
@@ -126,7 +127,7 @@ def flatten_tokens(
     Raises ValueError or TypeError, naming the argument, for advantages, ids or sizes that fit no layout.
     """
     shape = like.shape
-    flat_advantages = flatten_floats("advantages", advantages, like, valid, dtype)
+    flat_advantages = flatten_floats("advantages", check_tensor("advantages", advantages), like, valid, dtype)
     assert flat_advantages is not None
 
     if group_ids is not None and group_size is not None:
@@ -139,7 +140,9 @@ def flatten_tokens(
         if isinstance(group_size, bool) or not isinstance(group_size, int):
             raise TypeError(f"group_size must be an int, got {type(group_size).__name__}")
         if len(shape) != 2 or sequence_ids is not None:
-            raise ValueError("group_size goes with [B, T] rows of one response each; packed tokens take group_ids")
+            raise ValueError(
+                f"group_size needs [B, T] rows of one response each, got {list(shape)}; packed tokens take group_ids"
+            )
         if group_size < 1 or shape[0] % group_size:
             raise ValueError(f"group_size must divide the {shape[0]} rows, got {group_size}")
         index = torch.arange(like.numel(), device=like.device) // max(group_size * shape[1], 1)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import tiles
 from .backward_plan import plan_backward, resolve_grad_tol
-from .config import IGNORE_INDEX
+from .config import IGNORE_INDEX, check_flag
 from .layout import check_floating, check_integer, check_tensor
 from .tiles.eager import BLOCK, Head
 
@@ -127,8 +127,10 @@ def _stream_forward(
         bad = valid & ((targets < 0) | (targets >= len(weight)))
         if bad.any():
             raise ValueError(f"targets must be in [0, {len(weight)}) or {ignore_index}, got {targets[bad][0].item()}")
-        if row_temperature is not None and not (row_temperature[valid] > 0).all():
-            raise ValueError("temperature must be positive in every row that is not ignored")
+        if row_temperature is not None:
+            bad = valid & ~((row_temperature > 0) & row_temperature.isfinite())
+            if bad.any():
+                raise ValueError(f"temperature must be positive and finite, got {row_temperature[bad][0].item()}")
     # Ignored rows are not computed; reading back how many there are is not possible while a graph is captured.
     chosen = None if _capturing(hidden.device) else valid.nonzero().squeeze(1)
     if chosen is not None and len(chosen) == len(hidden):
@@ -356,6 +358,11 @@ linear_logprob_backward_op.register_autograd(_refuse_double_backward)
 # --------------------------------------------------------------------------------------- the public function
 
 
+def _autocast(value: Any, dtype: torch.dtype) -> Any:
+    """Autocast leaves float64 alone."""
+    return value if value is None or value.dtype == torch.float64 else value.to(dtype)
+
+
 class HeadInputs(NamedTuple):
     """Checked and flat inputs of the operators."""
 
@@ -368,7 +375,7 @@ class HeadInputs(NamedTuple):
     grad_tol: float
 
 
-def _positive(name: str, value: object) -> float:
+def positive(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 < value < float("inf"):
@@ -405,7 +412,7 @@ def prepare_head(
         raise TypeError(f"logit_scale must be a number, got {type(logit_scale).__name__}")
     if not abs(logit_scale) < float("inf") or logit_scale == 0:
         raise ValueError(f"logit_scale must be finite and not zero, got {logit_scale!r}")
-    cap = None if softcap is None else _positive("softcap", softcap)
+    cap = None if softcap is None else positive("softcap", softcap)
     row_temperature = None
     if isinstance(temperature, Tensor):
         check_floating("temperature", check_tensor("temperature", temperature, hidden))
@@ -414,16 +421,15 @@ def prepare_head(
                 f"temperature must be a number or have shape {list(targets.shape)}, got {list(temperature.shape)}"
             )
         if temperature.requires_grad:
-            raise ValueError("temperature must not require a gradient: none is computed for it")
+            raise ValueError("temperature must not require a gradient, got one that does: none is computed for it")
         row_temperature = temperature.expand(targets.shape).reshape(-1).to(_accumulator_dtype(hidden.dtype))
         temperature = 1.0
-    head = Head(float(logit_scale), cap, _positive("temperature", temperature))
+    head = Head(float(logit_scale), cap, positive("temperature", temperature))
 
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        hidden, weight, bias = (_autocast(value, dtype) for value in (hidden, weight, bias))
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != hidden.dtype:
             raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
@@ -478,6 +484,9 @@ def linear_logprob(
     Raises:
         TypeError, ValueError: a wrong argument, by name; on a CPU also a target outside [0, V).
     """
+    check_flag("entropy", entropy)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     x = prepare_head(hidden, weight, targets, bias, temperature, logit_scale, softcap, grad_tol)
     logprob, h, _, _ = linear_logprob_op(
         x.hidden, x.weight, x.bias, x.targets, x.row_temperature,

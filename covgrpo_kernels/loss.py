@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .backward_plan import plan_backward
-from .config import IGNORE_INDEX, CovarianceWeighting, CovGRPOConfig
-from .layout import Segments, Tokens, flatten_floats, flatten_tokens, valid_tokens
-from .logprob import linear_logprob_backward_op, linear_logprob_op, prepare_head
+from .config import IGNORE_INDEX, CovarianceWeighting, CovGRPOConfig, KLCov, check_flag
+from .layout import Segments, Tokens, check_tensor, flatten_floats, flatten_tokens, valid_tokens
+from .logprob import linear_logprob_backward_op, linear_logprob_op, positive, prepare_head
 from .objective import METRICS, policy_objective
 from .tiles.eager import Head
 from .weighting import weighting_scopes
@@ -20,7 +20,7 @@ class CovGRPOOutput(NamedTuple):
     loss: Tensor  # [] float32 (float64 for float64 inputs), the only one with a gradient
     logprobs: Tensor  # [B, T] or [N]; zero where masked, NaN where not scored
     entropy: Tensor | None  # likewise, nats; None without metrics and entropy_coef
-    weights: Tensor  # likewise
+    weights: Tensor  # [B, T] or [N]; zero where masked
     metrics: dict[str, Tensor]  # [] each, on the device
 
 
@@ -44,8 +44,10 @@ def _scored(tokens: Tokens, settings: _Settings) -> Tensor:  # [N] bool
     config, valid = settings.config, tokens.valid
     if settings.metrics or config.beta != 0 or config.entropy_coef != 0:
         return valid
-    matters = valid & (tokens.advantages != 0)
     kind = config.token_weighting
+    if isinstance(kind, KLCov):  # its penalty needs no advantage
+        return valid
+    matters = valid & (tokens.advantages != 0)
     if config.importance_level == "sequence":
         assert tokens.sequences is not None
         matters = _anywhere(matters, tokens.sequences)
@@ -175,9 +177,8 @@ def covgrpo_loss(
         TypeError, ValueError: a wrong argument, by name; on a CPU also a target outside [0, V). On a GPU such
         a target gives NaN and is counted in the metric ``rows/invalid_targets``.
     """
-    config = CovGRPOConfig() if config is None else config
-    if not isinstance(config, CovGRPOConfig):
-        raise TypeError(f"config must be a CovGRPOConfig, got {type(config).__name__}")
+    config = _checked_config(config)
+    check_flag("metrics", metrics)
     x = prepare_head(hidden, weight, targets, bias, temperature, logit_scale, softcap, grad_tol)
     valid = valid_tokens("targets", targets, mask) & (x.targets != IGNORE_INDEX)
     dtype = torch.promote_types(x.hidden.dtype, torch.float32)
@@ -191,15 +192,20 @@ def covgrpo_loss(
         raise ValueError("sequence_ids must be given for packed tokens with this config, got None")
     if config.beta != 0 and ref_logprobs is None:
         raise ValueError(f"ref_logprobs must be given where beta is {config.beta:g}, got None")
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        if generator.device.type != targets.device.type:
+            raise ValueError(f"generator must be on {targets.device}, got {generator.device}")
     if normalizer is not None:
-        _check_normalizer(normalizer)
+        normalizer = _checked_normalizer(normalizer, targets, dtype)
 
     loss, logprobs, entropy, weights, values = _CovGRPO.apply(
         x.hidden, x.weight, x.bias, x.targets, x.row_temperature,
         flatten_floats("old_logprobs", old_logprobs, targets, valid, dtype),
         flatten_floats("ref_logprobs", ref_logprobs, targets, valid, dtype),
         flatten_floats("rollout_weights", rollout_weights, targets, valid, dtype),
-        tokens, x.head, x.grad_tol, _Settings(config, normalizer, generator, bool(metrics)),
+        tokens, x.head, x.grad_tol, _Settings(config, normalizer, generator, metrics),
     )  # fmt: skip
     shape = targets.shape
     return CovGRPOOutput(
@@ -211,14 +217,23 @@ def covgrpo_loss(
     )
 
 
-def _check_normalizer(normalizer: float | Tensor) -> None:
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            raise ValueError(f"normalizer must be a number or one element, got {list(normalizer.shape)}")
-    elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
-        raise TypeError(f"normalizer must be a number or a tensor, got {type(normalizer).__name__}")
-    elif not 0 < normalizer < float("inf"):
-        raise ValueError(f"normalizer must be positive and finite, got {normalizer!r}")
+def _checked_config(config: CovGRPOConfig | None) -> CovGRPOConfig:
+    if config is not None and not isinstance(config, CovGRPOConfig):
+        raise TypeError(f"config must be a CovGRPOConfig, got {type(config).__name__}")
+    return CovGRPOConfig() if config is None else config
+
+
+def _checked_normalizer(normalizer: float | Tensor, like: Tensor, dtype: torch.dtype) -> float | Tensor:
+    if not isinstance(normalizer, Tensor):
+        return positive("normalizer", normalizer)
+    check_tensor("normalizer", normalizer, like)
+    if normalizer.is_complex():
+        raise TypeError(f"normalizer must be real, got {normalizer.dtype}")
+    if normalizer.numel() != 1:
+        raise ValueError(f"normalizer must be a number or one element, got {list(normalizer.shape)}")
+    if normalizer.device.type == "cpu" and not torch.compiler.is_compiling():
+        positive("normalizer", normalizer.item())
+    return normalizer.detach().reshape(()).to(dtype)
 
 
 class CovGRPOLoss(nn.Module):
@@ -240,7 +255,7 @@ class CovGRPOLoss(nn.Module):
         grad_tol: float | str = "auto",
     ) -> None:
         super().__init__()
-        self.config = CovGRPOConfig() if config is None else config
+        self.config = _checked_config(config)
         self.settings: dict[str, Any] = dict(
             temperature=temperature,
             logit_scale=logit_scale,

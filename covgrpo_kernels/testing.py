@@ -104,39 +104,52 @@ def bounds(
     hidden: Tensor,  # [N, D] float64, as are all
     weight: Tensor,  # [V, D]
     targets: Tensor,  # [N]
-    bias: Tensor | None,
+    bias: Tensor | None = None,
     *,
     dtype: torch.dtype,
     logprob_grad: Tensor,  # [N]
     entropy_grad: Tensor | None = None,
-    grad_tol: float = 0.0,
     **options: Any,
 ) -> dict[str, float]:
-    """Bounds on the RMS error in a single draw, from rounding alone: products of depth D in the accumulator's
-    epsilon, exponentials of logits that are off by that much, one rounding of the results."""
-    accumulator = torch.promote_types(dtype, torch.float32)
-    eps, out_eps = torch.finfo(accumulator).eps, torch.finfo(dtype).eps
-    depth, vocab = hidden.shape[1], len(weight)
+    """Bounds on the RMS error in a single draw, from rounding alone: logits off by the rounding of a sum of D
+    products, exponentials off by as much, every result rounded to its dtype. Rounding errors of a sum add up like
+    its square root."""
+    eps, out_eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps, torch.finfo(dtype).eps
     slope = abs(options.get("logit_scale", 1.0)) / torch.as_tensor(options.get("temperature", 1.0), dtype=torch.float64)
-    size = hidden.abs() @ weight.abs().T + (0 if bias is None else bias.abs())
-    per_row = size.amax(1) * slope + 1 if vocab else size.new_zeros(len(size))
-    logit = 2 * eps * (math.sqrt(depth) + 8) * per_row  # [N] error of a row's logits
-    entropy_size = math.log(max(vocab, 2))
-    influence = 2 * logprob_grad.abs()
+    raw = hidden @ weight.T
+
+    def dlogits(g: Tensor, e: Tensor | None) -> Results:  # the raw products are the states of an identity head
+        eye = torch.eye(len(weight), dtype=torch.float64)
+        options_ = dict(dtype=torch.float64, logprob_grad=g, entropy_grad=e, **options)
+        return run_logprob(reference.linear_logprob, raw, eye, targets, bias, **options_)
+
+    exact = dlogits(logprob_grad, entropy_grad)
+    dz, entropy = exact["dhidden"], exact["entropy"]
+    size = raw.abs() if bias is None else raw.abs() + bias.abs()
+    products = (hidden.square() @ weight.square().T).sqrt()
+    off = (math.sqrt(hidden.shape[1]) + 8) * products + 4 * size
+    logit = 3 * eps * (off.amax(1) * slope + 4) if len(weight) else eps * products.sum(1)  # [N]
+
+    dz_size = dz.abs()
     if entropy_grad is not None:
-        influence = influence + 2 * entropy_grad.abs() * entropy_size
-    dz = (influence * slope).expand(len(hidden)).where(targets != options.get("ignore_index", IGNORE_INDEX), 0)
-    relative = (
-        out_eps + eps * (math.sqrt(vocab) + math.sqrt(len(hidden)) + 8) + (2 * logit * (1 + entropy_size) + grad_tol)
-    )
-    dz_error = dz * relative  # [N] L1 error of a row of dZ
-    w_max = weight.abs().amax().item() if weight.numel() else 0.0
+        # p (log p + H) may cancel where neither factor does.
+        p = dlogits(torch.ones_like(logprob_grad), None)["dhidden"].abs() / slope.reshape(-1, 1)
+        p = p.scatter(1, targets.clamp(min=0).unsqueeze(1), exact["logprob"].exp().unsqueeze(1)) if len(weight) else p
+        dz_size = dz_size + (entropy_grad.abs() * slope * (2 + entropy)).unsqueeze(1) * p
+    dz_size = dz_size.where((targets != options.get("ignore_index", IGNORE_INDEX)).unsqueeze(1), 0)
+    dz_off = dz_size * (2 * logit + eps * (math.sqrt(len(weight)) + math.sqrt(len(hidden)))).unsqueeze(1)
+
+    def total(left: Tensor, left_off: Tensor, right: Tensor) -> float:
+        rounded = (left @ right).abs() + (left.square() @ right.square()).sqrt()
+        return rms(left_off @ right.abs() + out_eps * rounded)
+
+    ones = torch.ones(len(hidden), 1, dtype=torch.float64)
     return {
         "logprob": rms(2 * logit),
-        "entropy": rms(2 * logit * (1 + entropy_size)),
-        "dhidden": rms(dz_error) * w_max,
-        "dweight": rms(dz_error @ hidden.abs()) if len(hidden) else 0.0,
-        "dbias": dz_error.sum().item(),
+        "entropy": rms(2 * logit * (1 + entropy)),
+        "dhidden": total(dz, dz_off, weight),
+        "dweight": total(dz.T, dz_off.T, hidden),
+        "dbias": total(dz.T, dz_off.T, ones),
     }
 
 
