@@ -1,0 +1,100 @@
+"""The `covgrpo` command: train, demo, doctor. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+from .grpo.config import TrainConfig, option_type
+
+NEEDED = ("transformers", "rich", "matplotlib")  # by train and demo: the extra "grpo"
+INTERRUPTED = 130
+
+DEMO = TrainConfig(out="runs/demo")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options = vars(parser.parse_args(arguments))
+    command = options.pop("command")
+    if command == "doctor":
+        from . import doctor
+
+        return doctor.main()
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        return _fail(f"covgrpo {command} needs {', '.join(missing)}: pip install 'covgrpo-kernels[grpo]'")
+    try:
+        config = dataclasses.replace(DEMO if command == "demo" else TrainConfig(), **options)
+    except (TypeError, ValueError) as error:
+        return _fail(str(error))
+    return _run(command, config)
+
+
+def _run(command: str, config: TrainConfig) -> int:
+    from transformers.utils import logging
+
+    from .grpo.demo import demo
+    from .grpo.train import TrainingError, train
+
+    logging.disable_progress_bar()
+    try:
+        (demo if command == "demo" else train)(config)
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted; the same command goes on from the last checkpoint in {config.out}",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    except (TrainingError, ValueError, OSError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="covgrpo", description="Covariance-weighted GRPO (arXiv 2605.11538).")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a policy on problems with verifiable answers",
+        description="Trains a policy by GRPO on problems whose answers a program checks. The same command "
+        "goes on with an interrupted run.",
+    )
+    for field in dataclasses.fields(TrainConfig):
+        _add_option(train, field, field.default)
+
+    demo = commands.add_parser(
+        "demo",
+        help="GRPO and CW-GRPO side by side on a small problem, in minutes on a CPU",
+        description="One supervised warm start, then GRPO and CW-GRPO from it; ends with a table and "
+        "OUT/report.png. An interrupted demo goes on where it was; a finished one is shown again.",
+    )
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in ("out", "steps", "seed", "device"):
+            _add_option(demo, field, getattr(DEMO, field.name))
+
+    commands.add_parser("doctor", help="versions, devices, backends and a numeric self-test")
+    return parser
+
+
+def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, default: object) -> None:
+    help = field.metadata["help"]
+    if default is not None:
+        help += f" (default: {default})"
+    parser.add_argument(
+        f"--{field.name.replace('_', '-')}",
+        type=option_type(field.name),
+        choices=field.metadata["choices"],
+        default=argparse.SUPPRESS,
+        metavar=None if field.metadata["choices"] else option_type(field.name).__name__.upper(),
+        help=help.replace("%", "%%"),
+    )
+
+
+def _fail(message: str) -> int:
+    print(f"covgrpo: error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,152 @@
+"""A causal LM as the loss sees it: a backbone that gives hidden states, and a head that is only a matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from .. import linear_logprob
+
+
+@dataclass
+class Policy:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        # Without dropout, or a token's log-prob would differ between scoring and training.
+        nn.Module.to(self.model, self.device).eval()
+        self.backbone = self.model.get_decoder()
+        eos = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        eos = eos if isinstance(eos, list) else [eos]
+        ids = [i for i in dict.fromkeys([self.tokenizer.eos_token_id, *eos]) if i is not None]
+        if not ids:
+            raise ValueError("model: it has no end-of-sequence token")
+        self.eos_ids = torch.tensor(ids, device=self.device)
+        self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else ids[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the matrix products run in. The parameters, and so AdamW's steps, are always float32."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def run_backbone(self, tokens: Tensor, attention: Tensor, **options: Any) -> Any:  # [B, L], [B, L]
+        """The backbone over the tokens, the last ones of `attention`. Padding on the left has no position."""
+        positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.backbone(tokens, attention_mask=attention, position_ids=positions, **options)
+
+    def hidden(self, tokens: Tensor, attention: Tensor, last: int) -> Tensor:  # [B, L], [B, L] -> [B, last, D]
+        """The hidden states that predict each of the last `last` tokens, not their logits."""
+        states = self.run_backbone(tokens, attention, use_cache=False).last_hidden_state
+        return states[:, -last - 1 : -1].to(self.dtype)
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """How hidden states become logits, as `linear_logprob` and `covgrpo_loss` take it."""
+        lm_head, config = self.model.get_output_embeddings(), self.model.config
+        return dict(
+            weight=lm_head.weight.to(self.dtype),
+            bias=None if getattr(lm_head, "bias", None) is None else lm_head.bias.to(self.dtype),
+            # Cohere multiplies its logits, Granite divides them, Gemma 2 caps them.
+            logit_scale=float(getattr(config, "logit_scale", None) or 1)
+            / float(getattr(config, "logits_scaling", None) or 1),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:  # [B, D] -> [B, V]
+        """For sampling: one position at a time. Training never builds these."""
+        head = self.head
+        z = F.linear(hidden.to(self.dtype), head["weight"], head["bias"]).float() * head["logit_scale"]
+        return z if head["softcap"] is None else head["softcap"] * torch.tanh(z / head["softcap"])
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def new_policy(hidden_size: int, layers: int, seed: int, device: torch.device) -> Policy:
+    """A small Qwen2 with random weights and a tokenizer of bytes: any text, no file, 258 tokens."""
+    tokenizer = byte_tokenizer()
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 64,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = Qwen2ForCausalLM(config)
+    return Policy(model, tokenizer, device)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    specials = ["<pad>", "<eos>"]
+    tokens = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def load_policy(name: str, device: torch.device) -> Policy:
+    """A causal LM by folder or name. Raises ValueError where it cannot be loaded or its head is not what
+    `Policy.head` says."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {name} cannot be loaded: {error}") from error
+    if device.type == "cuda" and model.config.model_type == "qwen2":
+        _patch_with_liger(model)
+    policy = Policy(model, tokenizer, device)
+    _check_head(policy)
+    return policy
+
+
+def _patch_with_liger(model: PreTrainedModel) -> None:
+    """Liger's kernels for the backbone, where they are installed; the head and the loss are ours."""
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen2
+    except ImportError:
+        return
+    apply_liger_kernel_to_qwen2(cross_entropy=False, fused_linear_cross_entropy=False, model=model)
+
+
+@torch.no_grad()
+def _check_head(policy: Policy) -> None:
+    # An architecture that does something else to its logits would otherwise train on wrong log-probs.
+    lm_head = policy.model.get_output_embeddings()
+    head = policy.head | dict(weight=lm_head.weight, bias=getattr(lm_head, "bias", None))
+    tokens = torch.arange(min(8, len(lm_head.weight)), device=policy.device).unsqueeze(0)
+    hidden = policy.backbone(tokens, use_cache=False).last_hidden_state[0]
+    logits = policy.model(tokens, use_cache=False).logits[0]
+    want, targets = logits.log_softmax(-1).max(-1)
+    got = linear_logprob(hidden, targets=targets, **head).logprob
+    if not torch.allclose(got, want, rtol=0, atol=1e-3 * max(1.0, float(logits.abs().max()))):
+        raise ValueError(
+            f"a {policy.model.config.model_type} model does something to its logits that is not known here: "
+            "its log-probs are not those of its hidden states and lm_head"
+        )

@@ -1,0 +1,173 @@
+"""The `covgrpo` command: what it imports, what it says, how it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from covgrpo_kernels import cli
+from covgrpo_kernels.grpo.config import TrainConfig
+
+SMALL = [
+    *("--hidden-size", "64", "--layers", "1", "--task", "arithmetic", "--difficulty", "1", "--max-new-tokens", "4"),
+    *("--prompts-per-step", "2", "--group-size", "4", "--minibatch-prompts", "2", "--eval-problems", "4"),
+    *("--warm-start-steps", "2", "--checkpoint-every", "2"),
+]
+needs_extra = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in cli.NEEDED), reason="needs the extra grpo"
+)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "covgrpo_kernels", *arguments]
+
+
+def test_help_is_light() -> None:
+    """Nothing beyond what the package itself imports."""
+    code = (
+        "import sys, covgrpo_kernels; from covgrpo_kernels.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'transformers', 'matplotlib', 'rich', 'tokenizers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(name in result.stdout for name in ("train", "demo", "doctor"))
+
+
+def test_every_option_of_a_run_is_an_option_of_train(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')} " in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--group-size", "1"], "group_size must be >= 2, got 1"),
+        (["--lr", "0"], "lr must be > 0"),
+        (["--minibatch-prompts", "5"], "minibatch_prompts must divide"),
+        (["--grad-tol", "tiny"], "grad_tol must be"),
+    ],
+)
+@needs_extra
+def test_wrong_values(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--weighting", "cov"], ["--steps", "many"], ["--stepz", "3"]])
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", *arguments])
+    assert end.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train", "demo"])
+def test_missing_extra(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "matplotlib" else real(n))
+    assert cli.main([name, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "needs matplotlib" in error
+    assert "pip install 'covgrpo-kernels[grpo]'" in error
+    assert not (tmp_path / "out").exists()
+
+
+@needs_extra
+def test_train_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert cli.main(["train", "--out", str(out), *SMALL, "--steps", "2"]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        *("config.json", "warm_start", "metrics.jsonl", "checkpoint.pt", "model", "report.png")
+    }
+    assert cli.main(["train", "--out", str(out), *SMALL, "--steps", "3"]) == 0
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+    capsys.readouterr()
+    assert cli.main(["train", "--out", str(out), *SMALL, "--steps", "3", "--lr", "0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "--lr" in error
+    assert "another --out" in error
+
+
+@needs_extra
+def test_unusable_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c"}\n')
+    for arguments, message in (
+        (["--data", str(tmp_path / "rows.jsonl")], "line 2: 'answer'"),
+        (["--data", str(tmp_path / "none.jsonl")], "none.jsonl"),
+        (["--model", str(tmp_path)], f"model {tmp_path} cannot be loaded"),
+        (["--device", "abacus"], "device abacus"),
+    ):
+        assert cli.main(["train", *out, *SMALL, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    # None of these made a run of the folder, whose options the next command would have to repeat.
+    assert cli.main(["train", *out, *SMALL, "--steps", "1"]) == 0
+
+
+@needs_extra
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both runs start from the same warm start and see the same problems; a finished demo is shown again."""
+    out = tmp_path / "demo"
+    options = vars(cli._parser().parse_args(["train", *SMALL]))
+    options.pop("command")
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # other tests want theirs
+    monkeypatch.setattr(cli, "DEMO", dataclasses.replace(cli.DEMO, **options))
+    arguments = ["demo", "--out", str(out), "--steps", "2"]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "CW-GRPO" in shown
+    assert "report.png" in shown
+    assert (out / "report.png").stat().st_size > 10_000
+    runs = [(out / name / "metrics.jsonl").read_text() for name in ("none", "covariance")]
+    first = [json.loads(run.splitlines()[1]) for run in runs]
+    for name in ("reward/mean", "response/tokens", "entropy"):
+        assert first[0][name] == first[1][name]
+    assert json.loads((out / "none" / "config.json").read_text())["weighting"] == "none"
+    assert cli.main(arguments) == 0
+    assert "CW-GRPO" in capsys.readouterr().out
+    assert [(out / name / "metrics.jsonl").read_text() for name in ("none", "covariance")] == runs
+
+
+@needs_extra
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_interrupt(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command("train", "--out", str(out), *SMALL, "--steps", "5000"),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # even where tests ignore it
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (out / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in error
+    assert "Traceback" not in error
+
+
+def test_doctor_is_wired(monkeypatch: pytest.MonkeyPatch) -> None:
+    doctor = pytest.importorskip("covgrpo_kernels.doctor")
+    monkeypatch.setattr(doctor, "main", lambda: 7)
+    assert cli.main(["doctor"]) == 7

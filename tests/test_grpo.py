@@ -1,0 +1,749 @@
+"""The minimal GRPO loop: exact rewards, exact log-probs, exact accumulation, exact resumption."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from covgrpo_kernels import linear_logprob  # noqa: E402
+from covgrpo_kernels.grpo import checkpoint, tasks  # noqa: E402
+from covgrpo_kernels.grpo import train as training  # noqa: E402
+from covgrpo_kernels.grpo.config import LOSS_TYPES, TASKS, TrainConfig  # noqa: E402
+from covgrpo_kernels.grpo.policy import Policy, byte_tokenizer, load_policy, new_policy  # noqa: E402
+from covgrpo_kernels.grpo.rollout import (  # noqa: E402
+    Batch,
+    encode_solutions,
+    finished,
+    group_advantages,
+    sample,
+    texts,
+)
+from covgrpo_kernels.grpo.train import TrainingError, train  # noqa: E402
+
+CPU = torch.device("cpu")
+# After this warm start about one response in seven is right, a guess: groups differ, so every step learns.
+TINY = TrainConfig(
+    hidden_size=64,
+    layers=1,
+    warm_start_steps=25,
+    warm_start_reward=1.0,
+    warm_start_lr=5e-3,
+    task="arithmetic",
+    difficulty=1,
+    steps=4,
+    prompts_per_step=4,
+    group_size=8,
+    max_new_tokens=4,
+    inner_steps=2,
+    minibatch_prompts=2,
+    checkpoint_every=2,
+    eval_every=2,
+    eval_problems=8,
+    warmup_steps=2,
+    lr=1e-3,
+    beta=0.0,
+    temperature=1.0,
+)
+
+
+def tiny(out: Path, **changes: object) -> TrainConfig:
+    return dataclasses.replace(TINY, out=str(out), **changes)
+
+
+def metrics(out: Path) -> list[dict]:
+    """What must not depend on when a run was interrupted."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds/")} for line in lines]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """So small a model gains nothing from threads, and loses much to other tests' threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return new_policy(64, 2, seed=0, device=CPU)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    train(tiny(out))
+    return out
+
+
+# --- tasks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("difficulty", range(1, 9))
+@pytest.mark.parametrize("name", TASKS)
+def test_generated_problems(name: str, difficulty: int) -> None:
+    task, again, other = (tasks.generated_task(name, difficulty, seed) for seed in (3, 3, 4))
+    training_half = [task.training_problem("train", i) for i in range(200)]
+    held_out = [task.held_out_problem(i) for i in range(50)]
+    for problem in training_half + held_out:
+        assert problem.is_correct(problem.solution)
+        assert problem.is_correct(f" {problem.solution} ")
+        assert not problem.is_correct("")
+        assert not problem.is_correct(problem.solution + "0")
+    assert not {p.prompt for p in training_half} & {p.prompt for p in held_out}
+    # A function of seed, stream and index, whatever was asked before.
+    prompts = [p.prompt for p in training_half]
+    assert prompts == [again.training_problem("train", i).prompt for i in reversed(range(200))][::-1]
+    assert prompts != [other.training_problem("train", i).prompt for i in range(200)]
+    assert prompts != [task.training_problem("warm start", i).prompt for i in range(200)]
+    assert [p.prompt for p in held_out] == [other.held_out_problem(i).prompt for i in range(50)]
+
+
+def test_arithmetic_is_right() -> None:
+    rng = random.Random(0)
+    for difficulty in range(1, 9):
+        for _ in range(50):
+            problem = tasks.modular_arithmetic(rng, difficulty)
+            start, *operations, _, modulus, _ = problem.prompt.split()
+            value, steps = int(start), []
+            for operation in operations:
+                a, b = value, int(operation[1:])
+                value = {"+": a + b, "-": a - b, "*": a * b}[operation[0]] % int(modulus)
+                steps.append(str(value))
+            assert len(steps) == difficulty
+            assert problem.solution == " ".join(steps)
+            for answer in range(int(modulus)):
+                assert problem.is_correct(f"1 2 {answer}") == (answer == value)
+
+
+def test_arithmetic_takes_the_last_number() -> None:
+    problem = tasks.Problem("", "", lambda response: tasks._ends_with(response, answer=7))
+    for response in ("7", "3 7", "1 2 7 ", "\t7\n"):
+        assert problem.is_correct(response), response
+    for response in ("07", "17", "-7", "7.", "7 3", "x7", "7a", "\u0667", "", " "):
+        assert not problem.is_correct(response), response
+
+
+@pytest.mark.parametrize("response", ["3*7+5", "5+7*3", " (3*7) + 5 ", "2+3*7+3", "26", "(((((26)))))", "28-2"])
+def test_countdown_takes_any_expression(response: str) -> None:
+    assert tasks._reaches(response, numbers=[3, 7, 5, 3, 2, 26, 28], target=26)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        *(
+            "3*7+5=26",
+            "7+7+7+5",
+            "3*7+5+3-3",
+            "26",
+            "3*7",
+            "3*7+5-0",
+            "3*7+5*1",
+            "7*3+3+2",
+            "3+7+5+3+7+1",
+            "21+5",
+        ),  # value or numbers
+        *("3**3-1", "3*7--5", "-5+3*7+10", "+3*7+5", "3*7+5;", "3*7+05", "0x3*7+5", "3.0*7+5", "3*7+5.0"),
+        *(
+            "3(7)+5",
+            "3*7+5 #",
+            "3*7\n+5",
+            "3,7,5",
+            "(3*7+5",
+            "3*7+5)",
+            "",
+            " ",
+            "+",
+            "()",
+            "3 7 5",
+            "5+3*7+()",
+        ),
+        *("__import__('os')", "x", "³*7+5", "٣*7+5", "3*7+5" + " " * 500 + "+0", "(" * 5000, "(" * 90 + "1"),
+        *("3*7" + "+5" * 99, "9" * 5000, "1_0+16", "3*7+5 if 1 else 0", "26 or 1", "3//1*7+5", "~3"),
+    ],
+)
+def test_countdown_takes_nothing_else(response: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not tasks._reaches(response, numbers=[3, 7, 5], target=26)
+
+
+def test_problems_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    rows = [{"prompt": f"say {i}", "answer": f" {i} ", "source": "extra keys are fine"} for i in range(40)]
+    path.write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
+    task = tasks.file_task(str(path), seed=0)
+    drawn = [task.training_problem("train", i) for i in range(500)]
+    held_out = [task.held_out_problem(i) for i in range(100)]
+    assert len({p.prompt for p in drawn}) == 36
+    assert len({p.prompt for p in held_out}) == 4
+    assert not {p.prompt for p in drawn} & {p.prompt for p in held_out}
+    for problem in drawn:
+        number = problem.prompt.split()[1]
+        assert problem.is_correct(f"\n{number} ")
+        assert not problem.is_correct(f"{number}0")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{'prompt': 1}", "line 3: not JSON"),
+        ('{"prompt": "a", "answer": "b"', "line 3: not JSON"),
+        ("[1, 2]", "line 3: not an object"),
+        ('{"prompt": "a"}', "line 3: 'answer' must be"),
+        ('{"answer": "a"}', "line 3: 'prompt' must be"),
+        ('{"prompt": "a", "answer": 3}', "line 3: 'answer' must be"),
+        ('{"prompt": " ", "answer": "3"}', "line 3: 'prompt' must be"),
+        ("\udcff", "line 3: not JSON"),
+    ],
+)
+def test_malformed_rows(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    good = '{"prompt": "a", "answer": "b"}\n{"prompt": "b", "answer": "b"}\n'
+    path.write_bytes((good + line + "\n").encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=message):
+        train(tiny(tmp_path / "out", data=str(path)))
+    assert not (tmp_path / "out").exists()  # before any work
+
+
+def test_one_prompt_cannot_be_split(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n' * 3)
+    with pytest.raises(ValueError, match="two different prompts"):
+        tasks.file_task(str(path), seed=0)
+
+
+# --- policy ------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_takes_any_text(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    new_policy(64, 1, 0, CPU).model.save_pretrained(tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("3 7 5 -> 26 :", "  a\n\tb'll  ", "é漢字🙂", "\x00\x7f", "123456"):
+        ids = tokenizer(text).input_ids
+        assert len(ids) == len(text.encode())
+        assert tokenizer.decode(ids) == text
+        assert loaded(text).input_ids == ids
+        assert loaded.decode(ids) == text
+    assert (loaded.pad_token_id, loaded.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+
+
+def random_model(family: str, tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.PreTrainedModel:
+    common = dict(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        initializer_range=0.5,
+    )  # fmt: skip
+    config = {
+        "qwen2": lambda: transformers.Qwen2Config(**common),
+        "llama": lambda: transformers.LlamaConfig(**common),
+        "gemma2": lambda: transformers.Gemma2Config(**common, final_logit_softcapping=3.0, sliding_window=8),
+        "granite": lambda: transformers.GraniteConfig(**common, logits_scaling=8.0),
+        "cohere": lambda: transformers.CohereConfig(**common, logit_scale=0.3),
+        "gpt_neox": lambda: transformers.GPTNeoXConfig(**common),
+        "phi": lambda: transformers.PhiConfig(**common),  # its head has a bias
+        "gpt2": lambda: transformers.GPT2Config(**common),  # its positions are absolute
+    }[family]()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        torch.nn.init.normal_(head.bias)
+    return model.eval()
+
+
+FAMILIES = ["qwen2", "llama", "gemma2", "granite", "cohere", "gpt_neox", "phi", "gpt2"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_causal_lm(family: str, tmp_path: Path) -> None:
+    """Sampling, scoring and the model itself agree, whatever the architecture does to its logits."""
+    tokenizer = byte_tokenizer()
+    model = random_model(family, tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), CPU)
+    prompts = ["1 +1 =", "a much longer prompt :", "x"]
+    batch = sample(policy, prompts, 2, max_new_tokens=12, temperature=0)
+    for row, prompt in enumerate(p for p in prompts for _ in range(2)):
+        ids = torch.tensor([tokenizer(prompt).input_ids])
+        want = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )[0, ids.shape[1] :]
+        assert batch.responses[row][batch.mask[row]].tolist() == want.tolist()
+        # The log-probs that training uses, from a padded batch, against the model's own logits, unpadded.
+        logits = model(torch.cat([ids[0], want]).unsqueeze(0)).logits[0, ids.shape[1] - 1 : -1]
+        expected = (logits.double() / 0.7).log_softmax(-1).gather(-1, want.unsqueeze(-1)).squeeze(-1)
+        config = dataclasses.replace(TINY, temperature=0.7)
+        got = training.logprobs(policy, batch, config)[row][batch.mask[row]]
+        bound = 64 * torch.finfo(torch.float32).eps * logits.abs().max().item() / 0.7
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=bound)
+
+
+def test_unknown_head_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer()
+    random_model("granite", tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    head = Policy.head.fget
+    monkeypatch.setattr(Policy, "head", property(lambda self: head(self) | {"logit_scale": 1.0}))
+    with pytest.raises(ValueError, match="granite"):
+        load_policy(str(tmp_path), CPU)
+
+
+def test_the_logits_are_never_built(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the head ran as a layer")
+
+    monkeypatch.setattr(policy.model.get_output_embeddings(), "forward", refuse)
+    batch = encode_solutions(policy, ["1 +1 =", "2"], ["2", "34"])
+    assert batch.hidden(policy).shape == (2, 3, 64)
+
+
+# --- rollouts ----------------------------------------------------------------------------------------------
+
+
+def test_end_of_sequence(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end-of-sequence token is part of a response, nothing after it is; a response without one was cut
+    off. The sampler's choices are scripted."""
+    eos, pad = int(policy.eos_ids[0]), policy.pad_id
+    script = torch.tensor([[5, eos, 6, 7], [eos, 5, 5, 5], [8, 9, 8, 9]])
+    steps = iter(script.T)
+    width = policy.model.config.vocab_size
+    monkeypatch.setattr(
+        Policy, "logits", lambda self, hidden: torch.nn.functional.one_hot(next(steps), width).float() * 100
+    )
+    batch = sample(policy, ["ab", "c", "d"], 1, max_new_tokens=4, temperature=0)
+    assert batch.responses.tolist() == [[5, eos, pad, pad], [eos, pad, pad, pad], [8, 9, 8, 9]]
+    assert batch.mask.tolist() == [[True, True, False, False], [True, False, False, False], [True] * 4]
+    assert batch.attention.tolist() == [[1, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
+    assert finished(policy, batch).tolist() == [True, True, False]
+    decode = policy.tokenizer.decode
+    assert texts(policy, batch) == [decode([5]), "", decode([8, 9, 8, 9])]
+
+
+def test_sampling_stops_when_all_have_ended(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    eos = int(policy.eos_ids[0])
+    logits = torch.zeros(4, policy.model.config.vocab_size).index_fill(1, torch.tensor([eos]), 1e4)
+    monkeypatch.setattr(Policy, "logits", lambda self, hidden: logits)
+    batch = sample(policy, ["ab", "c"], 2, max_new_tokens=9, temperature=1.0)
+    assert batch.mask.shape == (4, 1)
+
+
+def test_cut_off_responses_get_no_reward(policy: Policy) -> None:
+    problems = [tasks.Problem("", "", lambda text: text == "7")] * 3
+    batch = encode_solutions(policy, ["a"] * 3, ["7", "7", "8"])
+    assert training.reward(policy, batch, problems).tolist() == [1, 1, 0]
+    cut = Batch(batch.tokens.clone(), batch.attention, batch.mask)
+    cut.tokens[1, -1] = 9
+    cut.mask[1, -1] = False  # "7", and no end of sequence
+    assert training.reward(policy, cut, problems).tolist() == [1, 0, 0]
+
+
+def test_sampling_follows_the_temperature(policy: Policy) -> None:
+    """The first token's frequencies against the softmax the loss scores with, by a chi-squared test."""
+    draws, temperature = 20_000, 0.3
+    generator = torch.Generator().manual_seed(0)
+    batch = sample(policy, ["1 +1 ="], draws, 1, temperature, generator)
+    counts = batch.responses[:, 0].bincount(minlength=policy.model.config.vocab_size)
+    states = policy.run_backbone(batch.tokens[:1, :-1], batch.attention[:1, :-1]).last_hidden_state[:, -1]
+    expected = draws * (policy.logits(states)[0] / temperature).softmax(-1)
+    common = expected > 20
+    assert common.sum() > 10
+    statistic = ((counts - expected)[common].square() / expected[common]).sum() / common.sum()
+    assert statistic < 2
+    assert (expected[common].max() / expected[common].min()) > 3  # the temperature shows
+    again = sample(policy, ["1 +1 ="], draws, 1, temperature, torch.Generator().manual_seed(0))
+    assert torch.equal(again.tokens, batch.tokens)
+
+
+def test_group_advantages() -> None:
+    rewards = torch.tensor([1.0, 0, 0, 1, 0.1, 0.1, 0.1, 0.1, 0, 0, 0, 0, 1, 1, 1, 0])
+    got = group_advantages(rewards, 4).view(4, 4)
+    assert (got[1] == 0).all()  # although the mean of 0.1 four times need not be 0.1
+    assert (got[2] == 0).all()
+    for row in (0, 3):
+        group = rewards.view(4, 4)[row].double()
+        torch.testing.assert_close(got[row].double(), (group - group.mean()) / (group.std() + 1e-4))
+    for size in range(2, 40):
+        assert (group_advantages(torch.full((size,), 0.1), size) == 0).all()
+
+
+# --- the update --------------------------------------------------------------------------------------------
+
+
+def gradients(config: TrainConfig, policy: Policy, reference: Policy | None) -> tuple[list[torch.Tensor], dict]:
+    """What one optimiser step sees and reports. About every second response counts as right."""
+    policy = copy.deepcopy(policy)
+    seen: list[torch.Tensor] = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            seen.extend(p.grad.clone() for group in self.param_groups for p in group["params"])
+
+    optimizer = Recorder(policy.model.parameters(), lr=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "reward", lambda policy, batch, problems: (batch.responses.sum(1) % 2).float())
+        reported = training.train_step(1, policy, reference, optimizer, training.make_task(config), config)
+    assert 0.2 < reported["reward/mean"] < 0.8
+    return seen, reported
+
+
+@pytest.mark.parametrize("weighting", ["none", "covariance"])  # the others choose among a batch's tokens
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_accumulation_is_exact(policy: Policy, loss_type: str, weighting: str) -> None:
+    whole = dataclasses.replace(
+        TINY, loss_type=loss_type, weighting=weighting, beta=0.1, entropy_coef=0.01, grad_tol="0",
+        minibatch_prompts=None, inner_steps=1, max_new_tokens=6, max_grad_norm=1e9,
+    )  # fmt: skip
+    reference = new_policy(64, 2, seed=1, device=CPU)
+    want, reported = gradients(whole, policy, reference)
+    got, in_parts = gradients(dataclasses.replace(whole, microbatch_prompts=1), policy, reference)
+    assert sum(float(g.abs().sum()) for g in want) > 0
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()))
+    for name in ("loss", "loss/policy", "loss/kl", "optim/grad_norm", "weight/max", "weight/min"):
+        assert in_parts[name] == pytest.approx(reported[name], rel=1e-4, abs=1e-6), name
+
+
+def test_minibatches_are_whole_groups_and_cover_the_batch(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are numbered by their advantages; the loss sees every group once in each round."""
+    config = dataclasses.replace(TINY, prompts_per_step=6, minibatch_prompts=2, inner_steps=6)
+    seen: list[list[int]] = []
+
+    rows = torch.arange(48.0)
+    batch = encode_solutions(policy, [str(i) for i in range(48)], ["1"] * 48)
+    data = training.Rollout(batch, rows, rows.unsqueeze(1).expand(48, 2), None)
+    real = training.covgrpo_loss
+
+    def record(hidden: torch.Tensor, **arguments: torch.Tensor) -> object:
+        seen.append(arguments["advantages"].long().tolist())
+        assert torch.equal(arguments["advantages"], arguments["old_logprobs"][:, 0])
+        return real(hidden, **(arguments | {"old_logprobs": None}))
+
+    monkeypatch.setattr(training, "covgrpo_loss", record)
+    optimizer = torch.optim.SGD(copy.deepcopy(policy).model.parameters(), lr=0.0)
+    training.update(1, data, policy, optimizer, config, torch.Generator().manual_seed(0))
+    assert len(seen) == 6
+    for minibatch in seen:
+        for group in (minibatch[:8], minibatch[8:]):
+            assert group == list(range(group[0], group[0] + 8))
+            assert group[0] % 8 == 0
+    for rounds in (seen[:3], seen[3:]):
+        assert sorted(row for minibatch in rounds for row in minibatch) == list(range(48))
+
+
+def test_first_inner_step_has_ratio_one(policy: Policy) -> None:
+    config = dataclasses.replace(TINY, inner_steps=1, minibatch_prompts=None)
+    _, reported = gradients(config, policy, None)
+    assert reported["ratio/mean"] == pytest.approx(1, abs=1e-5)
+    assert reported["ratio/max"] == pytest.approx(1, abs=1e-5)
+    assert reported["clip/low"] == reported["clip/high"] == 0
+
+
+def test_kl_is_to_the_starting_policy(policy: Policy) -> None:
+    config = dataclasses.replace(TINY, inner_steps=1, minibatch_prompts=None, beta=0.5)
+    _, same = gradients(config, policy, copy.deepcopy(policy))
+    assert abs(same["kl"]) < 1e-6
+    _, other = gradients(config, policy, new_policy(64, 2, seed=1, device=CPU))
+    assert other["kl"] > 1e-3
+
+
+def test_learns(tmp_path: Path) -> None:
+    """From a policy that is right now and then to one that mostly is."""
+    data = tmp_path / "dice.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": str(i), "answer": "ab"[i % 7 == 0]}) for i in range(70)))
+    changes = dict(data=str(data), prompts_per_step=16, minibatch_prompts=16, eval_every=0, checkpoint_every=100)
+    train(tiny(tmp_path / "out", steps=20, warm_start_steps=12, **changes))
+    rewards = [row["reward/mean"] for row in metrics(tmp_path / "out")[1:]]
+    assert 0.1 < sum(rewards[:3]) / 3 < 0.3
+    assert sum(rewards[-3:]) / 3 > 0.5
+
+
+# --- runs --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves(uninterrupted: Path) -> None:
+    rows = metrics(uninterrupted)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert ["eval/accuracy" in row for row in rows] == [True, False, True, False, True]
+    for row in rows[1:]:
+        assert row.keys() >= {
+            "reward/mean", "reward/std", "reward/equal_groups", "response/length", "response/truncated",
+            "response/tokens", "loss", "loss/policy", "optim/grad_norm", "optim/lr", "entropy", "kl",
+            "ratio/max", "clip/low", "covariance/q50", "weight/ess", "rows/live_fraction",
+        }  # fmt: skip
+    assert all(0 < row["reward/mean"] < 1 for row in rows[1:])  # or the tests below would test nothing
+    assert [row["optim/lr"] for row in rows[1:]] == [5e-4, 1e-3, 1e-3, 1e-3]
+    timed = json.loads((uninterrupted / "metrics.jsonl").read_text().splitlines()[1])
+    assert timed["seconds/rollout"] > 0
+    assert timed["seconds/update"] > 0
+    assert (uninterrupted / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(uninterrupted.rglob("*.tmp"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(uninterrupted / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(uninterrupted / "model")
+    state = torch.load(uninterrupted / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 4
+    assert all(torch.equal(p, state["model"][name]) for name, p in model.state_dict().items())
+    assert tokenizer.decode(tokenizer("1 +1").input_ids) == "1 +1"
+
+
+def test_runs_are_reproducible(uninterrupted: Path, tmp_path: Path) -> None:
+    train(tiny(tmp_path))
+    assert metrics(tmp_path) == metrics(uninterrupted)
+    train(tiny(tmp_path / "seed", seed=1))
+    assert metrics(tmp_path / "seed") != metrics(uninterrupted)
+
+
+def test_every_step_has_its_own_randomness(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in every run, another one for every step and seed."""
+
+    class Seen(Exception):
+        pass
+
+    def stop(*arguments: torch.Generator) -> None:
+        raise Seen(arguments[-1].initial_seed())
+
+    def seed_of(seed: int, step: int) -> int:
+        with pytest.raises(Seen) as seen:
+            training.train_step(step, policy, None, optimizer, task, dataclasses.replace(TINY, seed=seed))
+        return seen.value.args[0]
+
+    monkeypatch.setattr(training, "rollout", stop)
+    optimizer, task = torch.optim.SGD(policy.model.parameters()), training.make_task(TINY)
+    pairs = [(seed, step) for seed in range(5) for step in range(1, 20)]
+    seeds = [seed_of(*pair) for pair in pairs]
+    assert len(set(seeds)) == len(pairs)
+    assert seeds == [seed_of(*pair) for pair in pairs]
+
+
+def test_a_finished_run_is_left_as_it_is(uninterrupted: Path) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    train(tiny(uninterrupted))
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_more_steps_continue_a_run(uninterrupted: Path, tmp_path: Path) -> None:
+    train(tiny(tmp_path, steps=2))
+    train(tiny(tmp_path, checkpoint_every=3))
+    assert metrics(tmp_path) == metrics(uninterrupted)
+
+
+@pytest.mark.parametrize("option", ["seed", "weighting", "lr", "beta", "group_size", "warm_start_steps"])
+def test_other_options_do_not_continue_a_run(uninterrupted: Path, option: str) -> None:
+    value = {"weighting": "none", "group_size": 16}.get(option, 7)
+    with pytest.raises(TrainingError, match=f"--{option.replace('_', '-')} .* not {value}"):
+        train(tiny(uninterrupted, **{option: value}))
+
+
+class Killed(BaseException):
+    """Nothing in the program may catch this, as nothing can catch a kill."""
+
+
+def test_a_crash_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is stopped at its k-th write, sync or rename, for every k (the writes leave half of their bytes);
+    then it is resumed."""
+    countdown = [0]
+
+    def tick() -> None:
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            raise Killed
+
+    real_replace, real_fsync, real_save, real_line = (
+        os.replace, os.fsync, torch.save, checkpoint.MetricsFile.append,
+    )  # fmt: skip
+
+    def replace(*arguments: object) -> None:
+        tick()
+        real_replace(*arguments)
+
+    def fsync(descriptor: int) -> None:
+        tick()
+        real_fsync(descriptor)
+
+    def save(state: object, file: object) -> None:
+        try:
+            tick()
+        except Killed:
+            file.write(b"half a checkpoint")
+            file.flush()
+            raise
+        real_save(state, file)
+
+    def append(self: checkpoint.MetricsFile, row: dict) -> None:
+        try:
+            tick()
+        except Killed:
+            self._file.write(checkpoint._line(row)[:-9])
+            self._file.flush()
+            raise
+        real_line(self, row)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(checkpoint.MetricsFile, "append", append)
+    monkeypatch.setattr(training, "save_report", lambda runs, path: None)  # slow, and the last write of all
+    options = {"steps": 3, "warm_start_steps": 5, "eval_problems": 1, "inner_steps": 1}
+    train(tiny(tmp_path / "whole", **options))
+    want = metrics(tmp_path / "whole")
+    weights = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)["model"]
+    crashes, k = 0, 0
+    while True:
+        k += 1
+        out = tmp_path / str(k)
+        countdown[0] = k
+        try:
+            train(tiny(out, **options))
+        except Killed:
+            crashes += 1
+        else:
+            break
+        countdown[0] = 0
+        train(tiny(out, **options))
+        assert metrics(out) == want, k
+        state = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+        assert all(torch.equal(state[name], weights[name]) for name in weights), k
+        transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+    assert crashes > 30
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_kill_and_resume(tmp_path: Path) -> None:
+    """kill -9 of the command, wherever it is after some steps, twice; the third run ends it."""
+    options = {"steps": 40, "checkpoint_every": 3, "eval_every": 10}
+    train(tiny(tmp_path / "whole", **options))
+    out = tmp_path / "killed"
+    config = tiny(out, **options)
+    arguments = []
+    for field in dataclasses.fields(config):
+        if (value := getattr(config, field.name)) is not None:
+            arguments += [f"--{field.name.replace('_', '-')}", str(value)]
+    rng, reached = random.Random(0), 0
+    for _ in range(2):
+        command = subprocess.Popen(
+            [sys.executable, "-m", "covgrpo_kernels", "train", *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        lines = out / "metrics.jsonl"
+        while command.poll() is None and (not lines.exists() or lines.read_bytes().count(b"\n") < reached + 6):
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.2)
+        command.kill()
+        assert command.wait() == -signal.SIGKILL
+        reached = lines.read_bytes().count(b"\n")
+        assert 6 <= reached < 41
+    train(config)
+    assert metrics(out) == metrics(tmp_path / "whole")
+
+
+def test_nan_stops_the_run(uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = training.covgrpo_loss, [0]
+
+    def poisoned(*arguments: object, **named: object) -> object:
+        calls[0] += 1
+        result = real(*arguments, **named)
+        return result._replace(loss=result.loss * float("nan")) if calls[0] == 6 else result
+
+    monkeypatch.setattr(training, "covgrpo_loss", poisoned)
+    with pytest.raises(TrainingError, match=r"step 3, inner step 2.*nan"):
+        train(tiny(tmp_path))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 2
+    assert all(bool(value.isfinite().all()) for value in state["model"].values())
+    assert len(metrics(tmp_path)) == 3
+    monkeypatch.undo()
+    train(tiny(tmp_path))
+    assert metrics(tmp_path) == metrics(uninterrupted)
+
+
+@pytest.mark.parametrize("weighting", ["none", "clip_cov", "kl_cov"])
+def test_every_weighting_resumes(tmp_path: Path, weighting: str) -> None:
+    train(tiny(tmp_path / "whole", weighting=weighting, beta=0.01))
+    train(tiny(tmp_path / "parts", weighting=weighting, beta=0.01, steps=2))
+    train(tiny(tmp_path / "parts", weighting=weighting, beta=0.01))
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_training_a_saved_model(tmp_path: Path, family: str) -> None:
+    tokenizer = byte_tokenizer()
+    random_model(family, tokenizer).save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    config = tiny(tmp_path / "out", model=str(tmp_path / "start"), warm_start_steps=None, steps=2, beta=0.1)
+    train(config)
+    assert not (tmp_path / "out" / "warm_start").exists()
+    rows = metrics(tmp_path / "out")
+    assert len(rows) == 3
+    assert abs(rows[1]["ratio/mean"] - 1) < 0.2
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert loaded.config.model_type == family
+
+
+def test_log_probs_of_the_warm_start(policy: Policy) -> None:
+    """What the warm start minimises is the cross-entropy of solution and end-of-sequence token."""
+    batch = encode_solutions(policy, ["1 +1 =", "2"], ["2", "345"])
+    targets = batch.responses.where(batch.mask, -100)
+    got = linear_logprob(batch.hidden(policy), targets=targets, **policy.head).logprob
+    for row, (prompt, solution) in enumerate([("1 +1 =", "2"), ("2", "345")]):
+        prompt_ids, ids = (policy.tokenizer(t).input_ids for t in (prompt, solution))
+        ids = [*ids, policy.tokenizer.eos_token_id]
+        logits = policy.model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1]
+        want = -torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="none")
+        torch.testing.assert_close(got[row][batch.mask[row]], want, rtol=0, atol=1e-5)
+        assert batch.mask[row].sum() == len(ids)
+
+
+# --- options -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("group_size", 1, ValueError),
+        ("group_size", 2.5, TypeError),
+        ("steps", 0, ValueError),
+        ("steps", True, TypeError),
+        ("lr", 0.0, ValueError),
+        ("lr", float("nan"), ValueError),
+        ("lr", "fast", TypeError),
+        ("beta", -1.0, ValueError),
+        ("temperature", 0, ValueError),
+        ("difficulty", 9, ValueError),
+        ("weighting", "cov", ValueError),
+        ("loss_type", "ppo", ValueError),
+        ("hidden_size", 96, ValueError),
+        ("minibatch_prompts", 3, ValueError),
+        ("microbatch_prompts", 7, ValueError),
+        ("grad_tol", "small", ValueError),
+        ("grad_tol", "-1", ValueError),
+        ("grad_tol", "nan", ValueError),
+        ("out", None, TypeError),
+    ],
+)
+def test_wrong_options(option: str, value: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match=option):
+        dataclasses.replace(TINY, **{option: value})
