@@ -1,39 +1,59 @@
-# make demo   train GRPO and CW-GRPO from one warm start, end with a table and runs/demo/report.png
-# make test   all the tests                  make test-deep   longer grids, run by hand
-# make lint   ruff and mypy                  make clean       remove the virtual environment
+# make demo       train GRPO and CW-GRPO from one warm start; ends with a table and runs/demo/report.png
+# make test       all the tests
+# make test-deep  the long grids as well, run by hand
+# make lint       ruff and mypy
+# make clean      remove the environment and what was built
 #
-# The torch build is a variable: TORCH=torch==2.12.1, or a smaller or different wheel by its index,
-# TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Each makes the environment VENV first, if it is not there or not of this torch build. VENV belongs to make: an
+# unfinished one, or one of another build, is made anew. Which torch build:
+#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu     the same version from another index
+#   make test TORCH=torch==2.12.1 TRITON=triton==3.6.0             other versions; TRITON= for none
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 TORCH_INDEX ?=
+WORKERS ?= logical
+
 RUN := $(VENV)/bin/python
-STAMP := $(VENV)/.ready-$(subst /,_,$(TORCH)-$(TRITON))
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+REQUIREMENTS := "$(TORCH)" $(if $(TRITON),"$(TRITON)")
+
+# The file is written last and holds the build, so that an interrupted or different installation has no right one.
+READY := $(VENV)/.ready
+BUILD := $(strip $(TORCH) $(TRITON) $(TORCH_INDEX))
+ifneq ($(BUILD),$(strip $(shell cat $(READY) 2>/dev/null)))
+.PHONY: $(READY)
+NEW_VENV = $(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV)
+endif
 
 .PHONY: demo test test-deep lint clean
 
-$(STAMP): pyproject.toml setup.py constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(RUN) -m pip install --quiet -c constraints.txt "$(TORCH)" "$(TRITON)" setuptools
-	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]" "$(TORCH)" "$(TRITON)"
-	touch $@
-
-demo: $(STAMP)
+demo: $(READY)
 	$(RUN) -m covgrpo_kernels demo --out runs/demo
 
-test: $(STAMP)
-	$(RUN) -m pytest -n auto -m "not deep"
+# One torch thread in each of the workers, which are as many as the processors: more of both only wait.
+test test-deep: export OMP_NUM_THREADS = 1
+test: $(READY)
+	$(RUN) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -m "not deep"
 
-test-deep: $(STAMP)
-	$(RUN) -m pytest -n auto
+test-deep: export HYPOTHESIS_PROFILE = deep
+test-deep: $(READY)
+	$(RUN) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-lint: $(STAMP)
+lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+$(READY): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	rm -f $@
+	$(NEW_VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PIP) -c constraints.txt $(REQUIREMENTS) setuptools
+	$(PIP) -c constraints.txt $(REQUIREMENTS) --no-build-isolation -e ".[dev]"
+	echo $(BUILD) > $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -53,19 +53,19 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def tile_shape(rows: int, depth: int, vocab: int, device: torch.device, itemsize: int) -> tuple[int, int]:
-    """(rows, vocabulary entries) of a tile: the largest whose tile, copies of operands and weight-gradient slice
-    fit the workspace. The entries are a multiple of BLOCK, or all there are."""
+def tile_shape(rows: int, depth: int, vocab: int, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+    """(rows, vocabulary entries) of a tile: the largest whose tile, rows and slices of the weight's copy and
+    gradient fit the workspace; at the least 256 rows of one BLOCK. The entries are a multiple of BLOCK, or all."""
     kind = device.type if device.type in LARGEST_TILE else "cpu"
-    budget = WORKSPACE_BYTES[kind]
     r, c = LARGEST_TILE[kind]
     r = max(min(r, rows), 1)
+    size = _accumulator_dtype(dtype).itemsize
+    slices = 0 if dtype == _accumulator_dtype(dtype) else 1 if kind == "cuda" else 2
 
-    def need(r: int, c: int) -> int:
-        tile = 3 * r * c * max(itemsize, 4)  # the tile, its exponentials, masks
-        return tile + depth * (2 * c + 2 * r) * max(itemsize, 4)
+    def need(r: int, c: int) -> int:  # the tile, its exponentials and masks; rows and their gradient; slices
+        return size * (3 * r * c + 2 * r * depth + slices * c * depth)
 
-    while need(r, c) > budget and (r > 256 or c > BLOCK):
+    while need(r, c) > WORKSPACE_BYTES[kind] and (r > 256 or c > BLOCK):
         if r > 256 and (2 * r > c or c == BLOCK):
             r //= 2
         else:
@@ -137,7 +137,7 @@ def _stream_forward(
         chosen = None
 
     dtype = _accumulator_dtype(hidden.dtype)
-    height, width = tile_shape(len(hidden), hidden.shape[1], len(weight), hidden.device, hidden.element_size())
+    height, width = tile_shape(len(hidden), hidden.shape[1], len(weight), hidden.device, hidden.dtype)
     rows = _Rows(hidden, chosen, height)
     targets, row_temperature = rows.take(targets), rows.take_optional(row_temperature)
     state = ops.new_state(rows.count, dtype, hidden.device)
@@ -199,7 +199,7 @@ def _stream_backward(
     chosen = live.nonzero().squeeze(1)
     if not len(chosen) or not len(weight):
         return grad_hidden, grad_weight, grad_bias
-    height, width = tile_shape(len(chosen), hidden.shape[1], len(weight), hidden.device, hidden.element_size())
+    height, width = tile_shape(len(chosen), hidden.shape[1], len(weight), hidden.device, hidden.dtype)
     rows = _Rows(hidden, None if len(chosen) == len(hidden) else chosen, height)
 
     # The largest coefficient to between 1/2 and 1, by an exact power of two (that float32 holds): a loss averaged
@@ -242,12 +242,12 @@ def _stream_backward(
             if need_weight:
                 _mm(dz.t(), h, w_slice, add=block.start > 0)
         if need_weight:
-            grad_weight[a:b] = torch.ldexp(w_slice, exponent)
+            grad_weight[a:b] = torch.ldexp(w_slice, exponent, out=w_slice)
         if need_bias:
             grad_bias[a:b] = torch.ldexp(bias_sum, exponent)
     if need_hidden:
         for block in rows.blocks:
-            h_sum[block] = torch.ldexp(h_sum[block], exponent)
+            torch.ldexp(h_sum[block], exponent, out=h_sum[block])
         if h_sum is not grad_hidden:
             grad_hidden[chosen] = h_sum.to(hidden.dtype)
         elif rows.chosen is not None:

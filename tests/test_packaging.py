@@ -1,0 +1,289 @@
+"""Installation without a compiler, imports without the optional packages, `covgrpo doctor`, the Makefile's set-up."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import stat
+import statistics
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from email import message_from_string
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import covgrpo_kernels
+from covgrpo_kernels import doctor
+from covgrpo_kernels.tiles import eager
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+OPTIONAL = ("triton", "transformers", "trl", "liger_kernel", "matplotlib", "rich", "accelerate", "datasets")
+
+
+def run_python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, **options
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- imports
+
+
+def test_import_brings_no_optional_package() -> None:
+    code = f"""
+import sys
+for module in ("covgrpo_kernels", "covgrpo_kernels.cli", "covgrpo_kernels.doctor"):
+    __import__(module)
+    print(module, [name for name in {OPTIONAL} if name in sys.modules])
+"""
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert [line.split(" ", 1)[1] for line in result.stdout.splitlines()] == ["[]"] * 3, result.stdout
+
+
+def test_import_takes_no_longer_than_torch_and_a_fifth_of_a_second() -> None:
+    """Measured after torch in the same process: the difference of two processes would mostly be their noise."""
+    code = "import time, torch; t = time.perf_counter(); import covgrpo_kernels; print(time.perf_counter() - t)"
+    seconds = [float(run_python("-c", code).stdout) for _ in range(3)]
+    assert statistics.median(seconds) <= 0.2, seconds
+
+
+# --------------------------------------------------------------------------------------------------- packaging
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built where there is no compiler, from a copy: a build leaves files beside its sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    for package in ("covgrpo_kernels", "bench", "tests", "csrc"):
+        if (ROOT / package).exists():
+            shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", "out"],
+        cwd=folder,
+        env=os.environ | dict(CC="/bin/false", CXX="/bin/false", CUDA_VISIBLE_DEVICES=""),
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    [path] = (folder / "out").glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    package = ROOT / "covgrpo_kernels"
+    sources = {path.relative_to(ROOT).as_posix() for path in package.rglob("*.py")}
+    assert packed == sources | {"covgrpo_kernels/py.typed"}
+
+
+def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
+    [info] = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
+    metadata = message_from_string(wheel.read(f"{info}/METADATA").decode())
+    assert metadata["Version"] == covgrpo_kernels.__version__ == PROJECT["project"]["version"]
+    assert metadata["License-Expression"] == "Apache-2.0"
+    required = metadata.get_all("Requires-Dist")
+    assert [r for r in required if "extra ==" not in r] == ["torch>=2.11"]
+    assert {"grpo", "trl", "bench", "dev"} == set(metadata.get_all("Provides-Extra"))
+    assert "covgrpo = covgrpo_kernels.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "Apache License" in wheel.read(f"{info}/licenses/LICENSE").decode()
+
+
+def test_supported_python() -> None:
+    """The lowest supported version parses every file, and is the one that ruff looks for."""
+    lowest = re.fullmatch(r">=3\.(\d+)", PROJECT["project"]["requires-python"])
+    assert lowest
+    minor = int(lowest[1])
+    assert sys.version_info >= (3, minor)
+    assert PROJECT["tool"]["ruff"]["target-version"] == f"py3{minor}"
+    for path in (ROOT / "covgrpo_kernels").rglob("*.py"):
+        ast.parse(path.read_text(), str(path), feature_version=(3, minor))
+
+
+def test_pins_fit_the_extras() -> None:
+    """Every package an extra names is pinned."""
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    named = {
+        re.split(r"[\[<>=]", requirement)[0]
+        for extra in PROJECT["project"]["optional-dependencies"].values()
+        for requirement in extra
+    }
+    assert not named - pinned - {"covgrpo-kernels"}
+
+
+# ------------------------------------------------------------------------------------------------------ doctor
+
+
+def test_doctor() -> None:
+    result = run_python("-m", "covgrpo_kernels", "doctor")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for expected in (covgrpo_kernels.__version__, torch.__version__, "cpu ", "eager", "self-test passed"):
+        assert expected in result.stdout
+    assert "FAILED" not in result.stdout
+
+
+def test_doctor_with_torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optional packages that can't be imported and have no metadata."""
+    code = f"""
+import importlib.metadata, sys
+sys.modules.update(dict.fromkeys({OPTIONAL}))
+known = importlib.metadata.version
+def version(name):
+    if name not in ("torch", "covgrpo-kernels"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return known(name)
+importlib.metadata.version = version
+from covgrpo_kernels.cli import main
+sys.exit(main(["doctor"]))
+"""
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "transformers" in result.stdout
+    assert "not installed (pip install 'covgrpo-kernels[grpo]')" in result.stdout
+
+
+def test_doctor_without_assertions_does_not_claim_success() -> None:
+    result = run_python("-O", "-m", "covgrpo_kernels", "doctor")
+    assert (result.returncode, "passed" in result.stdout) == (1, False)
+
+
+def _scaled(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
+    def faulty(*arguments: Any, **keywords: Any) -> Any:
+        result = function(*arguments, **keywords)
+        if isinstance(result, torch.Tensor):
+            return result * factor
+        first, *others = result  # log-probs or weights come first
+        make = getattr(type(result), "_make", tuple)
+        return make([first * factor, *others])
+
+    return faulty
+
+
+@pytest.mark.parametrize("operation", ["finish", "grad", "group_weights"])
+def test_doctor_sees_a_small_fault(
+    operation: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(eager, operation, _scaled(getattr(eager, operation), 1.001))
+    assert doctor.main() == 1
+    output = capsys.readouterr().out
+    assert "FAILED: AssertionError" in output
+    assert "self-test passed" not in output
+
+
+@pytest.mark.parametrize("fault", [float("nan"), RuntimeError("no kernel image")])
+def test_doctor_sees_nan_and_survives_an_error(
+    fault: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*arguments: Any, **keywords: Any) -> Any:
+        raise fault
+
+    monkeypatch.setattr(eager, "grad", _scaled(eager.grad, fault) if isinstance(fault, float) else broken)
+    assert doctor.main() == 1
+    assert ("FAILED: RuntimeError: no kernel image" in capsys.readouterr().out) == isinstance(fault, RuntimeError)
+
+
+def test_doctor_says_why_a_backend_is_not_usable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor.tiles, "backends", lambda: [("other", False, "its compiler is missing")])
+    monkeypatch.setattr(doctor, "self_test", lambda device: True)
+    assert doctor.main() == 0
+    assert re.search(r"other +not usable: its compiler is missing", capsys.readouterr().out)
+
+
+# ---------------------------------------------------------------------------------------------------- Makefile
+
+# A Python that writes down what it is asked for; venv makes an environment with it, and pip can be made to fail.
+FAKE_PYTHON = """#!/bin/sh
+echo "$*" >> {log}
+case "$*" in
+  "-m venv"*) for last; do :; done; mkdir -p "$last/bin"; touch "$last/pyvenv.cfg"; cp "$0" "$last/bin/python";;
+  *"-e .[dev]"*) [ ! -e {broken} ];;
+esac
+"""
+
+
+class Make:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log, self.broken = folder, folder / "log", folder / "broken"
+        for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
+            shutil.copy(ROOT / name, folder)
+        self.python = folder / "fake"
+        self.python.write_text(FAKE_PYTHON.format(log=self.log, broken=self.broken))
+        self.python.chmod(self.python.stat().st_mode | stat.S_IXUSR)
+
+    def __call__(self, *arguments: str) -> tuple[int, str]:
+        """Exit status, and what Python was asked to do."""
+        self.log.write_text("")
+        settings = {f"{k}=" for k in ("PYTHON", "VENV", "TORCH", "TRITON", "TORCH_INDEX", "MAKEFLAGS", "MAKELEVEL")}
+        env = {k: v for k, v in os.environ.items() if f"{k}=" not in settings}
+        result = subprocess.run(
+            ["make", *arguments, f"PYTHON={self.python}"], cwd=self.folder, env=env, capture_output=True
+        )
+        return result.returncode, self.log.read_text()
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    return Make(tmp_path)
+
+
+def test_make_installs_once(make: Make) -> None:
+    status, log = make("test")
+    assert status == 0
+    assert log.count("pip install") == 3
+    assert "-m venv .venv" in log
+    assert log.splitlines()[-1].startswith("-m pytest")
+    for target, command in (("test", "-m pytest"), ("demo", "-m covgrpo_kernels demo"), ("lint", "-m ruff")):
+        status, log = make(target)
+        assert (status, "pip" in log, "venv" in log) == (0, False, False)
+        assert log.startswith(command)
+
+
+def test_make_never_trusts_a_half_made_environment(make: Make) -> None:
+    make.broken.touch()
+    assert make("test")[0] != 0
+    assert "-m pytest" not in make("test")[1]
+    make.broken.unlink()
+    status, log = make("test")
+    assert (status, "-m venv --clear .venv" in log, "-m pytest" in log) == (0, True, True)
+
+
+def test_make_updates_where_the_project_changed(make: Make) -> None:
+    make("test")
+    later = (make.folder / ".venv/.ready").stat().st_mtime + 10
+    os.utime(make.folder / "pyproject.toml", (later, later))
+    status, log = make("test")
+    assert (status, "-e .[dev]" in log, "venv" in log) == (0, True, False)
+
+
+def test_make_torch_build_is_a_variable(make: Make) -> None:
+    _, log = make("test")
+    assert log.count("torch==") > 1
+    assert log.count("triton==") > 1
+    status, log = make("test", "TORCH=torch==9.9", "TRITON=", "TORCH_INDEX=https://example.org/whl")
+    assert (status, "-m venv --clear .venv" in log, "triton" in log) == (0, True, False)
+    assert "--index-url https://example.org/whl torch==9.9" in log
+    assert "-m venv --clear" in make("test")[1]
