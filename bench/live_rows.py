@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from covgrpo_kernels import linear_logprob, reference
@@ -42,6 +43,12 @@ def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
+
+
+def eager_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor]:
+    """What trainers write: no more than the log-probs. (The reference computes entropies too.)"""
+    logits = F.linear(hidden, weight).float()
+    return (logits.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1),)
 
 
 class Contender:
@@ -90,7 +97,7 @@ def _resident_kib(field: str) -> int:
 def _peak_in_this_process(name: str, dtype_name: str, size: dict[str, int], result: Any) -> None:
     """Peak resident MiB beyond inputs and gradients, where the kernel tells it."""
     dtype = getattr(torch, dtype_name)
-    function = linear_logprob if name == "ours" else reference.linear_logprob
+    function: Callable[..., Any] = linear_logprob if name == "ours" else eager_logprob
     Contender(name, function, policy_head(0, 64, 32, 1100), dtype).step()  # threads and libraries, once
     contender = Contender(name, function, policy_head(0, **size), dtype)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
@@ -138,7 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
     for share in (0.0, 0.3, 0.6):
         head = policy_head(0, **size, zero_advantage=share)
         contenders.append((share, Contender("ours", ours, head, dtype)))
-    eager = Contender("eager", reference.linear_logprob, policy_head(0, **size), dtype)
+    eager = Contender("eager", eager_logprob, policy_head(0, **size), dtype)
     for _ in range(repeats):
         for _, contender in contenders:
             contender.step()
@@ -149,29 +156,42 @@ def run(arguments: argparse.Namespace) -> None:
         if contender.hidden_grad[dead].any() or not contender.hidden_grad[~dead].any():
             raise AssertionError("gradients do not follow the coefficients")
 
-    dense = statistics.median(contenders[0][1].backward)
-    print(
-        f"N={size['tokens']} D={size['depth']} V={size['vocab']} {arguments.dtype} grad_tol={arguments.grad_tol}, ",
-        end="",
-    )
-    print(f"{repeats} alternating repeats, {torch.get_num_threads()} threads")
-    print(f"{'':8}{'zero':>6}{'forward s':>11}{'backward s':>12}{'of dense':>10}{'both, of eager':>16}")
-    eager_step = statistics.median(eager.forward) + statistics.median(eager.backward)
-    results = []
-    for share, c in [*contenders, (0.0, eager)]:
-        f, b = statistics.median(c.forward), statistics.median(c.backward)
-        print(f"{c.name:8}{share:6.0%}{f:11.3f}{b:12.3f}{b / dense:10.2f}{(f + b) / eager_step:16.2f}")
-        results.append(dict(name=c.name, zero_advantage=share, forward=c.forward, backward=c.backward))
+    results = [
+        dict(name=c.name, zero_advantage=share, forward=c.forward, backward=c.backward)
+        for share, c in [*contenders, (0.0, eager)]
+    ]
     memory = {}
     if os.path.exists("/proc/self/clear_refs") and not arguments.smoke:
         memory = {name: peak_mib(name, arguments.dtype, size) for name in ("ours", "eager")}
-        print("peak MiB beyond inputs and gradients: " + ", ".join(f"{n} {m:.0f}" for n, m in memory.items()))
+    report = dict(
+        environment=environment(), size=size, dtype=arguments.dtype, grad_tol=arguments.grad_tol,
+        results=results, peak_mib=memory,
+    )  # fmt: skip
+    print(markdown(report))
     if not arguments.smoke:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        report = dict(
-            environment=environment(), size=size, dtype=arguments.dtype, grad_tol=arguments.grad_tol,
-            results=results, peak_mib=memory,
-        )  # fmt: skip
         partial = arguments.out.with_suffix(".partial")
         partial.write_text(json.dumps(report, indent=1) + "\n")
         partial.replace(arguments.out)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as README.md shows it: times as multiples of eager's whole step, which a noisy machine and the next
+    one have in common."""
+    size, results = report["size"], report["results"]
+    steps = {c["name"]: statistics.median(c["forward"]) + statistics.median(c["backward"]) for c in results}
+    lines = [
+        f"N={size['tokens']} tokens, D={size['depth']}, V={size['vocab']}, {report['dtype']}, "
+        f"`grad_tol={report['grad_tol']}`, median of {len(results[0]['forward'])} alternating runs on "
+        f"{report['environment']['threads']} CPU threads, in units of eager PyTorch's forward and backward:",
+        "",
+        "| | zero advantage | forward | backward | both |",
+        "|---|---|---|---|---|",
+    ]
+    for c in results:
+        f, b = (statistics.median(c[part]) / steps["eager"] for part in ("forward", "backward"))
+        lines.append(f"| {c['name']} | {c['zero_advantage']:.0%} | {f:.2f} | {b:.2f} | {f + b:.2f} |")
+    if report["peak_mib"]:
+        peaks = ", ".join(f"{name} {mib:.0f} MiB" for name, mib in report["peak_mib"].items())
+        lines += ["", f"Peak memory beyond inputs and gradients: {peaks}."]
+    return "\n".join(lines)

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import io
+import json
 import re
 import tokenize
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import covgrpo_kernels
+from bench.live_rows import markdown
 from covgrpo_kernels import ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov, covgrpo_loss, logprob, loss
 
 try:
@@ -275,3 +277,9 @@ def test_layers_import_only_what_is_below() -> None:
                 modules = [node.module] if node.module else [alias.name for alias in node.names]
                 higher = [m for m in modules if layer.get(m.split(".")[0], 9) < own]
                 assert not higher, f"{source.name} imports {higher}"
+
+
+def test_figures_are_those_of_the_benchmark() -> None:
+    """No figure in the README is typed by hand."""
+    [shown] = re.findall(r"<!-- figures: python -m bench live-rows -->\n(.*?)\n<!-- end of figures -->", README, re.S)
+    assert shown == markdown(json.loads((ROOT / "bench/results/live_rows.json").read_text()))

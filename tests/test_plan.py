@@ -46,7 +46,11 @@ def check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token
     dz = dense_dlogits(logits, targets, g, e, head, temperature)
     total = dz.abs().sum()
     error = dz[~plan.live].abs().sum()
-    assert error <= plan.error_bound * total * (1 + 1e-9) + 1e-13 * total
+    # What float64 autograd itself gets wrong: 1 - p of a sure token cancels in it, which it doesn't here.
+    slope = (abs(scale) / torch.as_tensor(t)).amax() if tokens else 1.0
+    size = g.abs().sum() + (0 if e is None else e.abs().sum())
+    noise = 32 * torch.finfo(F64).eps * (1 + logits.abs().max() * slope) * size * slope if tokens else 0.0
+    assert error <= plan.error_bound * total + noise
     assert plan.error_bound <= grad_tol
     zero = (g == 0) & (torch.zeros_like(g) if e is None else e).eq(0)
     assert not plan.live[zero].any()
@@ -54,10 +58,9 @@ def check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token
         assert torch.equal(plan.live, ~zero)
     if not entropy and softcap is None and tokens and total > 0:
         # The bound is exact here: what was left out, and that no further row fits.
-        assert torch.isclose(plan.error_bound, error / total, rtol=1e-9, atol=1e-15)
+        assert (plan.error_bound * total - error).abs() <= noise
         rows = dz.abs().sum(1)[plan.live]
-        assert not len(rows) or error + rows.min() > grad_tol * total * (1 - 1e-9)
-    return t
+        assert not len(rows) or error + rows.min() > grad_tol * total - noise
 
 
 @given(
