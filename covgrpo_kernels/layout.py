@@ -47,7 +47,8 @@ class Segments(NamedTuple):
         return torch.segment_reduce(in_order, how, offsets=self.offsets, initial=initial, unsafe=True)
 
     def sum(self, value: Tensor) -> Tensor:  # [N] -> [bound]
-        return self._reduce(value, "sum", 0.0)
+        """In float64: one token after the other, a long float32 sum would lose digits."""
+        return self._reduce(value.double(), "sum", 0.0).to(value.dtype)
 
     def max(self, value: Tensor, initial: float) -> Tensor:  # [N] -> [bound]
         return self._reduce(value, "max", initial)

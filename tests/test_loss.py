@@ -18,6 +18,7 @@ from covgrpo_kernels import (
     linear_logprob,
     reference,
 )  # fmt: skip
+from covgrpo_kernels.layout import Segments
 from covgrpo_kernels.testing import ErrorBook, random_batch, rms, run_loss
 
 F64 = torch.float64
@@ -212,3 +213,12 @@ def test_module_takes_settings_and_overrides():
     assert torch.equal(module(**batch).loss, expected.loss)
     assert module(**batch, metrics=True).metrics
     assert "dapo" in repr(module)
+
+
+def test_sums_over_long_segments_keep_their_digits():
+    """A million tokens in one segment, the others empty or short, in any order: rounded once."""
+    ids = torch.zeros(1_000_000, dtype=torch.long)
+    ids[::1000] = 5
+    values = torch.full((len(ids),), 0.1)
+    sums = Segments.of_ids(ids).sum(values)[:2]
+    assert sums.tolist() == [(n * values[0].double()).float().item() for n in (999_000, 1000)]
