@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tiles.eager import Head
+from .tiles.interface import Head
 
 
 class BackwardPlan(NamedTuple):

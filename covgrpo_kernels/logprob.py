@@ -17,7 +17,7 @@ from . import tiles
 from .backward_plan import plan_backward, resolve_grad_tol
 from .config import IGNORE_INDEX, check_flag
 from .layout import check_floating, check_integer, check_tensor
-from .tiles.eager import BLOCK, Head
+from .tiles.interface import BLOCK, Head
 
 
 class LinearLogprob(NamedTuple):

@@ -12,7 +12,7 @@ from .config import IGNORE_INDEX, CovarianceWeighting, CovGRPOConfig, KLCov, che
 from .layout import Segments, Tokens, check_tensor, flatten_floats, flatten_tokens, valid_tokens
 from .logprob import linear_logprob_backward_op, linear_logprob_op, positive, prepare_head
 from .objective import METRICS, policy_objective
-from .tiles.eager import Head
+from .tiles.interface import Head
 from .weighting import weighting_scopes
 
 

@@ -183,17 +183,15 @@ def random_head(
     )
 
 
-def policy_head(
-    seed: int, tokens: int, depth: int, vocab: int, *, zero_advantage: float = 0.0, sure: float = 0.8
-) -> dict[str, Any]:
-    """Tokens like a reasoning policy's: the share ``sure`` is nearly certain and the rest forks; the embeddings
+def policy_head(seed: int, tokens: int, depth: int, vocab: int, *, zero_advantage: float = 0.0) -> dict[str, Any]:
+    """Tokens like a reasoning policy's: 80% are nearly certain and the rest forks; the embeddings
     share a common component; the share ``zero_advantage`` of the tokens has no coefficient. float32."""
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(vocab, depth, generator=g) + 0.5 * torch.randn(depth, generator=g)
     targets = torch.randint(0, vocab, (tokens,), generator=g)
     own = weight[targets]
     # The target's logit stands this many nats over the typical one; log(vocab) + 1 is a fork, twice it is certain.
-    is_sure = torch.rand(tokens, generator=g) < sure
+    is_sure = torch.rand(tokens, generator=g) < 0.8
     margin = math.log(vocab) * torch.where(is_sure, 2.0, 1.0) + torch.randn(tokens, generator=g).abs()
     hidden = own * (margin / own.square().sum(1)).unsqueeze(1) + 0.5 * torch.randn(tokens, depth, generator=g) / (
         math.sqrt(depth)

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import tiles
 from .config import ClipCov, CovarianceWeighting, KLCov
 from .layout import Segments, Tokens, check_floating, check_tensor, flatten_tokens, valid_tokens
-from .tiles.eager import GroupWeights
+from .tiles.interface import GroupWeights
 
 
 def weighting_scopes(tokens: Tokens, weighting: CovarianceWeighting) -> Segments:

@@ -19,7 +19,7 @@ import torch
 
 from covgrpo_kernels import backward_plan, layout, logprob, objective, weighting
 from covgrpo_kernels.tiles import eager
-from covgrpo_kernels.tiles.eager import BLOCK
+from covgrpo_kernels.tiles.interface import BLOCK
 
 
 class Fault(NamedTuple):

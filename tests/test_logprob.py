@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from covgrpo_kernels import linear_logprob, logprob, reference
 from covgrpo_kernels.testing import ErrorBook, bounds, check_draw, policy_head, random_head, rms, run_logprob
 from covgrpo_kernels.tiles import eager
-from covgrpo_kernels.tiles.eager import BLOCK, Head
+from covgrpo_kernels.tiles.interface import BLOCK, Head
 
 F64 = torch.float64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

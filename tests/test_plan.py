@@ -9,7 +9,7 @@ from covgrpo_kernels import covgrpo_loss, linear_logprob, logprob, reference
 from covgrpo_kernels.backward_plan import plan_backward, resolve_grad_tol
 from covgrpo_kernels.config import CovGRPOConfig
 from covgrpo_kernels.testing import policy_head, random_batch
-from covgrpo_kernels.tiles.eager import Head
+from covgrpo_kernels.tiles.interface import Head
 
 F64 = torch.float64
 

@@ -93,11 +93,11 @@ class TrainConfig:
             )
         if self.grad_tol != "auto":
             try:
-                valid = float(self.grad_tol) >= 0
+                valid = 0 <= float(self.grad_tol) < 1
             except ValueError:
                 valid = False
             if not valid:
-                raise ValueError(f'grad_tol must be "auto" or a number >= 0, got {self.grad_tol!r}')
+                raise ValueError(f'grad_tol must be "auto" or a number >= 0 and < 1, got {self.grad_tol!r}')
 
     @property
     def groups_per_minibatch(self) -> int:

@@ -1,8 +1,4 @@
-"""The tile operations behind one interface, and which of their implementations runs where.
-
-A backend is a module with the functions of `eager.py`: ``new_state``, ``fold``, ``finish``, ``grad`` and
-``group_weights``.
-"""
+"""Which backend of the tile operations runs where; `interface.py` says what one is."""
 
 from __future__ import annotations
 

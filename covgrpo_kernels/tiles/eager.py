@@ -1,53 +1,17 @@
-"""The tile operations in plain PyTorch, for any device.
-
-A tile is a contiguous [R, C] slice of the raw products h_t . W_v in float32 (float64 for float64 inputs), R rows
-by C vocabulary entries from ``first`` on; the operations overwrite it. C is a multiple of BLOCK, or less than it.
-"""
+"""The tile operations in plain PyTorch, for any device."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import CovarianceWeighting
 from ..layout import Segments
-
-# Entries folded together before they join a row's running statistics. Fixed, so that the order of every sum, and
-# with it every bit, is the same however the vocabulary is cut into tiles.
-BLOCK = 1024
+from .interface import BLOCK, GroupWeights, Head, State
 
 # Stand for -inf: exp of it is zero in float64 too, and times zero it is zero and not NaN.
 _LOG_ZERO = -1e3
 _NO_MAX = -1e30
-
-
-class Head(NamedTuple):
-    """What turns raw products into logits: softcap(scale * (product + bias)) / temperature."""
-
-    scale: float
-    softcap: float | None
-    temperature: float
-
-
-class State(NamedTuple):
-    """Running statistics of R rows. The maximum stays out of the sums, so that 1 - p of a confident token and
-    its entropy have no cancellation."""
-
-    maximum: Tensor  # [R] largest logit m so far
-    total: Tensor  # [R] sum of exp(z - m) over the other entries
-    moment: Tensor  # [R] sum of exp(z - m) (m - z) over the other entries; stays zero without entropy
-    target: Tensor  # [R] logit of the target, NaN until its tile came
-
-
-class GroupWeights(NamedTuple):
-    """All float64: these are a few numbers per token, and differences of log-probs are what they are made of."""
-
-    weights: Tensor  # [N] W_t, zero where masked
-    covariance: Tensor  # [N] c_t, zero where masked
-    advantage_deviation: Tensor  # [N] A_t less its mean, zero where masked
-    std: Tensor  # [bound] sqrt(s2) of each scope, zero where it is zero within rounding
 
 
 def new_state(rows: int, dtype: torch.dtype, device: torch.device) -> State:

@@ -1,0 +1,63 @@
+"""The benchmark: it runs, writes whole files, and gives a wrong contender no timing."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import live_rows
+from covgrpo_kernels import reference
+from covgrpo_kernels.testing import rms, run_logprob
+from covgrpo_kernels.tiles import eager
+
+
+def arguments(*words):
+    parser = live_rows.argparse.ArgumentParser()
+    live_rows.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16", "--grad-tol", "auto")], ids=["float32", "bfloat16"])
+def test_runs_and_reports(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(live_rows, "SIZE", live_rows.SMOKE)
+    monkeypatch.setattr(live_rows, "peak_mib", lambda name, dtype, size: 1.0)
+    out = tmp_path / "new" / "report.json"
+    live_rows.run(arguments("--repeats", "2", "--out", str(out), *options))
+    report = json.loads(out.read_text())
+    assert live_rows.markdown(report) == capsys.readouterr().out.strip("\n")
+    assert [len(c["backward"]) for c in report["results"]] == [2] * 4
+    assert [path.name for path in out.parent.iterdir()] == ["report.json"]
+
+
+def test_command_line():
+    subprocess.run([sys.executable, "-m", "bench", "live-rows", "--smoke"], check=True)
+
+
+@pytest.mark.parametrize("part", ["logprob", "dhidden", "dweight"])
+def test_a_wrong_contender_gets_no_timing(part, monkeypatch, capsys):
+    """One per mille off in one of its results."""
+    if part == "logprob":
+        finish = eager.finish
+        monkeypatch.setattr(eager, "finish", lambda state: (finish(state)[0] * 1.001, *finish(state)[1:]))
+    else:
+        results = live_rows._gradients
+
+        def off(contender):
+            right = results(contender)
+            return right if contender.name == "eager" else right | {part: right[part] * 1.001}
+
+        monkeypatch.setattr(live_rows, "_gradients", off)
+    with pytest.raises(AssertionError, match=part):
+        live_rows.run(arguments("--smoke"))
+    assert "|" not in capsys.readouterr().out
+
+
+def test_the_oracle_is_the_reference():
+    """A block of rows at a time, with a last block that is not full, is the whole batch in float64."""
+    head = live_rows.policy_head(0, **live_rows.SMOKE)
+    contender = live_rows.Contender("ours", live_rows.eager_logprob, head, torch.float32)
+    whole = run_logprob(reference.linear_logprob, **head, dtype=torch.float64)
+    for name, value in live_rows._exact(contender, rows=7).items():
+        assert rms(value - whole[name]) <= 64 * torch.finfo(torch.float64).eps * rms(whole[name]), name
