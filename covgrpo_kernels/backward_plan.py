@@ -47,7 +47,7 @@ def plan_backward(
     if grad_tol == 0.0:
         return BackwardPlan(live, torch.zeros((), dtype=torch.float64, device=logprob.device))
 
-    t = head.temperature if temperature is None else temperature
+    t = 1.0 if temperature is None else temperature
     slope = abs(head.scale) / t
     log_prob_part = -torch.expm1(logprob) * logprob_grad
     upper = 2 * log_prob_part.abs()

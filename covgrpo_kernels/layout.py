@@ -42,6 +42,15 @@ class Segments(NamedTuple):
     def whole(cls, tokens: int, device: torch.device) -> Segments:
         return cls.of(torch.zeros(tokens, dtype=torch.int64, device=device), 1, is_sorted=True)
 
+    def tensors(self) -> list[Tensor]:
+        """As arguments of an operator."""
+        return [self.segment, self.offsets, *([] if self.order is None else [self.order])]
+
+    @classmethod
+    def of_tensors(cls, tensors: list[Tensor]) -> Segments:
+        segment, offsets, *order = tensors
+        return cls(segment, offsets, order[0] if order else None, len(offsets) - 1)
+
     def _reduce(self, value: Tensor, how: str, initial: float) -> Tensor:
         in_order = value if self.order is None else value[self.order]
         return torch.segment_reduce(in_order, how, offsets=self.offsets, initial=initial, unsafe=True)

@@ -6,8 +6,8 @@ Four layers: the public function, the operators (fake, autograd), the chunk loop
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from . import tiles
 from .backward_plan import plan_backward, resolve_grad_tol
 from .config import IGNORE_INDEX, check_flag
 from .layout import check_floating, check_integer, check_tensor
-from .tiles.interface import BLOCK, Head
+from .tiles.interface import BLOCK, Coefficients, Head, Results, State
 
 
 class LinearLogprob(NamedTuple):
@@ -27,10 +27,21 @@ class LinearLogprob(NamedTuple):
 
 # ------------------------------------------------------------------------------------------- the chunk loop
 
-# Bytes of all temporaries of a pass together, and the largest tile (rows, vocabulary entries) worth having:
-# beyond it the matrix product gains nothing and the tile falls out of the cache.
+# Bytes of all temporaries of a pass together.
 WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
-LARGEST_TILE = {"cpu": (1024, 2 * BLOCK), "cuda": (4096, 8 * BLOCK)}
+
+
+def largest_tile(depth: int, device: torch.device) -> tuple[int, int]:
+    """The largest (rows, vocabulary entries) of a tile worth having: beyond it the matrix product gains nothing and
+    the tile falls out of the cache. The entries are a multiple of BLOCK."""
+    if device.type != "cuda":
+        return 1024, 2 * BLOCK
+    entries = 1 << int(math.log2(torch.cuda.get_device_properties(device).L2_cache_size / 4))
+    # A product of less than 5e10 operations takes a GPU less time than a CPU needs to launch it and what follows.
+    while 2 * entries * depth < 5e10 and entries < 1 << 25:
+        entries *= 2
+    columns = max(BLOCK, 1 << (entries.bit_length() - 1) // 2)
+    return entries // columns, columns
 
 
 def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,19 +64,21 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def tile_shape(rows: int, depth: int, vocab: int, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
-    """(rows, vocabulary entries) of a tile: the largest whose tile, rows and slices of the weight's copy and
-    gradient fit the workspace; at the least 256 rows of one BLOCK. The entries are a multiple of BLOCK, or all."""
-    kind = device.type if device.type in LARGEST_TILE else "cpu"
-    r, c = LARGEST_TILE[kind]
+def tile_shape(
+    rows: int, depth: int, vocab: int, device: torch.device, dtype: torch.dtype, temporaries: int
+) -> tuple[int, int]:
+    """(rows, vocabulary entries) of a tile: the largest whose tile with its ``temporaries``, rows and slices of the
+    weight's copy and gradient fit the workspace; at the least 256 rows of one BLOCK. The entries are a multiple of
+    BLOCK, or all."""
+    r, c = largest_tile(depth, device)
     r = max(min(r, rows), 1)
     size = _accumulator_dtype(dtype).itemsize
-    slices = 0 if dtype == _accumulator_dtype(dtype) else 1 if kind == "cuda" else 2
+    slices = 0 if dtype == _accumulator_dtype(dtype) else 1 if device.type == "cuda" else 2
 
-    def need(r: int, c: int) -> int:  # the tile, its exponentials and masks; rows and their gradient; slices
-        return size * (3 * r * c + 2 * r * depth + slices * c * depth)
+    def need(r: int, c: int) -> int:  # tiles, the last of them for dZ in another dtype; rows and their gradient; slices
+        return size * ((1 + max(temporaries, min(slices, 1))) * r * c + 2 * r * depth + slices * c * depth)
 
-    while need(r, c) > WORKSPACE_BYTES[kind] and (r > 256 or c > BLOCK):
+    while need(r, c) > WORKSPACE_BYTES["cuda" if device.type == "cuda" else "cpu"] and (r > 256 or c > BLOCK):
         if r > 256 and (2 * r > c or c == BLOCK):
             r //= 2
         else:
@@ -90,7 +103,7 @@ class _Rows:
         self._only = self._load(self.blocks[0]) if len(self.blocks) == 1 else None
 
     def take(self, value: Tensor) -> Tensor:
-        return value if self.chosen is None else value[self.chosen]
+        return value.contiguous() if self.chosen is None else value[self.chosen]
 
     def take_optional(self, value: Tensor | None) -> Tensor | None:
         return None if value is None else self.take(value)
@@ -103,10 +116,6 @@ class _Rows:
         return self._load(block) if self._only is None else self._only
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager:
-    return torch.autocast(device.type, enabled=False)
-
-
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
@@ -116,47 +125,46 @@ def _stream_forward(
     weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [V]
     targets: Tensor,  # [N]
-    row_temperature: Tensor | None,  # [N]
+    temperature: Tensor | None,  # [N]
     head: Head,
     entropy: bool,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # 4 x [N]: as tiles.finish; zeros where ignored
+) -> Results:  # of N rows, zeros where ignored
     ops = tiles.select(hidden.device)
     valid = targets != ignore_index
     if hidden.device.type == "cpu":
         bad = valid & ((targets < 0) | (targets >= len(weight)))
         if bad.any():
             raise ValueError(f"targets must be in [0, {len(weight)}) or {ignore_index}, got {targets[bad][0].item()}")
-        if row_temperature is not None:
-            bad = valid & ~((row_temperature > 0) & row_temperature.isfinite())
+        if temperature is not None:
+            bad = valid & ~((temperature > 0) & temperature.isfinite())
             if bad.any():
-                raise ValueError(f"temperature must be positive and finite, got {row_temperature[bad][0].item()}")
+                raise ValueError(f"temperature must be positive and finite, got {temperature[bad][0].item()}")
     # Ignored rows are not computed; reading back how many there are is not possible while a graph is captured.
     chosen = None if _capturing(hidden.device) else valid.nonzero().squeeze(1)
     if chosen is not None and len(chosen) == len(hidden):
         chosen = None
 
     dtype = _accumulator_dtype(hidden.dtype)
-    height, width = tile_shape(len(hidden), hidden.shape[1], len(weight), hidden.device, hidden.dtype)
+    height, width = tile_shape(len(hidden), hidden.shape[1], len(weight), hidden.device, hidden.dtype, ops.TEMPORARIES)
     rows = _Rows(hidden, chosen, height)
-    targets, row_temperature = rows.take(targets), rows.take_optional(row_temperature)
-    state = ops.new_state(rows.count, dtype, hidden.device)
+    targets, temperature = rows.take(targets), rows.take_optional(temperature)
+    state = State.empty(rows.count, dtype, hidden.device)
     workspace = hidden.new_empty(min(height, max(rows.count, 1)) * width, dtype=dtype)
     if rows.count:
         for a, b in _vocabulary_slices(len(weight), width):
             w = weight[a:b].to(_gemm_dtype(weight)).t()
-            bias_slice = None if bias is None else bias[a:b].to(dtype)
+            bias_slice = None if bias is None else bias[a:b].to(dtype).contiguous()
             for block in rows.blocks:
                 h = rows.load(block)
                 tile = workspace[: len(h) * (b - a)].view(len(h), b - a)
                 _mm(h, w, tile)
-                t = None if row_temperature is None else row_temperature[block]
-                part = type(state)(*(s[block] for s in state))
-                ops.fold(tile, part, targets[block], a, head, bias_slice, t, entropy)
-    results = ops.finish(state)
+                t = None if temperature is None else temperature[block]
+                ops.fold(tile, state.rows(block), targets[block], a, head, bias_slice, t, entropy)
+    results = state.results()
     if chosen is None:
-        return tuple(r.where(valid, 0) for r in results)
-    return tuple(r.new_zeros(len(hidden)).index_copy_(0, chosen, r) for r in results)
+        return Results(*(r.where(valid, 0) for r in results))
+    return Results(*(r.new_zeros(len(hidden)).index_copy_(0, chosen, r) for r in results))
 
 
 def _spread_rows_(gradient: Tensor, chosen: Tensor, block: int) -> None:
@@ -173,12 +181,9 @@ def _stream_backward(
     weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [V]
     targets: Tensor,  # [N]
-    row_temperature: Tensor | None,  # [N]
+    temperature: Tensor | None,  # [N]
     head: Head,
-    logprob: Tensor,  # [N], of the forward, as are the next three
-    entropy: Tensor,  # [N]
-    maximum: Tensor,  # [N]
-    log_total: Tensor,  # [N]
+    results: Results,  # of the forward, N rows
     logprob_grad: Tensor,  # [N]
     entropy_grad: Tensor | None,  # [N]
     live: Tensor,  # [N] bool, of the plan
@@ -199,7 +204,7 @@ def _stream_backward(
     chosen = live.nonzero().squeeze(1)
     if not len(chosen) or not len(weight):
         return grad_hidden, grad_weight, grad_bias
-    height, width = tile_shape(len(chosen), hidden.shape[1], len(weight), hidden.device, hidden.dtype)
+    height, width = tile_shape(len(chosen), hidden.shape[1], len(weight), hidden.device, hidden.dtype, ops.TEMPORARIES)
     rows = _Rows(hidden, None if len(chosen) == len(hidden) else chosen, height)
 
     # The largest coefficient to between 1/2 and 1, by an exact power of two (that float32 holds): a loss averaged
@@ -210,33 +215,31 @@ def _stream_backward(
     exponent = torch.frexp(largest).exponent.where(largest.isfinite(), 0).clamp(-100, 100)
     g = rows.take(torch.ldexp(logprob_grad, -exponent))
     e = None if entropy_grad is None else rows.take(torch.ldexp(entropy_grad, -exponent))
+    coefficients = Coefficients.of(Results(*(rows.take(r) for r in results)), g, e)
 
-    targets, row_temperature = rows.take(targets), rows.take_optional(row_temperature)
-    logprob, entropy, maximum, log_total = (rows.take(v) for v in (logprob, entropy, maximum, log_total))
+    targets, temperature = rows.take(targets), rows.take_optional(temperature)
     h_sum = grad_hidden if hidden.dtype == dtype else hidden.new_zeros(rows.count, hidden.shape[1], dtype=dtype)
     workspace = hidden.new_empty(min(height, rows.count) * width, dtype=dtype)
+    rounded = workspace
+    if _gemm_dtype(hidden) != dtype:
+        rounded = hidden.new_empty(len(workspace))
     w_sum = None
     if need_weight and weight.dtype != dtype:
         w_sum = weight.new_empty(min(width, len(weight)), weight.shape[1], dtype=dtype)
 
     for a, b in _vocabulary_slices(len(weight), width):
         w = weight[a:b].to(_gemm_dtype(weight))
-        bias_slice = None if bias is None else bias[a:b].to(dtype)
+        bias_slice = None if bias is None else bias[a:b].to(dtype).contiguous()
         w_slice = grad_weight[a:b] if w_sum is None else w_sum[: b - a]
         bias_sum = torch.zeros(b - a, dtype=dtype, device=hidden.device)
         for block in rows.blocks:
             h = rows.load(block)
-            tile = workspace[: len(h) * (b - a)].view(len(h), b - a)
+            tile, dz = (x[: len(h) * (b - a)].view(len(h), b - a) for x in (workspace, rounded))
             _mm(h, w.t(), tile)
-            dz = ops.grad(
-                tile, targets[block], a, head, bias_slice,
-                None if row_temperature is None else row_temperature[block],
-                logprob[block], entropy[block], maximum[block], log_total[block],
-                g[block], None if e is None else e[block],
-            )  # fmt: skip
+            t = None if temperature is None else temperature[block]
+            ops.grad(tile, dz, targets[block], a, head, bias_slice, t, coefficients.rows(block))
             if need_bias:
-                bias_sum += dz.sum(0)
-            dz = dz.to(_gemm_dtype(hidden))
+                bias_sum += dz.sum(0, dtype=dtype)
             if need_hidden:
                 _mm(dz, w, h_sum[block], add=True)
             if need_weight:
@@ -249,7 +252,8 @@ def _stream_backward(
         for block in rows.blocks:
             torch.ldexp(h_sum[block], exponent, out=h_sum[block])
         if h_sum is not grad_hidden:
-            grad_hidden[chosen] = h_sum.to(hidden.dtype)
+            for block in rows.blocks:
+                grad_hidden[chosen[block]] = h_sum[block].to(hidden.dtype)
         elif rows.chosen is not None:
             _spread_rows_(grad_hidden, chosen, height)
     return grad_hidden, grad_weight, grad_bias
@@ -264,8 +268,7 @@ def linear_logprob_op(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
+    temperature: Tensor | None,
     logit_scale: float,
     softcap: float | None,
     entropy: bool,
@@ -273,13 +276,14 @@ def linear_logprob_op(
     grad_tol: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-prob, entropy, maximum, log of the normaliser over the maximum), 4 x [N]."""
-    head = Head(logit_scale, softcap, temperature)
-    with _no_autocast(hidden.device):
-        return _stream_forward(hidden, weight, bias, targets, row_temperature, head, entropy, ignore_index)
+    with tiles.on_device(hidden.device):
+        return _stream_forward(
+            hidden, weight, bias, targets, temperature, Head(logit_scale, softcap), entropy, ignore_index
+        )
 
 
 @linear_logprob_op.register_fake
-def _(hidden, weight, bias, targets, row_temperature, *settings):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, targets, temperature, *settings):  # type: ignore[no-untyped-def]
     dtype = _accumulator_dtype(hidden.dtype)
     return tuple(torch.empty(targets.shape, dtype=dtype, device=hidden.device) for _ in range(4))
 
@@ -290,8 +294,7 @@ def linear_logprob_backward_op(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
+    temperature: Tensor | None,
     logit_scale: float,
     softcap: float | None,
     logprob: Tensor,
@@ -304,10 +307,10 @@ def linear_logprob_backward_op(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden [N, D], dweight [V, D], dbias [V]), each rounded once to its input's dtype."""
-    with _no_autocast(hidden.device):
+    with tiles.on_device(hidden.device):
         return _stream_backward(
-            hidden, weight, bias, targets, row_temperature, Head(logit_scale, softcap, temperature),
-            logprob, entropy, maximum, log_total, logprob_grad, entropy_grad, live, needs,
+            hidden, weight, bias, targets, temperature, Head(logit_scale, softcap),
+            Results(logprob, entropy, maximum, log_total), logprob_grad, entropy_grad, live, needs,
         )  # fmt: skip
 
 
@@ -323,25 +326,25 @@ def _(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, temperature, scale, softcap, ctx.entropy, ctx.ignored, ctx.grad_tol = inputs
+    *tensors, scale, softcap, ctx.entropy, ctx.ignored, ctx.grad_tol = inputs
     ctx.save_for_backward(*tensors, *output)
-    ctx.head = Head(scale, softcap, temperature)
+    ctx.head = Head(scale, softcap)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, logprob_grad, entropy_grad, _maximum_grad, _log_total_grad):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, targets, row_temperature, logprob, entropy, maximum, log_total = ctx.saved_tensors
+    hidden, weight, bias, targets, temperature, logprob, entropy, maximum, log_total = ctx.saved_tensors
     head = ctx.head
     valid = targets != ctx.ignored
     g = torch.zeros_like(logprob) if logprob_grad is None else logprob_grad.where(valid, 0)
     e = entropy_grad.where(valid, 0) if ctx.entropy and entropy_grad is not None else None
-    plan = plan_backward(logprob, entropy, maximum + log_total, g, e, head, row_temperature, ctx.grad_tol)
+    plan = plan_backward(logprob, entropy, maximum + log_total, g, e, head, temperature, ctx.grad_tol)
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
     grads = linear_logprob_backward_op(
-        hidden, weight, bias, targets, row_temperature, head.temperature, head.scale, head.softcap,
+        hidden, weight, bias, targets, temperature, head.scale, head.softcap,
         logprob, entropy, maximum, log_total, g, e, plan.live, needs,
     )  # fmt: skip
-    return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 8
+    return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 7
 
 
 def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -370,7 +373,7 @@ class HeadInputs(NamedTuple):
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     targets: Tensor  # [N] int64
-    row_temperature: Tensor | None  # [N] float32 or float64
+    temperature: Tensor | None  # [N] float32 or float64; None: 1
     head: Head
     grad_tol: float
 
@@ -423,8 +426,10 @@ def prepare_head(
         if temperature.requires_grad:
             raise ValueError("temperature must not require a gradient, got one that does: none is computed for it")
         row_temperature = temperature.expand(targets.shape).reshape(-1).to(_accumulator_dtype(hidden.dtype))
-        temperature = 1.0
-    head = Head(float(logit_scale), cap, positive("temperature", temperature))
+    elif positive("temperature", temperature) != 1.0:
+        dtype = _accumulator_dtype(hidden.dtype)
+        row_temperature = torch.full((targets.numel(),), temperature, dtype=dtype, device=hidden.device)
+    head = Head(float(logit_scale), cap)
 
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
@@ -489,7 +494,7 @@ def linear_logprob(
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     x = prepare_head(hidden, weight, targets, bias, temperature, logit_scale, softcap, grad_tol)
     logprob, h, _, _ = linear_logprob_op(
-        x.hidden, x.weight, x.bias, x.targets, x.row_temperature,
-        x.head.temperature, x.head.scale, x.head.softcap, entropy, ignore_index, x.grad_tol,
+        x.hidden, x.weight, x.bias, x.targets, x.temperature,
+        x.head.scale, x.head.softcap, entropy, ignore_index, x.grad_tol,
     )  # fmt: skip
     return LinearLogprob(logprob.reshape(targets.shape), h.reshape(targets.shape) if entropy else None)

@@ -70,7 +70,7 @@ class _CovGRPO(torch.autograd.Function):
         weight: Tensor,  # [V, D]
         bias: Tensor | None,  # [V]
         targets: Tensor,  # [N]
-        row_temperature: Tensor | None,  # [N]
+        temperature: Tensor | None,  # [N]
         old: Tensor | None,  # [N], zero where masked, as are the next two
         ref: Tensor | None,  # [N]
         rollout: Tensor | None,  # [N]
@@ -82,7 +82,7 @@ class _CovGRPO(torch.autograd.Function):
         scored = _scored(tokens, settings)
         targets = targets.where(scored, IGNORE_INDEX)
         x, entropy, maximum, log_total = linear_logprob_op(
-            hidden, weight, bias, targets, row_temperature, head.temperature, head.scale, head.softcap,
+            hidden, weight, bias, targets, temperature, head.scale, head.softcap,
             settings.with_entropy, IGNORE_INDEX, grad_tol,
         )  # fmt: skip
         objective = policy_objective(
@@ -92,9 +92,9 @@ class _CovGRPO(torch.autograd.Function):
             metrics=settings.metrics,
         )  # fmt: skip
         g, e = objective.logprob_grad, objective.entropy_grad
-        plan = plan_backward(x, entropy, maximum + log_total, g, e, head, row_temperature, grad_tol)
+        plan = plan_backward(x, entropy, maximum + log_total, g, e, head, temperature, grad_tol)
         ctx.save_for_backward(
-            hidden, weight, bias, targets, row_temperature, x, entropy, maximum, log_total, g, e, plan.live
+            hidden, weight, bias, targets, temperature, x, entropy, maximum, log_total, g, e, plan.live
         )
         ctx.head = head
 
@@ -113,10 +113,10 @@ class _CovGRPO(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, row_temperature, x, entropy, maximum, log_total, g, e, live = ctx.saved_tensors
+        hidden, weight, bias, targets, temperature, x, entropy, maximum, log_total, g, e, live = ctx.saved_tensors
         head, needs = ctx.head, list(ctx.needs_input_grad[:3])
         grads = linear_logprob_backward_op(
-            hidden, weight, bias, targets, row_temperature, head.temperature, head.scale, head.softcap,
+            hidden, weight, bias, targets, temperature, head.scale, head.softcap,
             x, entropy, maximum, log_total, g * loss_grad, None if e is None else e * loss_grad, live, needs,
         )  # fmt: skip
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 9
@@ -201,7 +201,7 @@ def covgrpo_loss(
         normalizer = _checked_normalizer(normalizer, targets, dtype)
 
     loss, logprobs, entropy, weights, values = _CovGRPO.apply(
-        x.hidden, x.weight, x.bias, x.targets, x.row_temperature,
+        x.hidden, x.weight, x.bias, x.targets, x.temperature,
         flatten_floats("old_logprobs", old_logprobs, targets, valid, dtype),
         flatten_floats("ref_logprobs", ref_logprobs, targets, valid, dtype),
         flatten_floats("rollout_weights", rollout_weights, targets, valid, dtype),

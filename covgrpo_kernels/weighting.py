@@ -26,14 +26,49 @@ def weighting_scopes(tokens: Tokens, weighting: CovarianceWeighting) -> Segments
     return tokens.groups
 
 
+@torch.library.custom_op("covgrpo::group_weights", mutates_args=())
+def group_weights_op(
+    logprobs: Tensor,  # [N], zero where masked
+    advantages: Tensor,  # [N], zero where masked
+    valid: Tensor,  # [N] bool
+    scope: list[Tensor],  # Segments.tensors() of the scopes
+    sequence: list[Tensor],  # and of the sequences; empty where there are none
+    centering: str,
+    advantage_centering: str,
+    normalizer: str,
+    bandwidth_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`GroupWeights` of every scope. An operator, so that compilers need not look into a backend's kernels."""
+    weighting = CovarianceWeighting(
+        centering=centering,
+        advantage_centering=advantage_centering,
+        normalizer=normalizer,
+        bandwidth_eps=bandwidth_eps,
+    )
+    sequences = Segments.of_tensors(sequence) if sequence else None
+    with tiles.on_device(logprobs.device):
+        ops = tiles.select(logprobs.device)
+        return ops.group_weights(logprobs, advantages, valid, Segments.of_tensors(scope), sequences, weighting)
+
+
+@group_weights_op.register_fake
+def _(logprobs, advantages, valid, scope, *rest):  # type: ignore[no-untyped-def]
+    per_token = (torch.empty_like(logprobs, dtype=torch.float64) for _ in range(3))
+    return *per_token, logprobs.new_empty(len(scope[1]) - 1, dtype=torch.float64)
+
+
 def group_weights(
     logprobs: Tensor,  # [N], zero where masked
     tokens: Tokens,
     weighting: CovarianceWeighting,
 ) -> tuple[GroupWeights, Segments]:
     scopes = weighting_scopes(tokens, weighting)
-    ops = tiles.select(logprobs.device)
-    return ops.group_weights(logprobs, tokens.advantages, tokens.valid, scopes, tokens.sequences, weighting), scopes
+    values = group_weights_op(
+        logprobs, tokens.advantages, tokens.valid, scopes.tensors(),
+        [] if tokens.sequences is None else tokens.sequences.tensors(),
+        weighting.centering, weighting.advantage_centering, weighting.normalizer, weighting.bandwidth_eps,
+    )  # fmt: skip
+    return GroupWeights(*values), scopes
 
 
 def group_weights_grad(

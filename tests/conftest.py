@@ -1,14 +1,27 @@
-"""Hypothesis profiles, the gpu marker, and threads that don't fight between pytest-xdist workers."""
+"""Hypothesis profiles, the gpu marker, backends, and threads that don't fight between pytest-xdist workers."""
 
+import functools
+import inspect
 import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from torch.utils._pytree import tree_map
+
+# Settled when the first kernel is defined. With a GPU the kernels are compiled, and run on it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from covgrpo_kernels import tiles
 
 hypothesis.settings.register_profile(
     "suite", max_examples=60, deadline=None, derandomize=True, print_blob=True,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    # `backend` is set once for all examples of a test, as it should be.
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 hypothesis.settings.register_profile(
     "deep", hypothesis.settings.get_profile("suite"), max_examples=2000, derandomize=False
@@ -24,3 +37,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+
+
+def moved(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """The function with its tensors on ``device``, for callers whose tensors are on the CPU; gradients go through."""
+
+    def there(value: Any) -> Any:
+        if isinstance(value, torch.Generator):
+            return torch.Generator(device).manual_seed(value.initial_seed())
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map(there, (args, kwargs))
+        return tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, function(*args, **kwargs))
+
+    return wrapper
+
+
+@pytest.fixture(params=["eager", "triton", pytest.param("gpu", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The tests of a module that uses this run once for each backend: with plain PyTorch on the CPU, with the Triton
+    kernels under the interpreter, and with both they and the eager baseline on a GPU."""
+    if request.param == "eager":
+        monkeypatch.setenv(tiles.VARIABLE, "eager")
+    elif request.param == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("the kernels are compiled here, and tested on the GPU")
+        monkeypatch.setenv(tiles.VARIABLE, "triton")
+    else:
+        gpu, module = torch.device("cuda"), request.module
+        monkeypatch.setattr(module, "DEVICE", gpu, raising=False)
+        for name in ("linear_logprob", "covgrpo_loss", "covariance_weights"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, moved(getattr(module, name), gpu))
+        if hasattr(module, "reference"):
+            functions = inspect.getmembers(module.reference, inspect.isfunction)
+            monkeypatch.setattr(module, "reference", SimpleNamespace(**{n: moved(f, gpu) for n, f in functions}))
+    return request.param

@@ -23,6 +23,10 @@ from covgrpo_kernels import (
 )
 from covgrpo_kernels.testing import random_batch
 
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.parametrize("backend", ["eager", "triton"], indirect=True),
+]
 NAN, INF = float("nan"), float("inf")
 N, D, V = 5, 4, 11
 PER_TOKEN = ("hidden", "advantages", "old_logprobs", "ref_logprobs", "rollout_weights", "temperature")

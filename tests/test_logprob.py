@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from covgrpo_kernels import linear_logprob, logprob, reference
+from covgrpo_kernels import linear_logprob, logprob, reference, tiles
 from covgrpo_kernels.testing import ErrorBook, bounds, check_draw, policy_head, random_head, rms, run_logprob
-from covgrpo_kernels.tiles import eager
-from covgrpo_kernels.tiles.interface import BLOCK, Head
+from covgrpo_kernels.tiles.interface import BLOCK, Head, State
 
+pytestmark = pytest.mark.usefixtures("backend")
+DEVICE = torch.device("cpu")
 F64 = torch.float64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = {
@@ -25,7 +26,7 @@ OPTIONS = {
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 4 rows and one block: every test shape has several of both."""
-    monkeypatch.setattr(logprob, "LARGEST_TILE", {"cpu": (4, BLOCK)})
+    monkeypatch.setattr(logprob, "largest_tile", lambda depth, device: (4, BLOCK))
 
 
 def three_ways(head: dict, dtype: torch.dtype, **options) -> tuple[dict, dict, dict]:
@@ -69,7 +70,7 @@ def test_any_shape(seed, tokens, depth, vocab, dtype, std, bias, options, tile):
     head = random_head(seed, tokens, depth, vocab, std=std, bias=bias)
     head["hidden"] = head["hidden"].clamp(-100, 100)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logprob, "LARGEST_TILE", {"cpu": tile})
+        patch.setattr(logprob, "largest_tile", lambda depth, device: tile)
         ours, eager_, oracle = three_ways(head, dtype, grad_tol=0.0, **options)
     rounded = {n: v.to(dtype).double() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in head.items()}
     bound = bounds(**rounded, dtype=dtype, **options)
@@ -84,7 +85,7 @@ def test_any_shape(seed, tokens, depth, vocab, dtype, std, bias, options, tile):
 )
 @pytest.mark.parametrize("outputs", ["logprob", "entropy", "both"])
 def test_gradcheck(outputs, options, monkeypatch):
-    monkeypatch.setattr(logprob, "LARGEST_TILE", {"cpu": (3, BLOCK)})
+    monkeypatch.setattr(logprob, "largest_tile", lambda depth, device: (3, BLOCK))
     head = random_head(0, 4, 3, 7, bias=True)
     targets = torch.tensor([0, 3, 6, 2])
 
@@ -114,15 +115,15 @@ def test_many_tiles_agree_with_the_reference(live, small_tiles):
 
 
 def folded(logits, targets, widths):
-    state = eager.new_state(len(logits), logits.dtype, logits.device)
+    logits, targets = logits.to(DEVICE), targets.to(DEVICE)
+    state = State.empty(len(logits), logits.dtype, DEVICE)
     first = 0
     for width in widths:
-        eager.fold(
-            logits[:, first : first + width].clone(), state, targets, first, Head(1.0, None, 1.0), None, None, True
-        )
+        tile = logits[:, first : first + width].clone()
+        tiles.select(DEVICE).fold(tile, state, targets, first, Head(1.0, None), None, None, True)
         first += width
     assert first == logits.shape[1]
-    return torch.stack(eager.finish(state))
+    return torch.stack(state.results()).cpu()
 
 
 @given(

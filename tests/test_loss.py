@@ -21,6 +21,7 @@ from covgrpo_kernels import (
 from covgrpo_kernels.layout import Segments
 from covgrpo_kernels.testing import ErrorBook, random_batch, rms, run_loss
 
+pytestmark = pytest.mark.usefixtures("backend")
 F64 = torch.float64
 AUTHOR = CovGRPOConfig.author_code().token_weighting
 WEIGHTINGS = {

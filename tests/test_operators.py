@@ -27,6 +27,11 @@ from covgrpo_kernels import (
 )
 from covgrpo_kernels.testing import check_draw, leaf, random_batch, random_head, rms, run_logprob
 
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.parametrize("backend", ["eager", "triton"], indirect=True),
+]
+
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 EPS64 = torch.finfo(torch.float64).eps
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -88,9 +93,9 @@ def assert_same_bits(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> No
 
 
 def assert_rounding(ours: dict[str, Tensor], expected: dict[str, Tensor], *names: str) -> None:
-    """Equal up to the order of a few dozen float64 additions."""
+    """Equal up to the order of a few dozen float64 additions; those of the loss are of terms of order one."""
     for name in names:
-        size = expected[name].abs().max().item() if expected[name].numel() else 0.0
+        size = 1.0 if name == "loss" else expected[name].abs().max().item() if expected[name].numel() else 0.0
         error = (ours[name] - expected[name]).abs().max().item() if expected[name].numel() else 0.0
         assert error <= 64 * EPS64 * max(size, 1e-3), f"{name}: {error:.2e} of {size:.2e}"
 
@@ -121,10 +126,10 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Products:
 # -------------------------------------------------------------------------------------------------- opcheck
 
 OPTIONS = {
-    "plain": dict(bias=False, temperature=False, head=(1.0, 1.0, None), entropy=False),
-    "bias": dict(bias=True, temperature=False, head=(0.7, 1.0, None), entropy=False),
-    "temperatures, entropy": dict(bias=False, temperature=True, head=(1.0, 0.5, None), entropy=True),
-    "all": dict(bias=True, temperature=True, head=(1.0, 0.5, 3.0), entropy=True),
+    "plain": dict(bias=False, temperature=False, head=(1.0, None), entropy=False),
+    "bias": dict(bias=True, temperature=False, head=(1.0, None), entropy=False),
+    "temperatures, entropy": dict(bias=False, temperature=True, head=(0.5, None), entropy=True),
+    "all": dict(bias=True, temperature=True, head=(0.5, 3.0), entropy=True),
 }
 
 
@@ -617,8 +622,10 @@ def test_uninitialised_memory_is_not_read(dtype: torch.dtype, request: pytest.Fi
     assert_same_bits(everything(dtype), expected)
 
 
-def test_two_threads_at_once() -> None:
+def test_two_threads_at_once(backend: str) -> None:
     """No state is shared: interleaved calls give what each gives alone."""
+    if backend == "triton":
+        pytest.skip("Triton's interpreter is not for two threads")
     batches = [inputs(s, vocab=3000, tokens=40) for s in (1, 2)]
     losses = [random_batch(s, dtype=torch.float32, length=20) for s in (1, 2)]
     expected = [(step(h), loss_step(b, CONFIGS["cispo"])) for h, b in zip(batches, losses, strict=True)]

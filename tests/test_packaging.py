@@ -22,6 +22,7 @@ import torch
 import covgrpo_kernels
 from covgrpo_kernels import doctor
 from covgrpo_kernels.tiles import eager
+from covgrpo_kernels.tiles.interface import State
 
 try:
     import tomllib
@@ -170,20 +171,20 @@ def test_doctor_without_assertions_does_not_claim_success() -> None:
 def _scaled(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
     def faulty(*arguments: Any, **keywords: Any) -> Any:
         result = function(*arguments, **keywords)
-        if isinstance(result, torch.Tensor):
-            return result * factor
+        if result is None:  # of grad, which writes to its second argument
+            arguments[1].mul_(factor)
+            return None
         first, *others = result  # log-probs or weights come first
-        make = getattr(type(result), "_make", tuple)
-        return make([first * factor, *others])
+        return result._make([first * factor, *others])
 
     return faulty
 
 
-@pytest.mark.parametrize("operation", ["finish", "grad", "group_weights"])
+@pytest.mark.parametrize(("holder", "operation"), [(State, "results"), (eager, "grad"), (eager, "group_weights")])
 def test_doctor_sees_a_small_fault(
-    operation: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    holder: Any, operation: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(eager, operation, _scaled(getattr(eager, operation), 1.001))
+    monkeypatch.setattr(holder, operation, _scaled(getattr(holder, operation), 1.001))
     assert doctor.main() == 1
     output = capsys.readouterr().out
     assert "FAILED: AssertionError" in output

@@ -17,7 +17,7 @@ F64 = torch.float64
 def dense_dlogits(logits, targets, g, e, head, temperature):
     """dL/d(raw products) by autograd in float64: with the identity as head they are the hidden states."""
     logits = logits.double().requires_grad_()
-    t = head.temperature if temperature is None else temperature.double()
+    t = 1.0 if temperature is None else temperature.double()
     eye = torch.eye(logits.shape[1], dtype=F64)
     x, h = reference.linear_logprob(logits, eye, targets, temperature=t, logit_scale=head.scale, softcap=head.softcap)
     total = (x * g).sum() + (0 if e is None else (h * e).sum())
@@ -35,13 +35,11 @@ def check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token
     g[torch.rand(tokens, generator=g_) < 0.2] = 0
     e = torch.randn(tokens, generator=g_, dtype=F64) * 0.1 if entropy else None
     temperature = torch.rand(tokens, generator=g_, dtype=F64) + 0.3 if per_token else None
-    head = Head(scale, softcap, 1.0 if per_token else 0.8)
+    head = Head(scale, softcap)
 
     eye = torch.eye(vocab, dtype=F64)
-    t = head.temperature if temperature is None else temperature
-    x, h, m, l = logprob.linear_logprob_op(
-        logits, eye, None, targets, temperature, head.temperature, scale, softcap, True, -100, 0.0
-    )
+    t = 1.0 if temperature is None else temperature
+    x, h, m, l = logprob.linear_logprob_op(logits, eye, None, targets, temperature, scale, softcap, True, -100, 0.0)
     plan = plan_backward(x, h, m + l, g, e, head, temperature, grad_tol)
     dz = dense_dlogits(logits, targets, g, e, head, temperature)
     total = dz.abs().sum()
@@ -106,11 +104,11 @@ def test_default_tolerance_skips_sure_tokens_in_bf16_and_none_that_matter_in_fp3
     head = policy_head(1, 512, 64, 2000, zero_advantage=0.3)
     g = head["logprob_grad"]
     x, h, m, l = logprob.linear_logprob_op(
-        head["hidden"], head["weight"], None, head["targets"], None, 1.0, 1.0, None, True, -100, 0.0
+        head["hidden"], head["weight"], None, head["targets"], None, 1.0, None, True, -100, 0.0
     )
     share = {}
     for dtype in (torch.float32, torch.bfloat16):
-        plan = plan_backward(x, h, m + l, g, None, Head(1.0, None, 1.0), None, resolve_grad_tol("auto", dtype))
+        plan = plan_backward(x, h, m + l, g, None, Head(1.0, None), None, resolve_grad_tol("auto", dtype))
         share[dtype] = plan.live.float().mean().item()
         assert plan.error_bound <= torch.finfo(dtype).eps / 4
     assert share[torch.bfloat16] < 0.6

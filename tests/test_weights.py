@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from covgrpo_kernels import CovarianceWeighting, CovGRPOConfig, covariance_weights, reference
 from covgrpo_kernels.testing import random_batch
 
+pytestmark = pytest.mark.usefixtures("backend")
 F64 = torch.float64
 WEIGHTINGS = {
     "paper": CovarianceWeighting(),

@@ -7,17 +7,10 @@ from torch import Tensor
 
 from ..config import CovarianceWeighting
 from ..layout import Segments
-from .interface import BLOCK, GroupWeights, Head, State
+from .interface import BLOCK, LOG_ZERO, NO_MAX, Coefficients, GroupWeights, Head, State
 
-# Stand for -inf: exp of it is zero in float64 too, and times zero it is zero and not NaN.
-_LOG_ZERO = -1e3
-_NO_MAX = -1e30
-
-
-def new_state(rows: int, dtype: torch.dtype, device: torch.device) -> State:
-    zeros = torch.zeros(2, rows, dtype=dtype, device=device)
-    maximum = torch.full((rows,), _NO_MAX, dtype=dtype, device=device)
-    return State(maximum, zeros[0], zeros[1], torch.full_like(maximum, torch.nan))
+# Tiles' worth of temporaries that fold and grad make: exponentials and masks.
+TEMPORARIES = 2
 
 
 def _logits_(tile: Tensor, head: Head, bias: Tensor | None, temperature: Tensor | None) -> Tensor:
@@ -29,8 +22,6 @@ def _logits_(tile: Tensor, head: Head, bias: Tensor | None, temperature: Tensor 
         tile.mul_(head.scale)
     if temperature is not None:
         tile.div_(temperature.unsqueeze(1))
-    elif head.temperature != 1.0:
-        tile.div_(head.temperature)
     return tile
 
 
@@ -56,14 +47,14 @@ def fold(
     state.target.copy_(torch.where(here, z.gather(1, column).squeeze(1), state.target))
 
     blocks = z.view(rows, -1, min(width, BLOCK))
-    maxima = blocks.amax(-1).clamp_(min=_NO_MAX)  # a block of -inf has no maximum
+    maxima = blocks.amax(-1).clamp_(min=NO_MAX)  # a block of -inf has no maximum
     d = blocks.sub_(maxima.unsqueeze(-1))
     at_max = d == 0
     ties = at_max.sum(-1).sub_(1).clamp_(min=0)
     e = d.exp() if entropy else d.exp_()
     e.masked_fill_(at_max, 0)
     totals = e.sum(-1).add_(ties)
-    moments = d.clamp_(min=_LOG_ZERO).mul_(e).sum(-1).neg_() if entropy else torch.zeros_like(totals)
+    moments = d.clamp_(min=LOG_ZERO).mul_(e).sum(-1).neg_() if entropy else torch.zeros_like(totals)
 
     m, s, u, _ = state
     for i in range(blocks.shape[1]):
@@ -78,58 +69,45 @@ def fold(
         m.copy_(top)
 
 
-def finish(state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log-prob, entropy, maximum, log of the normaliser over the maximum), each [R]. Rows without a finite
-    logit have no distribution: NaN."""
-    m, s, u, target = state
-    log_total = s.log1p()
-    maximum = m.where(m != _NO_MAX, torch.nan)
-    return (target - maximum) - log_total, log_total + u / (1 + s), maximum, log_total
-
-
 def grad(
     tile: Tensor,  # [R, C]
+    out: Tensor,  # [R, C], of any floating dtype; may be the tile
     targets: Tensor,  # [R] int64
     first: int,
     head: Head,
     bias: Tensor | None,  # [C]
     temperature: Tensor | None,  # [R]
-    logprob: Tensor,  # [R], of finish(), as are the next three
-    entropy: Tensor | None,  # [R], needed with entropy_grad
-    maximum: Tensor,  # [R]
-    log_total: Tensor,  # [R]
-    logprob_grad: Tensor,  # [R] g = dL/dlogprob
-    entropy_grad: Tensor | None,  # [R] e = dL/dentropy
-) -> Tensor:  # [R, C], the tile
-    """Turns a tile of raw products into dL/dproducts:
+    coefficients: Coefficients,  # of R rows
+) -> None:
+    """From a tile of raw products to dL/dproducts:
     (g (1[v = y] - p) - e p (log p + H)) * softcap' * scale / temperature."""
+    *per_row, entropy_grad = coefficients
+    maximum, log_total, at_target, g, entropy = (value.unsqueeze(1) for value in per_row)
     z = _logits_(tile, head, bias, temperature)
     slope = None
     if head.softcap is not None:
         per_cap = z / head.softcap
-        per_cap.mul_(head.temperature if temperature is None else temperature.unsqueeze(1))
+        if temperature is not None:
+            per_cap.mul_(temperature.unsqueeze(1))
         slope = per_cap.square_().neg_().add_(1)
     column, here = _target_column(targets, first, z.shape[1])
-    log_p = z.sub_(maximum.unsqueeze(1)).sub_(log_total.unsqueeze(1))
-    # The target's own entry from the log-prob the forward kept: 1 - p without cancellation.
-    at_target = -torch.expm1(logprob) * logprob_grad
+    log_p = z.sub_(maximum).sub_(log_total)
     if entropy_grad is None:
-        dz = log_p.exp_().mul_(-logprob_grad.unsqueeze(1))
+        dz = log_p.exp_().mul_(-g)
     else:
-        assert entropy is not None
-        at_target = at_target - entropy_grad * logprob.exp() * (logprob.clamp(min=_LOG_ZERO) + entropy)
-        log_p.clamp_(min=_LOG_ZERO)
+        log_p.clamp_(min=LOG_ZERO)
         p = log_p.exp()
-        dz = log_p.add_(entropy.unsqueeze(1)).mul_(entropy_grad.unsqueeze(1)).add_(logprob_grad.unsqueeze(1))
+        dz = log_p.add_(entropy).mul_(entropy_grad.unsqueeze(1)).add_(g)
         dz.mul_(p.neg_())
-    dz.scatter_(1, column, torch.where(here, at_target, dz.gather(1, column).squeeze(1)).unsqueeze(1))
+    dz.scatter_(1, column, torch.where(here.unsqueeze(1), at_target, dz.gather(1, column)))
     if slope is not None:
         dz.mul_(slope)
     if temperature is not None:
         dz.mul_((head.scale / temperature).unsqueeze(1))
-    elif head.scale != head.temperature:
-        dz.mul_(head.scale / head.temperature)
-    return dz
+    elif head.scale != 1.0:
+        dz.mul_(head.scale)
+    if out.data_ptr() != dz.data_ptr():
+        out.copy_(dz)
 
 
 def group_weights(

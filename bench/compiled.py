@@ -1,0 +1,222 @@
+"""Registers, spills, shared memory and tensor-core instructions of every kernel on every architecture, compiled ahead
+of time: needs no GPU, and kernels that are not interpreted."""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+GOLDEN = Path(__file__).parent.parent / "tests" / "compiled.json"
+
+# Bytes of shared memory that a program may have: CUDA C++ programming guide, table of compute capabilities; CDNA3 ISA.
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+
+# By case and architecture.
+Table = dict[str, dict[str, dict[str, int]]]
+
+
+Arguments = dict[str, str | int | float | bool | None]
+
+
+class Case(NamedTuple):
+    name: str
+    kernel: str  # module of the kernel, and its name there
+    arguments: Arguments  # types of those at run time, values of the others
+    config: str  # key of CONFIGS[architecture]
+
+
+_TILE: Arguments = dict(targets="*i64", n_rows="i32", width="i32", first="i32")
+_PLAIN: Arguments = dict(bias=None, temperature=None, SCALE=1.0, CAP=None)
+_ALL: Arguments = dict(bias="*fp32", temperature="*fp32", SCALE=0.5, CAP=30.0)
+_STATE: Arguments = dict(maximum="*fp32", total="*fp32", moment="*fp32", target="*fp32")
+_COEFFICIENTS: Arguments = dict(
+    maximum="*fp32", log_total="*fp32", at_target="*fp32", entropy="*fp32", logprob_grad="*fp32"
+)
+_TOKENS: Arguments = dict(logprobs="*fp32", valid="*i1", order="*i64", offsets="*i64")
+_WEIGHTS: Arguments = dict(advantages="*fp32", weights="*fp64", covariance="*fp64", deviation="*fp64", std="*fp64")
+_READING: Arguments = dict(NOISE=1e-6, BANDWIDTH_EPS=0.0, NUMEL=False)
+
+_FOLD_ALL: Arguments = {"tile": "*fp32", **_TILE, **_ALL, **_STATE, "ENTROPY": True}
+
+CASES = [
+    Case("fold", "fold.fold_kernel", {"tile": "*fp32", **_TILE, **_PLAIN, **_STATE, "ENTROPY": False}, "fold"),
+    Case("fold, all", "fold.fold_kernel", _FOLD_ALL, "fold"),
+    Case(
+        "fold of float64", "fold.fold_kernel",
+        {key: "*fp64" if value == "*fp32" else value for key, value in _FOLD_ALL.items()}, "fold",
+    ),
+    *(
+        Case(
+            f"grad to {out}{', all' if entropy else ''}",
+            "grad.grad_kernel",
+            {"tile": "*fp32", "out": f"*{out}", **_TILE, **options, **_COEFFICIENTS, "entropy_grad": entropy},
+            "grad",
+        )
+        for out in ("bf16", "fp16", "fp32")
+        for options, entropy in ((_PLAIN, None), (_ALL, "*fp32"))
+    ),
+    Case(
+        "sequence means", "group_weights.sequence_means_kernel", {**_TOKENS, "lengths": "*fp64", "means": "*fp64"},
+        "weights",
+    ),
+    Case(
+        "group weights", "group_weights.group_weights_kernel",
+        {**_TOKENS, **_WEIGHTS, **_READING, "segment": None, "lengths": None, "means": None}, "weights",
+    ),
+    Case(
+        "group weights, all", "group_weights.group_weights_kernel",
+        {**_TOKENS, **_WEIGHTS, **_READING, "segment": "*i64", "lengths": "*fp64", "means": "*fp64"}, "weights",
+    ),
+]  # fmt: skip
+
+
+def compile_case(case: Case, architecture: str) -> dict[str, int]:
+    """Registers of a thread, bytes of spilled registers of a thread, bytes of shared memory of a program, and how
+    many tensor-core instructions there are of each kind."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from covgrpo_kernels.tiles.triton.configs import CONFIGS
+
+    module, name = case.kernel.split(".")
+    kernel = getattr(importlib.import_module(f"covgrpo_kernels.tiles.triton.{module}"), name)
+    options = dict(CONFIGS[architecture][case.config])
+    compiler = {key: options.pop(key) for key in ("num_warps", "num_stages") if key in options}
+    arguments: dict[str, Any] = {**case.arguments, **options}
+    types = {key: value if isinstance(value, str) else "constexpr" for key, value in arguments.items()}
+    values = {key: value for key, value in arguments.items() if not isinstance(value, str)}
+    aligned = [
+        parameter.name
+        for parameter in kernel.params
+        if not (parameter.is_constexpr or parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+    ]
+    position = {name: i for i, name in enumerate(kernel.arg_names)}
+    source = triton.compiler.ASTSource(
+        kernel,
+        {name: types[name] for name in kernel.arg_names},
+        {(position[name],): value for name, value in values.items()},
+        {(position[name],): [["tt.divisibility", 16]] for name in aligned if types[name] != "constexpr"},
+    )
+    if architecture.startswith("sm_"):
+        target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    else:
+        target = GPUTarget("hip", architecture, 64)
+    compiled = triton.compile(source, target=target, options=compiler)
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        registers, spilled = (int(re.findall(rf"\.{key}:\s+(\d+)", text)[0]) for key in _VECTOR_REGISTERS)
+        numbers, spills = dict(registers=registers), 4 * spilled
+    else:
+        text, usage = compiled.asm["ptx"], _resource_usage(compiled.asm["cubin"])
+        numbers, spills = dict(registers=usage["REG"]), usage["STACK"]
+    return numbers | dict(spills=spills, shared=compiled.metadata.shared) | _tensor_cores(text)
+
+
+_VECTOR_REGISTERS = ("vgpr_count", "vgpr_spill_count")
+
+# As they are called in PTX and in AMD's assembly.
+_TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma")
+
+
+def _tensor_cores(text: str) -> dict[str, int]:
+    counts = {name: len(re.findall(rf"\b{re.escape(name)}[._]", text)) for name in _TENSOR_CORES}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """What the tool of the CUDA toolkit that triton brings says of the one kernel in it."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def _compile(key: tuple[str, str]) -> tuple[tuple[str, str], dict[str, int]]:
+    name, architecture = key
+    [case] = [case for case in CASES if case.name == name]
+    return key, compile_case(case, architecture)
+
+
+def compile_all(workers: int) -> Table:
+    keys = [(case.name, architecture) for case in CASES for architecture in SHARED_LIMIT]
+    table: Table = {}
+    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+        for (name, architecture), numbers in pool.map(_compile, keys):
+            table.setdefault(name, {})[architecture] = numbers
+    return table
+
+
+def faults(table: Table, golden: Table) -> list[str]:
+    """What is over a limit of the hardware, spills, lacks its tensor cores or has grown since it was committed."""
+    found = []
+    for name, by_architecture in table.items():
+        for architecture, numbers in by_architecture.items():
+            where = f"{name} on {architecture}"
+            if numbers["shared"] > SHARED_LIMIT[architecture]:
+                found.append(f"{where}: {numbers['shared']} bytes of shared memory are over the limit")
+            if numbers["spills"] and architecture in ("sm_80", "sm_90"):
+                found.append(f"{where}: {numbers['spills']} bytes are spilled")
+            known = golden.get(name, {}).get(architecture)
+            if known is None:
+                found.append(f"{where}: not in the committed table")
+                continue
+            found += [f"{where}: {key} grew from {known[key]} to {numbers[key]}"
+                      for key in _RESOURCES if numbers[key] > known[key]]  # fmt: skip
+            found += [f"{where}: no {key} any more" for key in known.keys() - numbers.keys()]
+    found += [f"{name}: no longer compiled" for name in golden.keys() - table.keys()]
+    return found
+
+
+_RESOURCES = ("registers", "spills", "shared")
+
+
+def markdown(table: Table) -> str:
+    header = "| kernel | architecture | registers | spills | shared bytes | tensor cores |"
+    lines = [header, "|---|---|---|---|---|---|"]
+    for name, by_architecture in table.items():
+        for architecture, numbers in by_architecture.items():
+            cells = [name, architecture, *(str(numbers[key]) for key in _RESOURCES)]
+            cores = ", ".join(f"{key} {n}" for key, n in numbers.items() if key not in _RESOURCES)
+            lines.append(f"| {' | '.join(cells)} | {cores} |")
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--update", action="store_true", help=f"write the table to {GOLDEN.parent.name}/{GOLDEN.name}")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        sys.exit("TRITON_INTERPRET must not be set: interpreted kernels are not compiled")
+    table = compile_all(arguments.workers)
+    print(markdown(table))
+    if arguments.update:
+        GOLDEN.write_text(json.dumps(dict(triton=triton.__version__, table=table), indent=1) + "\n")
+        return
+    golden = json.loads(GOLDEN.read_text())
+    if golden["triton"] != triton.__version__:
+        print(f"\nthe committed table is of triton {golden['triton']}, this is {triton.__version__}: not compared")
+        golden["table"] = table
+    found = faults(table, golden["table"])
+    if found:
+        sys.exit("\n".join(["", *found]))

@@ -1,0 +1,63 @@
+"""How each kernel is cut into programs on each architecture. Fixed, so that a result does not depend on a search;
+COVGRPO_AUTOTUNE=1 searches among `SEARCH` instead, once a process for every kind of input."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+
+from ..interface import BLOCK
+
+
+def _tile(rows: int, columns: int, warps: int) -> dict[str, int]:
+    return dict(B_R=rows, B_C=columns, num_warps=warps)
+
+
+# Of a program: rows and columns of the tile; for fold the columns are the block, which is fixed; tokens of a scope at
+# a time. Registers, spills and shared memory of each are gated by tests/test_compiled.py.
+CONFIGS: dict[str, dict[str, dict[str, int]]] = {
+    "sm_80": {"fold": _tile(1, BLOCK, 4), "grad": _tile(1, 1024, 4), "weights": dict(B_T=1024, num_warps=8)},
+    "sm_90": {"fold": _tile(1, BLOCK, 4), "grad": _tile(1, 2048, 4), "weights": dict(B_T=1024, num_warps=8)},
+    "sm_100": {"fold": _tile(1, BLOCK, 4), "grad": _tile(1, 2048, 4), "weights": dict(B_T=1024, num_warps=8)},
+    "gfx942": {"fold": _tile(1, BLOCK, 4), "grad": _tile(1, 1024, 4), "weights": dict(B_T=1024, num_warps=8)},
+    # An operation costs the interpreter the same, whatever its size.
+    "interpreter": {"fold": _tile(32, BLOCK, 1), "grad": _tile(32, 1024, 1), "weights": dict(B_T=1024, num_warps=1)},
+}
+SEARCH = {
+    "fold": [_tile(rows, BLOCK, warps) for rows in (1, 2, 4) for warps in (1, 2, 4, 8)],
+    "grad": [_tile(rows, columns, warps) for rows in (1, 2) for columns in (1024, 2048, 4096) for warps in (2, 4, 8)],
+}
+AUTOTUNE = os.environ.get("COVGRPO_AUTOTUNE", "0") == "1"
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The key of `CONFIGS`: the nearest one that is not newer, for a device that has none of its own."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_properties(device).major
+    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+
+
+def tuned(name: str, key: list[str], restored: list[str]) -> Callable[[Any], Any]:
+    """Decorates a kernel with Triton's search, where it was asked for. ``restored``: arguments a run changes."""
+
+    def decorate(kernel: Any) -> Any:
+        if not AUTOTUNE:
+            return kernel
+        choices = [triton.Config(dict(B_R=c["B_R"], B_C=c["B_C"]), num_warps=c["num_warps"]) for c in SEARCH[name]]
+        return triton.autotune(choices, key=key, restore_value=restored, cache_results=True)(kernel)
+
+    return decorate
+
+
+def options(name: str, device: torch.device) -> dict[str, int]:
+    """The compile-time arguments of a kernel that depend on the device; none where a search sets them."""
+    return {} if AUTOTUNE and name in SEARCH else CONFIGS[architecture(device)][name]

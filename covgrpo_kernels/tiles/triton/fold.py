@@ -1,0 +1,116 @@
+"""fold: one pass over a tile of raw products into the running statistics of its rows.
+
+Bytes: reads the tile once, and a few numbers a row; writes four numbers a row.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..interface import LOG_ZERO, NO_MAX, Head, State
+from .configs import options, tuned
+from .numerics import inverse, logit
+
+_NO_MAX = tl.constexpr(NO_MAX)
+_LOG_ZERO = tl.constexpr(LOG_ZERO)
+
+
+def traffic(rows: int, columns: int, itemsize: int = 4) -> tuple[int, int]:
+    """Bytes (read, written) of a tile, without what is one number a column."""
+    return rows * columns * itemsize + rows * (4 * itemsize + 8), rows * 4 * itemsize
+
+
+@tuned("fold", key=["width", "ENTROPY"], restored=["maximum", "total", "moment", "target"])
+@triton.jit(
+    do_not_specialize=["n_rows", "first"],
+    do_not_specialize_on_alignment=["targets", "temperature", "maximum", "total", "moment", "target"],
+)
+def fold_kernel(  # type: ignore[no-untyped-def]
+    tile,  # [R, C]
+    targets,  # [R] int64
+    bias,  # [C] or None
+    temperature,  # [R] or None
+    maximum,  # [R], as are the next three: updated
+    total,
+    moment,
+    target,
+    n_rows,
+    width,  # C
+    first,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    B_R: tl.constexpr,
+    B_C: tl.constexpr,
+):
+    i_r = tl.program_id(0).to(tl.int64) * B_R + tl.arange(0, B_R)
+    m_r = i_r < n_rows
+    m = tl.load(maximum + i_r, mask=m_r, other=0.0)
+    s = tl.load(total + i_r, mask=m_r, other=0.0)
+    u = tl.load(moment + i_r, mask=m_r, other=0.0)
+    if temperature is not None:
+        per_row = inverse(tl.load(temperature + i_r, mask=m_r, other=1.0))
+        per_temperature = per_row[:, None]
+    else:
+        per_row = None
+        per_temperature = None
+
+    for o_c in range(0, width, B_C):
+        i_c = o_c + tl.arange(0, B_C)
+        m_c = i_c < width
+        x = tl.load(tile + i_r[:, None] * width + i_c[None, :], mask=m_r[:, None] & m_c[None, :], other=0.0)
+        b = tl.load(bias + i_c, mask=m_c, other=0.0)[None, :] if bias is not None else None
+        z, _ = logit(x, b, per_temperature, SCALE, CAP)
+        z = tl.where(m_c[None, :], z, float("-inf"))
+
+        mb = tl.maximum(tl.max(z, 1), _NO_MAX)  # a block of -inf has no maximum
+        d = z - mb[:, None]
+        at_max = d == 0.0
+        e = tl.where(at_max, 0.0, tl.exp(d))
+        ties = tl.sum(at_max.to(z.dtype), 1) - 1.0
+        sb = tl.sum(e, 1) + tl.maximum(ties, 0.0)
+
+        top = tl.maximum(m, mb)
+        gap, gap_b = top - m, top - mb
+        w, wb = tl.exp(-gap), tl.exp(-gap_b)
+        # The smaller of the two maxima joins the sum of the others.
+        lesser = tl.minimum(w, wb)
+        if ENTROPY:
+            ub = -tl.sum(e * tl.maximum(d, _LOG_ZERO), 1)
+            u = w * (u + gap * s) + wb * (ub + gap_b * sb) + lesser * tl.maximum(gap, gap_b)
+        s = w * s + wb * sb + lesser
+        m = top
+
+    tl.store(maximum + i_r, m, mask=m_r)
+    tl.store(total + i_r, s, mask=m_r)
+    if ENTROPY:
+        tl.store(moment + i_r, u, mask=m_r)
+
+    column = tl.load(targets + i_r, mask=m_r, other=-1) - first
+    here = m_r & (column >= 0) & (column < width)
+    x_y = tl.load(tile + i_r * width + column, mask=here, other=0.0)
+    b_y = tl.load(bias + column, mask=here, other=0.0) if bias is not None else None
+    z_y, _ = logit(x_y, b_y, per_row, SCALE, CAP)
+    tl.store(target + i_r, z_y, mask=here)
+
+
+def fold(
+    tile: Tensor,  # [R, C]
+    state: State,  # of R rows, updated in place
+    targets: Tensor,  # [R] int64
+    first: int,
+    head: Head,
+    bias: Tensor | None,  # [C]
+    temperature: Tensor | None,  # [R]
+    entropy: bool,
+) -> None:
+    """Folds a tile of raw products into the running statistics, block after block from left to right."""
+    rows, width = tile.shape
+    fold_kernel[lambda meta: (triton.cdiv(rows, meta["B_R"]),)](
+        tile=tile, targets=targets, bias=bias, temperature=temperature,
+        maximum=state.maximum, total=state.total, moment=state.moment, target=state.target,
+        n_rows=rows, width=width, first=first, SCALE=head.scale, CAP=head.softcap, ENTROPY=entropy,
+        **options("fold", tile.device),
+    )  # fmt: skip
