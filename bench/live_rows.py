@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from covgrpo_kernels import linear_logprob, reference
-from covgrpo_kernels.testing import Results, check_draw, policy_head, rms
+from covgrpo_kernels import linear_logprob
+from covgrpo_kernels.testing import check_draw, policy_head, rms
+
+from .measure import Contender, eager_logprob, environment, exact, write_json
 
 # Qwen2.5-0.5B's head; the smoke run has one block of the vocabulary and a bit.
 SIZE = dict(tokens=1024, depth=896, vocab=151936)
@@ -35,69 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def _leaf(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return value.to(dtype, copy=True).requires_grad_()
-
-
-def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = function()
-    return time.perf_counter() - start, result
-
-
-def eager_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor]:
-    """What trainers write: no more than the log-probs. (The reference computes entropies too.)"""
-    logits = F.linear(hidden, weight).float()
-    return (logits.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1),)
-
-
-class Contender:
-    """Forward and backward from the same inputs; seconds of each are collected by ``step``."""
-
-    def __init__(self, name: str, function: Callable[..., Any], head: dict[str, Any], dtype: torch.dtype) -> None:
-        self.name, self.function, self.head = name, function, head
-        self.hidden, self.weight = _leaf(head["hidden"], dtype), _leaf(head["weight"], dtype)
-        self.forward: list[float] = []
-        self.backward: list[float] = []
-
-    def step(self) -> None:
-        self.hidden.grad = self.weight.grad = None
-        seconds, self.logprob = _timed(lambda: self.function(self.hidden, self.weight, self.head["targets"])[0])
-        self.forward.append(seconds)
-        self.backward.append(_timed(lambda: self.logprob.backward(self.head["logprob_grad"]))[0])
-
-
-def _gradients(contender: Contender) -> Results:
-    assert contender.hidden.grad is not None
-    assert contender.weight.grad is not None
-    logprob = contender.logprob.detach()
-    return dict(logprob=logprob, dhidden=contender.hidden.grad, dweight=contender.weight.grad)
-
-
-def _exact(contender: Contender, rows: int = 128) -> Results:
-    """The reference in float64, a block of rows at a time."""
-    hidden, weight = (_leaf(x.detach(), torch.float64) for x in (contender.hidden, contender.weight))
-    logprobs = []
-    inputs = (hidden, contender.head["targets"], contender.head["logprob_grad"])
-    for h, y, g in zip(*(x.split(rows) for x in inputs), strict=True):
-        x, _ = reference.linear_logprob(h, weight, y)
-        (x * g).sum().backward()
-        logprobs.append(x.detach())
-    assert hidden.grad is not None
-    assert weight.grad is not None
-    return dict(logprob=torch.cat(logprobs), dhidden=hidden.grad, dweight=weight.grad)
-
-
 def check_numbers(ours: Contender, eager: Contender, grad_tol: float | str) -> None:
     """Both have the same head. Raises AssertionError where ours is wrong: then there is no timing."""
-    exact = _exact(ours)
+    truth = exact(ours)
     dtype = ours.hidden.dtype
     tolerance = torch.finfo(dtype).eps / 4 if grad_tol == "auto" else float(grad_tol)
     relative = tolerance + 8 * torch.finfo(dtype).eps
-    bound = {name: relative * rms(value) for name, value in exact.items()}
-    bound["logprob"] = 8 * torch.finfo(torch.float32).eps * rms(exact["logprob"])
-    check_draw(_gradients(ours), _gradients(eager), exact, bound)
-    if _gradients(ours)["dhidden"][ours.head["logprob_grad"] == 0].any():
+    bound = {name: relative * rms(value) for name, value in truth.items()}
+    bound["logprob"] = 8 * torch.finfo(torch.float32).eps * rms(truth["logprob"])
+    check_draw(ours.results(), eager.results(), truth, bound)
+    if ours.results()["dhidden"][ours.head["logprob_grad"] == 0].any():
         raise AssertionError("rows without a coefficient have a gradient")
 
 
@@ -128,17 +72,6 @@ def peak_mib(name: str, dtype_name: str, size: dict[str, int]) -> float:
     if process.exitcode:
         raise RuntimeError(f"measuring the memory of {name} failed with exit status {process.exitcode}")
     return result.value
-
-
-def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return dict(
-        torch=torch.__version__,
-        python=platform.python_version(),
-        threads=torch.get_num_threads(),
-        cpu_capability=torch.backends.cpu.get_cpu_capability(),
-        commit=commit,
-    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -178,10 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     print(markdown(report))
     if not arguments.smoke:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = arguments.out.with_suffix(".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        partial.replace(arguments.out)
+        write_json(arguments.out, report)
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ Four layers: the public function, the operators (fake, autograd), the chunk loop
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,16 +31,19 @@ WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 
 
 def largest_tile(depth: int, device: torch.device) -> tuple[int, int]:
-    """The largest (rows, vocabulary entries) of a tile worth having: beyond it the matrix product gains nothing and
-    the tile falls out of the cache. The entries are a multiple of BLOCK."""
+    """The largest (rows, vocabulary entries) of a tile worth having: beyond it the matrix product gains nothing."""
     if device.type != "cuda":
         return 1024, 2 * BLOCK
-    entries = 1 << int(math.log2(torch.cuda.get_device_properties(device).L2_cache_size / 4))
-    # A product of less than 5e10 operations takes a GPU less time than a CPU needs to launch it and what follows.
-    while 2 * entries * depth < 5e10 and entries < 1 << 25:
-        entries *= 2
-    columns = max(BLOCK, 1 << (entries.bit_length() - 1) // 2)
-    return entries // columns, columns
+    return gpu_tile(depth, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def gpu_tile(depth: int, multiprocessors: int) -> tuple[int, int]:
+    """Rows by which products with BLOCK entries, in pieces of 128 x 256, occupy every multiprocessor once, and as
+    many entries as make a product last longer than its launch and that of what follows: 5e10 operations or more."""
+    rows, columns = max(128, 32 * multiprocessors // 128 * 128), 4 * BLOCK
+    while 2 * rows * columns * depth < 5e10 and columns < 16 * BLOCK:
+        columns *= 2
+    return rows, columns
 
 
 def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -65,25 +67,36 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
 
 
 def tile_shape(
-    rows: int, depth: int, vocab: int, device: torch.device, dtype: torch.dtype, temporaries: int
+    largest: tuple[int, int], rows: int, depth: int, vocab: int, kind: str, dtype: torch.dtype, temporaries: int
 ) -> tuple[int, int]:
-    """(rows, vocabulary entries) of a tile: the largest whose tile with its ``temporaries``, rows and slices of the
-    weight's copy and gradient fit the workspace; at the least 256 rows of one BLOCK. The entries are a multiple of
-    BLOCK, or all."""
-    r, c = largest_tile(depth, device)
+    """(rows, vocabulary entries) of a tile: the largest of which all that belongs to it fits the workspace of that
+    kind of device; at the least 256 rows of one BLOCK. The entries are a multiple of BLOCK, or all.
+
+    ``temporaries``: tiles that the tile operations allocate.
+    """
+    r, c = largest
     r = max(min(r, rows), 1)
-    size = _accumulator_dtype(dtype).itemsize
-    slices = 0 if dtype == _accumulator_dtype(dtype) else 1 if device.type == "cuda" else 2
+    accumulator, given = _accumulator_dtype(dtype).itemsize, dtype.itemsize
+    operand = given if kind == "cuda" else accumulator
 
-    def need(r: int, c: int) -> int:  # tiles, the last of them for dZ in another dtype; rows and their gradient; slices
-        return size * ((1 + max(temporaries, min(slices, 1))) * r * c + 2 * r * depth + slices * c * depth)
+    def need(r: int, c: int) -> int:
+        tiles = accumulator * (1 + temporaries) + (operand if operand != accumulator else 0)  # the last one is dZ
+        rows = operand + given  # as they are loaded, and their gradient
+        slices = (accumulator if given != accumulator else 0) + (operand if operand != given else 0)  # dW, W
+        return tiles * r * c + rows * r * depth + slices * c * depth
 
-    while need(r, c) > WORKSPACE_BYTES["cuda" if device.type == "cuda" else "cpu"] and (r > 256 or c > BLOCK):
-        if r > 256 and (2 * r > c or c == BLOCK):
-            r //= 2
+    while need(r, c) > WORKSPACE_BYTES[kind] and (r > 256 or c > BLOCK):
+        if r > 256 and (r > c or c == BLOCK):
+            r = max(256, r // 2 // 128 * 128)
         else:
             c //= 2
     return r, c if vocab > BLOCK else max(vocab, 1)
+
+
+def _tile(hidden: Tensor, rows: int, weight: Tensor, temporaries: int) -> tuple[int, int]:
+    kind = "cuda" if hidden.device.type == "cuda" else "cpu"
+    vocab, depth = weight.shape
+    return tile_shape(largest_tile(depth, hidden.device), rows, depth, vocab, kind, hidden.dtype, temporaries)
 
 
 def _vocabulary_slices(vocab: int, width: int) -> Iterator[tuple[int, int]]:
@@ -146,7 +159,7 @@ def _stream_forward(
         chosen = None
 
     dtype = _accumulator_dtype(hidden.dtype)
-    height, width = tile_shape(len(hidden), hidden.shape[1], len(weight), hidden.device, hidden.dtype, ops.TEMPORARIES)
+    height, width = _tile(hidden, len(hidden), weight, ops.TEMPORARIES)
     rows = _Rows(hidden, chosen, height)
     targets, temperature = rows.take(targets), rows.take_optional(temperature)
     state = State.empty(rows.count, dtype, hidden.device)
@@ -170,6 +183,7 @@ def _stream_forward(
 def _spread_rows_(gradient: Tensor, chosen: Tensor, block: int) -> None:
     """Moves row i of the first len(chosen) rows to row chosen[i] >= i, in place, zeros elsewhere: from the last
     block to the first nothing is overwritten that has yet to move."""
+    gradient[len(chosen) :] = 0
     for i in reversed(range(0, len(chosen), block)):
         rows = gradient[i : i + block][: len(chosen) - i].clone()
         gradient[i : i + len(rows)] = 0
@@ -196,15 +210,15 @@ def _stream_backward(
     def output(value: Tensor | None, needed: bool) -> Tensor:
         if value is None or not needed:
             return hidden.new_empty(0)
-        return torch.zeros_like(value, memory_format=torch.contiguous_format)
+        return torch.empty_like(value, memory_format=torch.contiguous_format)
 
     grad_hidden, grad_weight = output(hidden, need_hidden), output(weight, need_weight)
     grad_bias = output(bias, need_bias)
 
     chosen = live.nonzero().squeeze(1)
     if not len(chosen) or not len(weight):
-        return grad_hidden, grad_weight, grad_bias
-    height, width = tile_shape(len(chosen), hidden.shape[1], len(weight), hidden.device, hidden.dtype, ops.TEMPORARIES)
+        return grad_hidden.zero_(), grad_weight.zero_(), grad_bias.zero_()
+    height, width = _tile(hidden, len(chosen), weight, ops.TEMPORARIES)
     rows = _Rows(hidden, None if len(chosen) == len(hidden) else chosen, height)
 
     # The largest coefficient to between 1/2 and 1, by an exact power of two (that float32 holds): a loss averaged
@@ -213,12 +227,14 @@ def _stream_backward(
     if entropy_grad is not None:
         largest = torch.maximum(largest, entropy_grad.abs().amax())
     exponent = torch.frexp(largest).exponent.where(largest.isfinite(), 0).clamp(-100, 100)
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
     g = rows.take(torch.ldexp(logprob_grad, -exponent))
     e = None if entropy_grad is None else rows.take(torch.ldexp(entropy_grad, -exponent))
     coefficients = Coefficients.of(Results(*(rows.take(r) for r in results)), g, e)
 
     targets, temperature = rows.take(targets), rows.take_optional(temperature)
-    h_sum = grad_hidden if hidden.dtype == dtype else hidden.new_zeros(rows.count, hidden.shape[1], dtype=dtype)
+    # The sum of dH is made where it stays, if it can be: in the first rows.
+    h_sum = grad_hidden if hidden.dtype == dtype else hidden.new_empty(rows.count, hidden.shape[1], dtype=dtype)
     workspace = hidden.new_empty(min(height, rows.count) * width, dtype=dtype)
     rounded = workspace
     if _gemm_dtype(hidden) != dtype:
@@ -231,31 +247,35 @@ def _stream_backward(
         w = weight[a:b].to(_gemm_dtype(weight))
         bias_slice = None if bias is None else bias[a:b].to(dtype).contiguous()
         w_slice = grad_weight[a:b] if w_sum is None else w_sum[: b - a]
-        bias_sum = torch.zeros(b - a, dtype=dtype, device=hidden.device)
+        bias_sum = torch.zeros(b - a, dtype=dtype, device=hidden.device) if need_bias else None
         for block in rows.blocks:
             h = rows.load(block)
             tile, dz = (x[: len(h) * (b - a)].view(len(h), b - a) for x in (workspace, rounded))
             _mm(h, w.t(), tile)
             t = None if temperature is None else temperature[block]
             ops.grad(tile, dz, targets[block], a, head, bias_slice, t, coefficients.rows(block))
-            if need_bias:
+            if bias_sum is not None:
                 bias_sum += dz.sum(0, dtype=dtype)
             if need_hidden:
-                _mm(dz, w, h_sum[block], add=True)
+                _mm(dz, w, h_sum[block], add=a > 0)
             if need_weight:
                 _mm(dz.t(), h, w_slice, add=block.start > 0)
         if need_weight:
-            grad_weight[a:b] = torch.ldexp(w_slice, exponent, out=w_slice)
-        if need_bias:
-            grad_bias[a:b] = torch.ldexp(bias_sum, exponent)
-    if need_hidden:
+            torch.mul(w_slice, scale, out=grad_weight[a:b])
+        if bias_sum is not None:
+            torch.mul(bias_sum, scale, out=grad_bias[a:b])
+    if not need_hidden:
+        return grad_hidden, grad_weight, grad_bias
+    del workspace, rounded, w_sum, tile, dz
+    if rows.chosen is None:
+        torch.mul(h_sum, scale, out=grad_hidden)
+    elif h_sum is grad_hidden:
+        h_sum[: rows.count].mul_(scale)
+        _spread_rows_(grad_hidden, chosen, height)
+    else:
+        grad_hidden.zero_()
         for block in rows.blocks:
-            torch.ldexp(h_sum[block], exponent, out=h_sum[block])
-        if h_sum is not grad_hidden:
-            for block in rows.blocks:
-                grad_hidden[chosen[block]] = h_sum[block].to(hidden.dtype)
-        elif rows.chosen is not None:
-            _spread_rows_(grad_hidden, chosen, height)
+            grad_hidden[chosen[block]] = h_sum[block].mul_(scale).to(hidden.dtype)
     return grad_hidden, grad_weight, grad_bias
 
 

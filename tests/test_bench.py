@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from bench import live_rows
+from bench import live_rows, measure
 from covgrpo_kernels import reference
 from covgrpo_kernels.testing import rms, run_logprob
 from covgrpo_kernels.tiles.interface import State
@@ -44,13 +44,13 @@ def test_a_wrong_contender_gets_no_timing(part, monkeypatch, capsys):
             State, "results", lambda self: results(self)._replace(logprob=results(self).logprob * 1.001)
         )
     else:
-        results = live_rows._gradients
+        results = measure.Contender.results
 
         def off(contender):
             right = results(contender)
             return right if contender.name == "eager" else right | {part: right[part] * 1.001}
 
-        monkeypatch.setattr(live_rows, "_gradients", off)
+        monkeypatch.setattr(measure.Contender, "results", off)
     with pytest.raises(AssertionError, match=part):
         live_rows.run(arguments("--smoke"))
     assert "|" not in capsys.readouterr().out
@@ -59,7 +59,7 @@ def test_a_wrong_contender_gets_no_timing(part, monkeypatch, capsys):
 def test_the_oracle_is_the_reference():
     """A block of rows at a time, with a last block that is not full, is the whole batch in float64."""
     head = live_rows.policy_head(0, **live_rows.SMOKE)
-    contender = live_rows.Contender("ours", live_rows.eager_logprob, head, torch.float32)
+    contender = measure.Contender("ours", measure.eager_logprob, head, torch.float32)
     whole = run_logprob(reference.linear_logprob, **head, dtype=torch.float64)
-    for name, value in live_rows._exact(contender, rows=7).items():
+    for name, value in measure.exact(contender, rows=7).items():
         assert rms(value - whole[name]) <= 64 * torch.finfo(torch.float64).eps * rms(whole[name]), name

@@ -1,0 +1,125 @@
+"""Which cut of the kernels and which tile shape are fastest on the device at hand; prints, and changes no setting."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from covgrpo_kernels import linear_logprob, logprob, tiles
+from covgrpo_kernels.testing import policy_head
+from covgrpo_kernels.tiles.interface import BLOCK, Coefficients, Head, State
+
+from .measure import Contender, environment, timed, write_json
+
+SIZES = [dict(tokens=8192, depth=4096, vocab=131072), dict(tokens=16384, depth=896, vocab=151936)]
+TOY = [dict(tokens=48, depth=32, vocab=2100)]
+SHAPES = [(rows, columns) for rows in (1024, 2048, 4096, 8192) for columns in (1024, 2048, 4096, 8192)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--toy", action="store_true", help="a size that tests the script")
+    parser.add_argument("--out", type=Path, help="JSON, written anew after every measurement")
+    parser.set_defaults(run=run)
+
+
+@contextmanager
+def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    yield
+    setattr(holder, name, before)
+
+
+def _median(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    function()  # compiles
+    return statistics.median(timed(function, device)[0] for _ in range(repeats))
+
+
+def _kernel_calls(device: torch.device, rows: int, columns: int) -> dict[str, tuple[Callable[[], Any], int]]:
+    """A call of each kernel on a tile in the middle of a vocabulary, and the bytes it moves."""
+    from covgrpo_kernels.tiles.triton.fold import traffic as fold_traffic
+    from covgrpo_kernels.tiles.triton.grad import traffic as grad_traffic
+
+    ops = tiles.select(device)
+    tile = torch.randn(rows, columns, device=device)
+    targets = torch.randint(0, 2 * columns, (rows,), device=device)
+    head, first = Head(1.0, None), columns // 2
+    state = State.empty(rows, tile.dtype, device)
+    out = torch.empty_like(tile, dtype=torch.bfloat16 if device.type == "cuda" else tile.dtype)
+    coefficients = Coefficients.of(
+        state._replace(target=state.maximum).results(), torch.randn(rows, device=device), None
+    )
+
+    def run_fold() -> None:
+        ops.fold(tile, state, targets, first, head, None, None, False)
+
+    def run_grad() -> None:
+        ops.grad(tile, out, targets, first, head, None, None, coefficients)
+
+    return {
+        "fold": (run_fold, sum(fold_traffic(rows, columns))),
+        "grad": (run_grad, sum(grad_traffic(rows, columns, out.itemsize))),
+    }
+
+
+def tune_kernels(device: torch.device, shape: tuple[int, int], repeats: int) -> Iterator[dict[str, Any]]:
+    from covgrpo_kernels.tiles.triton.configs import CONFIGS, SEARCH, architecture
+
+    chosen = CONFIGS[architecture(device)]
+    for name, (call, moved) in _kernel_calls(device, *shape).items():
+        for config in SEARCH[name]:
+            before, chosen[name] = chosen[name], config
+            seconds = _median(call, device, repeats)
+            chosen[name] = before
+            yield dict(
+                kernel=name, config=config, current=config == before, seconds=seconds, gb_per_s=moved / seconds / 1e9
+            )
+
+
+def tune_tiles(device: torch.device, size: dict[str, int], repeats: int) -> Iterator[dict[str, Any]]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    head = {n: v.to(device) for n, v in policy_head(0, **size).items()}
+    contender = Contender("ours", lambda *inputs: linear_logprob(*inputs, grad_tol=0.0), head, dtype)
+    current = logprob.largest_tile(size["depth"], device)
+    for shape in dict.fromkeys([current, *SHAPES]):
+        with _replaced(logprob, "largest_tile", lambda depth, device, shape=shape: shape):
+            contender.step()
+            contender.forward.clear()
+            contender.backward.clear()
+            for _ in range(repeats):
+                contender.step()
+        yield dict(
+            size=size, shape=shape, current=shape == current,
+            forward=statistics.median(contender.forward), backward=statistics.median(contender.backward),
+        )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> None:
+    device = torch.device(arguments.device)
+    report: dict[str, Any] = dict(environment=environment(device), kernels=[], tiles=[])
+    shape = (32, 2 * BLOCK) if arguments.toy else logprob.largest_tile(4096, device)
+
+    def keep(kind: str, results: Iterator[dict[str, Any]], cells: Callable[[dict[str, Any]], str]) -> None:
+        for result in results:
+            report[kind].append(result)
+            print(cells(result) + ("  <- current" if result["current"] else ""), flush=True)
+            if arguments.out:
+                write_json(arguments.out, report)
+
+    keep(
+        "kernels", tune_kernels(device, shape, arguments.repeats),
+        lambda r: f"{r['kernel']} {r['config']}: {r['seconds'] * 1e6:.1f} us, {r['gb_per_s']:.0f} GB/s",
+    )  # fmt: skip
+    for size in TOY if arguments.toy else SIZES:
+        keep(
+            "tiles", tune_tiles(device, size, arguments.repeats),
+            lambda r: f"{r['size']} tile {r['shape']}: {r['forward'] * 1e3:.2f} + {r['backward'] * 1e3:.2f} ms",
+        )  # fmt: skip
