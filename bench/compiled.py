@@ -45,6 +45,11 @@ _TOKENS: Arguments = dict(logprobs="*fp32", valid="*i1", order="*i64", offsets="
 _WEIGHTS: Arguments = dict(advantages="*fp32", weights="*fp64", covariance="*fp64", deviation="*fp64", std="*fp64")
 _READING: Arguments = dict(NOISE=1e-6, BANDWIDTH_EPS=0.0, NUMEL=False)
 
+_SIZES: Arguments = dict(n_rows="i32", depth="i32", vocab="i32", splits="i32", hidden_stride="i32", weight_stride="i32")
+_FORWARD: Arguments = {
+    "hidden": "*bf16", "weight": "*bf16", "targets": "*i64", "partial": "*fp32",
+    **_SIZES, "UPCAST": False, "GROUP": 16,
+}  # fmt: skip
 _FOLD_ALL: Arguments = {"tile": "*fp32", **_TILE, **_ALL, **_STATE, "ENTROPY": True}
 
 CASES = [
@@ -76,6 +81,12 @@ CASES = [
         "group weights, all", "group_weights.group_weights_kernel",
         {**_TOKENS, **_WEIGHTS, **_READING, "segment": "*i64", "lengths": "*fp64", "means": "*fp64"}, "weights",
     ),
+    Case("forward", "forward.forward_kernel", {**_FORWARD, **_PLAIN, "ENTROPY": False}, "forward"),
+    Case("forward, all", "forward.forward_kernel", {**_FORWARD, **_ALL, "ENTROPY": True}, "forward"),
+    Case(
+        "merge", "forward.merge_kernel",
+        {"partial": "*fp32", "merged": "*fp32", "n_rows": "i32", "splits": "i32", "ENTROPY": True, "B_S": 256}, "merge",
+    ),
 ]  # fmt: skip
 
 
@@ -88,12 +99,19 @@ def compile_case(case: Case, architecture: str) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
 
     from covgrpo_kernels.tiles.triton.configs import CONFIGS
+    from covgrpo_kernels.tiles.triton.forward import FORWARD, MERGE
 
     module, name = case.kernel.split(".")
     kernel = getattr(importlib.import_module(f"covgrpo_kernels.tiles.triton.{module}"), name)
-    options = dict(CONFIGS[architecture][case.config])
+    cuts = {**CONFIGS[architecture], "forward": FORWARD[architecture][2], "merge": MERGE}
+    options = dict(cuts[case.config])
     compiler = {key: options.pop(key) for key in ("num_warps", "num_stages") if key in options}
     arguments: dict[str, Any] = {**case.arguments, **options}
+    if "ACCUMULATOR" in kernel.arg_names:
+        arguments["ACCUMULATOR"] = triton.language.float32
+    if options.get("DESCRIPTORS"):
+        arguments["hidden"] = f"tensordesc<bf16[{options['B_R']}, {options['B_D']}]>"
+        arguments["weight"] = f"tensordesc<bf16[{options['B_V']}, {options['B_D']}]>"
     types = {key: value if isinstance(value, str) else "constexpr" for key, value in arguments.items()}
     values = {key: value for key, value in arguments.items() if not isinstance(value, str)}
     aligned = [
@@ -145,6 +163,20 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
         command = [str(tool), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def check_search() -> None:
+    """Every cut that COVGRPO_AUTOTUNE=1 tries, on every architecture. Raises AssertionError for one that spills or has
+    too much shared memory."""
+    from covgrpo_kernels.tiles.triton.configs import CONFIGS, SEARCH
+
+    for case in CASES:
+        for architecture in SHARED_LIMIT:
+            for cut in SEARCH.get(case.config, []):
+                CONFIGS[architecture][case.config] = cut
+                numbers = compile_case(case, architecture)
+                assert numbers["shared"] <= SHARED_LIMIT[architecture], (case.name, architecture, cut, numbers)
+                assert not numbers["spills"], (case.name, architecture, cut, numbers)
 
 
 def _compile(key: tuple[str, str]) -> tuple[tuple[str, str], dict[str, int]]:

@@ -4,10 +4,12 @@ A fault names the function, what stands there and what is put in its place; if t
 follow, or this file is red itself.
 """
 
+import importlib.util
 import inspect
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -17,7 +19,7 @@ import test_plan
 import test_weights
 import torch
 
-from covgrpo_kernels import backward_plan, layout, logprob, objective, weighting
+from covgrpo_kernels import backward_plan, layout, logprob, objective, tiles, weighting
 from covgrpo_kernels.tiles import eager
 from covgrpo_kernels.tiles.interface import BLOCK
 
@@ -166,6 +168,90 @@ FAULTS = {
         skipping, Fault(logprob._stream_backward, "live.nonzero()", "torch.ones_like(live).nonzero()")
     ),
 }  # fmt: skip
+
+
+class KernelFault(NamedTuple):
+    module: str  # of covgrpo_kernels.tiles.triton
+    old: str
+    new: str
+
+
+def tile_in_float16(patch):
+    test_logprob.test_gradient_of_a_tile_in_the_dtype_of_its_product(torch.float16, dict(entropy=True), "triton")
+
+
+def sequences(patch):
+    test_weights.test_equals_the_reference("author")
+
+
+KERNEL_FAULTS = {
+    "ties dropped": (uniform, KernelFault("numerics", " + tl.maximum(ties, 0.0)", "")),
+    "running sum not rescaled": (many_tiles, KernelFault("numerics", "return top, w * s +", "return top, s +")),
+    "lesser maximum forgotten": (many_tiles, KernelFault("numerics", "wb * sb + lesser, u", "wb * sb, u")),
+    "maximum kept in the sum": (sure, KernelFault("numerics", "tl.where(at_max, 0.0, tl.exp(d))", "tl.exp(d) + 0.0")),
+    "last column lost": (many_tiles, KernelFault("fold", "m_c = i_c < width", "m_c = i_c < width - 1")),
+    "target of the column beside": (many_tiles, KernelFault("fold", "other=-1) - first", "other=-1) - first - 1")),
+    "bias of the first column": (many_tiles, KernelFault("fold", "tl.load(bias + column", "tl.load(bias + 0 * column")),
+    "tanh near zero": (many_tiles, KernelFault("numerics", "17325.0", "17235.0")),
+    "-1 at the target lost": (many_tiles, KernelFault("grad", "y, dz) * slope", "dz, dz) * slope")),
+    "entropy gradient without H": (many_tiles, KernelFault("grad", "(log_p + h)", "log_p")),
+    "softcap's slope lost": (many_tiles, KernelFault("grad", "y, dz) * slope", "y, dz)")),
+    "temperature lost in the slope": (tile_in_float16, KernelFault("numerics", "slope *= per_temperature", "pass")),
+    "last row lost": (many_tiles, KernelFault("grad", "i_r < n_rows", "i_r < n_rows - 1")),
+    "variance about zero": (weights, KernelFault("group_weights", "tl.where(m_v, c - mean_c, 0.0)", "c")),
+    "noise taken for variance": (no_variance, KernelFault("group_weights", "variance <= floor * floor", "variance < 0")),
+    "masked tokens weighed": (
+        poisoned, KernelFault("group_weights", "w = tl.where(m_v, tl.exp", "w = tl.where(m_t, tl.exp")
+    ),
+    "normaliser counts padding": (
+        weights, KernelFault("group_weights", "to(tl.float64) if NUMEL else n", "to(tl.float64) if NUMEL else n + 1")
+    ),
+    "sequence of the first token": (
+        sequences, KernelFault("group_weights", "means + tl.load(segment + i_t", "means + tl.load(segment + 0 * i_t")
+    ),
+}  # fmt: skip
+
+
+def apply_to_kernels(fault: KernelFault, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A copy of the whole backend with the fault in it takes the backend's place."""
+    package = importlib.import_module("covgrpo_kernels.tiles.triton")
+    source = Path(package.__file__).parent
+    for path in source.glob("*.py"):
+        (folder / path.name).write_text(path.read_text())
+    changed = folder / f"{fault.module}.py"
+    assert fault.old in changed.read_text(), f"{fault.old!r} is no longer in {changed.name}"
+    changed.write_text(changed.read_text().replace(fault.old, fault.new))
+    name = "covgrpo_kernels.tiles.faulty"
+    for module in [module for module in sys.modules if module.startswith(name)]:
+        del sys.modules[module]
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    faulty = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(faulty)
+    patch.setattr(tiles, "_triton", lambda: faulty)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled here")
+    monkeypatch.setenv(tiles.VARIABLE, "triton")
+
+
+@pytest.mark.parametrize("name", KERNEL_FAULTS)
+def test_fault_in_a_kernel_turns_the_suite_red(name, monkeypatch, tmp_path, interpreted):
+    check, fault = KERNEL_FAULTS[name]
+    apply_to_kernels(fault, monkeypatch, tmp_path)
+    with pytest.raises(AssertionError):
+        check(monkeypatch)
+
+
+@pytest.mark.parametrize("check", list(dict.fromkeys(c for c, _ in KERNEL_FAULTS.values())), ids=lambda c: c.__name__)
+def test_the_same_checks_are_green_with_kernels_as_they_are(check, monkeypatch, tmp_path, interpreted):
+    apply_to_kernels(KernelFault("numerics", "tanh", "tanh"), monkeypatch, tmp_path)
+    check(monkeypatch)
 
 
 def apply(fault: Fault, patch: pytest.MonkeyPatch) -> None:

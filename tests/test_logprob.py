@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from covgrpo_kernels import linear_logprob, logprob, reference, tiles
 from covgrpo_kernels.testing import ErrorBook, bounds, check_draw, policy_head, random_head, rms, run_logprob
-from covgrpo_kernels.tiles.interface import BLOCK, Head, State
+from covgrpo_kernels.tiles.interface import BLOCK, Coefficients, Head, State
 
 pytestmark = pytest.mark.usefixtures("backend")
 DEVICE = torch.device("cpu")
@@ -147,6 +147,40 @@ def test_same_logits_same_bits_however_they_are_cut(seed, rows, blocks, rest):
         1,
     )
     assert torch.equal(one_by_one, each)
+
+
+@pytest.mark.parametrize("options", [{}, dict(entropy=True), dict(softcap=4.0, scale=1.5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_gradient_of_a_tile_in_the_dtype_of_its_product(dtype, options, backend):
+    """Written to another tile, or to the same one, and rounded once: at most half an epsilon more than in float64.
+    (The interpreter cuts bfloat16 off instead of rounding it.)"""
+    g = torch.Generator().manual_seed(0)
+    head = Head(options.get("scale", 1.0), options.get("softcap"))
+    products, bias = torch.randn(37, 1100, generator=g) * 3, torch.randn(1100, generator=g)
+    temperature, targets = torch.rand(37, generator=g) + 0.5, torch.randint(0, 2200, (37,), generator=g)
+    coefficients = [torch.randn(37, generator=g), torch.randn(37, generator=g) if options.get("entropy") else None]
+
+    def gradient(accumulator, out_dtype):
+        def there(x):
+            return None if x is None else x.to(DEVICE, accumulator)
+
+        arguments = (targets.to(DEVICE), 500, head, there(bias), there(temperature))
+        state = State.empty(37, accumulator, torch.device(DEVICE))
+        ops = tiles.select(DEVICE)
+        ops.fold(there(products).clone(), state, *arguments, True)
+        results = state.results()
+        results = results._replace(logprob=results.logprob.nan_to_num(nan=-3.0))  # of targets elsewhere
+        tile = there(products).clone()
+        out = tile if out_dtype == accumulator else torch.empty_like(tile, dtype=out_dtype)
+        ops.grad(tile, out, *arguments, Coefficients.of(results, *(there(c) for c in coefficients)))
+        return out.double().cpu()
+
+    exact, inputs = gradient(F64, F64), gradient(torch.float32, torch.float32)
+    half = torch.finfo(dtype).eps / (1 if backend == "triton" and dtype == torch.bfloat16 else 2)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    off = (inputs - exact).abs()
+    assert rms(off) <= 64 * torch.finfo(torch.float32).eps * rms(exact)
+    assert ((gradient(torch.float32, dtype) - inputs).abs() <= half * inputs.abs() + smallest).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)

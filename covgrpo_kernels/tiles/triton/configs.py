@@ -29,7 +29,7 @@ CONFIGS: dict[str, dict[str, dict[str, int]]] = {
     "interpreter": {"fold": _tile(32, BLOCK, 1), "grad": _tile(32, 1024, 1), "weights": dict(B_T=1024, num_warps=1)},
 }
 SEARCH = {
-    "fold": [_tile(rows, BLOCK, warps) for rows in (1, 2, 4) for warps in (1, 2, 4, 8)],
+    "fold": [_tile(rows, BLOCK, warps) for rows in (1, 2, 4) for warps in (1, 2, 4, 8) if rows <= 2 * warps],
     "grad": [_tile(rows, columns, warps) for rows in (1, 2) for columns in (1024, 2048, 4096) for warps in (2, 4, 8)],
 }
 AUTOTUNE = os.environ.get("COVGRPO_AUTOTUNE", "0") == "1"

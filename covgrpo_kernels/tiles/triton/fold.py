@@ -9,12 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..interface import LOG_ZERO, NO_MAX, Head, State
+from ..interface import Head, State
 from .configs import options, tuned
-from .numerics import inverse, logit
-
-_NO_MAX = tl.constexpr(NO_MAX)
-_LOG_ZERO = tl.constexpr(LOG_ZERO)
+from .numerics import fold_block, inverse, logit
 
 
 def traffic(rows: int, columns: int, itemsize: int = 4) -> tuple[int, int]:
@@ -64,24 +61,7 @@ def fold_kernel(  # type: ignore[no-untyped-def]
         b = tl.load(bias + i_c, mask=m_c, other=0.0)[None, :] if bias is not None else None
         z, _ = logit(x, b, per_temperature, SCALE, CAP)
         z = tl.where(m_c[None, :], z, float("-inf"))
-
-        mb = tl.maximum(tl.max(z, 1), _NO_MAX)  # a block of -inf has no maximum
-        d = z - mb[:, None]
-        at_max = d == 0.0
-        e = tl.where(at_max, 0.0, tl.exp(d))
-        ties = tl.sum(at_max.to(z.dtype), 1) - 1.0
-        sb = tl.sum(e, 1) + tl.maximum(ties, 0.0)
-
-        top = tl.maximum(m, mb)
-        gap, gap_b = top - m, top - mb
-        w, wb = tl.exp(-gap), tl.exp(-gap_b)
-        # The smaller of the two maxima joins the sum of the others.
-        lesser = tl.minimum(w, wb)
-        if ENTROPY:
-            ub = -tl.sum(e * tl.maximum(d, _LOG_ZERO), 1)
-            u = w * (u + gap * s) + wb * (ub + gap_b * sb) + lesser * tl.maximum(gap, gap_b)
-        s = w * s + wb * sb + lesser
-        m = top
+        m, s, u = fold_block(z, m, s, u, ENTROPY)
 
     tl.store(maximum + i_r, m, mask=m_r)
     tl.store(total + i_r, s, mask=m_r)

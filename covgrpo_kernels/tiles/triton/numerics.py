@@ -1,9 +1,14 @@
-"""Functions of the kernels that Triton's language lacks, and what turns a product into a logit."""
+"""What kernels share: functions that Triton's language lacks, from a product to a logit, the fold of a block."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from ..interface import LOG_ZERO, NO_MAX
+
+_NO_MAX = tl.constexpr(NO_MAX)
+_LOG_ZERO = tl.constexpr(LOG_ZERO)
 
 
 @triton.jit
@@ -47,3 +52,23 @@ def logit(product, bias, per_temperature, SCALE: tl.constexpr, CAP: tl.constexpr
         z *= per_temperature
         slope *= per_temperature
     return z, slope
+
+
+@triton.jit
+def fold_block(z, m, s, u, ENTROPY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Folds logits [R, C] into running statistics [R]."""
+    mb = tl.maximum(tl.max(z, 1), _NO_MAX)  # a block of -inf has no maximum
+    d = z - mb[:, None]
+    at_max = d == 0.0
+    e = tl.where(at_max, 0.0, tl.exp(d))
+    ties = tl.sum(at_max.to(z.dtype), 1) - 1.0
+    sb = tl.sum(e, 1) + tl.maximum(ties, 0.0)
+    top = tl.maximum(m, mb)
+    gap, gap_b = top - m, top - mb
+    w, wb = tl.exp(-gap), tl.exp(-gap_b)
+    # The smaller of the two maxima joins the sum of the others.
+    lesser = tl.minimum(w, wb)
+    if ENTROPY:
+        ub = -tl.sum(e * tl.maximum(d, _LOG_ZERO), 1)
+        u = w * (u + gap * s) + wb * (ub + gap_b * sb) + lesser * tl.maximum(gap, gap_b)
+    return top, w * s + wb * sb + lesser, u
