@@ -176,10 +176,6 @@ class KernelFault(NamedTuple):
     new: str
 
 
-def tile_in_float16(patch):
-    test_logprob.test_gradient_of_a_tile_in_the_dtype_of_its_product(torch.float16, dict(entropy=True), "triton")
-
-
 def sequences(patch):
     test_weights.test_equals_the_reference("author")
 
@@ -196,10 +192,10 @@ KERNEL_FAULTS = {
     "-1 at the target lost": (many_tiles, KernelFault("grad", "y, dz) * slope", "dz, dz) * slope")),
     "entropy gradient without H": (many_tiles, KernelFault("grad", "(log_p + h)", "log_p")),
     "softcap's slope lost": (many_tiles, KernelFault("grad", "y, dz) * slope", "y, dz)")),
-    "temperature lost in the slope": (tile_in_float16, KernelFault("numerics", "slope *= per_temperature", "pass")),
+    "temperature lost in the slope": (many_tiles, KernelFault("numerics", "slope *= per_temperature", "pass")),
     "last row lost": (many_tiles, KernelFault("grad", "i_r < n_rows", "i_r < n_rows - 1")),
     "variance about zero": (weights, KernelFault("group_weights", "tl.where(m_v, c - mean_c, 0.0)", "c")),
-    "noise taken for variance": (no_variance, KernelFault("group_weights", "variance <= floor * floor", "variance < 0")),
+    "noise taken for variance": (no_variance, KernelFault("group_weights", "<= floor * floor", "< 0")),
     "masked tokens weighed": (
         poisoned, KernelFault("group_weights", "w = tl.where(m_v, tl.exp", "w = tl.where(m_t, tl.exp")
     ),
@@ -224,9 +220,7 @@ def apply_to_kernels(fault: KernelFault, patch: pytest.MonkeyPatch, folder: Path
     name = "covgrpo_kernels.tiles.faulty"
     for module in [module for module in sys.modules if module.startswith(name)]:
         del sys.modules[module]
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
     faulty = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(faulty)
     patch.setattr(tiles, "_triton", lambda: faulty)
