@@ -83,6 +83,11 @@ CASES = [
     ),
     Case("forward", "forward.forward_kernel", {**_FORWARD, **_PLAIN, "ENTROPY": False}, "forward"),
     Case("forward, all", "forward.forward_kernel", {**_FORWARD, **_ALL, "ENTROPY": True}, "forward"),
+    Case("forward by pointers", "forward.forward_kernel", {**_FORWARD, **_ALL, "ENTROPY": True}, "forward by pointers"),
+    Case(
+        "forward of float32", "forward.forward_kernel",
+        {**_FORWARD, **_ALL, "hidden": "*fp32", "weight": "*fp32", "ENTROPY": True}, "forward of float32",
+    ),
     Case(
         "merge", "forward.merge_kernel",
         {"partial": "*fp32", "merged": "*fp32", "n_rows": "i32", "splits": "i32", "ENTROPY": True, "B_S": 256}, "merge",
@@ -103,7 +108,9 @@ def compile_case(case: Case, architecture: str) -> dict[str, int]:
 
     module, name = case.kernel.split(".")
     kernel = getattr(importlib.import_module(f"covgrpo_kernels.tiles.triton.{module}"), name)
-    cuts = {**CONFIGS[architecture], "forward": FORWARD[architecture][2], "merge": MERGE}
+    cuts = {**CONFIGS[architecture], "merge": MERGE}
+    cuts |= {"forward": FORWARD[architecture][2], "forward of float32": FORWARD[architecture][4]}
+    cuts |= {"forward by pointers": FORWARD[architecture][2] | dict(DESCRIPTORS=False)}
     options = dict(cuts[case.config])
     compiler = {key: options.pop(key) for key in ("num_warps", "num_stages") if key in options}
     arguments: dict[str, Any] = {**case.arguments, **options}

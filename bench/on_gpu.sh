@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that a GPU has to show, in one command without a network. Each stage ends well within nine minutes and writes its
+# All that a GPU has to show, in one command without a network. Each stage ends within nine minutes and writes its
 # results as it goes, so that a cut-off loses nothing.
 #
 #   bench/on_gpu.sh [--stage tests|sanitize|units|tune|all] [--out DIR] [--wheels DIR] [--rehearse]
@@ -56,6 +56,7 @@ sanitize() {
     echo "== sanitize: skipped, there is no compute-sanitizer or no GPU"
     return
   fi
+  local limit=250
   # Without PyTorch's allocator, so that every tensor has bounds of its own.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck; do

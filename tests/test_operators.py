@@ -25,7 +25,9 @@ from covgrpo_kernels import (
     logprob,
     reference,
 )
+from covgrpo_kernels.layout import flatten_tokens
 from covgrpo_kernels.testing import check_draw, leaf, random_batch, random_head, rms, run_logprob
+from covgrpo_kernels.weighting import weighting_scopes
 
 pytestmark = [
     pytest.mark.usefixtures("backend"),
@@ -162,6 +164,25 @@ def test_opcheck_backward(name: str, needs: list[bool], live: str) -> None:
     e = g.flip(0) * rows if OPTIONS[name]["entropy"] else None
     op = torch.ops.covgrpo.linear_logprob_backward
     torch.library.opcheck(op, (*arguments, *statistics, g, e, rows, needs), rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", [CovarianceWeighting(), CovGRPOConfig.author_code().token_weighting], ids=str)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_opcheck_group_weights(kind: CovarianceWeighting, shuffled: bool) -> None:
+    batch = random_batch(0, dtype=torch.float32, shuffled=shuffled)
+    valid = batch["mask"].flatten()
+    ids = {n: batch[n] for n in ("group_ids", "group_size") if n in batch}
+    tokens = flatten_tokens(
+        batch["targets"], batch["advantages"], valid, dtype=torch.float32,
+        group_ids=ids.get("group_ids"), group_size=ids.get("group_size"), sequence_ids=None,
+    )  # fmt: skip
+    assert tokens.sequences is not None
+    arguments = (
+        batch["old_logprobs"].flatten().where(valid, 0), tokens.advantages, valid,
+        weighting_scopes(tokens, kind).tensors(), tokens.sequences.tensors(),
+        kind.centering, kind.advantage_centering, kind.normalizer, kind.bandwidth_eps,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.covgrpo.group_weights, arguments, rtol=0.0, atol=0.0)
 
 
 # ------------------------------------------------------------------------------------------------- compiled

@@ -14,13 +14,14 @@ import zipfile
 from collections.abc import Callable
 from email import message_from_string
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import covgrpo_kernels
-from covgrpo_kernels import doctor
+from covgrpo_kernels import doctor, tiles
 from covgrpo_kernels.tiles import eager
 from covgrpo_kernels.tiles.interface import State
 
@@ -201,6 +202,29 @@ def test_doctor_sees_nan_and_survives_an_error(
     monkeypatch.setattr(eager, "grad", _scaled(eager.grad, fault) if isinstance(fault, float) else broken)
     assert doctor.main() == 1
     assert ("FAILED: RuntimeError: no kernel image" in capsys.readouterr().out) == isinstance(fault, RuntimeError)
+
+
+def test_backend_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named, missing, misspelt; without a name a CPU has plain PyTorch, and so has a GPU without triton."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv(tiles.VARIABLE, raising=False)
+    assert tiles.select(cpu) is eager
+    monkeypatch.setattr(tiles, "_triton", lambda: "triton can't be imported: No module named 'triton'")
+    assert tiles.select(gpu) is eager
+    monkeypatch.setenv(tiles.VARIABLE, "triton")
+    with pytest.raises(RuntimeError, match="COVGRPO_BACKEND=triton can't run on cuda: triton can't be imported"):
+        tiles.select(gpu)
+    compiled = ModuleType("compiled")
+    compiled.INTERPRETED = False  # type: ignore[attr-defined]
+    monkeypatch.setattr(tiles, "_triton", lambda: compiled)
+    assert tiles.select(gpu) is compiled
+    with pytest.raises(RuntimeError, match="COVGRPO_BACKEND=triton can't run on cpu: Triton kernels run on a GPU"):
+        tiles.select(cpu)
+    monkeypatch.setenv(tiles.VARIABLE, "auto")
+    assert (tiles.select(gpu), tiles.select(cpu)) == (compiled, eager)
+    monkeypatch.setenv(tiles.VARIABLE, "Triton")
+    with pytest.raises(ValueError, match="COVGRPO_BACKEND must be 'auto', 'eager' or 'triton', got 'Triton'"):
+        tiles.select(cpu)
 
 
 def test_doctor_says_why_a_backend_is_not_usable(

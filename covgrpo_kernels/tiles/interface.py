@@ -32,7 +32,7 @@ class Head(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What the forward gives of R rows; all NaN where a row has no finite logit, and so no distribution."""
+    """What the forward gives of R rows. One without a finite logit has no distribution: log-prob and maximum NaN."""
 
     logprob: Tensor  # [R] of the target
     entropy: Tensor  # [R] nats; meaningless where the state was folded without entropy
