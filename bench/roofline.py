@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -21,6 +20,8 @@ import torch
 
 from covgrpo_kernels.logprob import WORKSPACE_BYTES, _vocabulary_slices, gpu_tile, tile_shape
 from covgrpo_kernels.tiles.interface import BLOCK
+
+from .measure import write_json
 
 # ------------------------------------------------------------------------------------------- the constants
 
@@ -324,7 +325,4 @@ def run(arguments: argparse.Namespace) -> None:
             gemm_tile=GEMM_TILE, special_rate=SPECIAL_RATE, kernel_gap=KERNEL_GAP, host=HOST,
             vector_kernels=VECTOR_KERNELS,
         )  # fmt: skip
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        partial = arguments.json.with_suffix(".partial")
-        partial.write_text(json.dumps(dict(constants=constants, rows=rows), indent=1) + "\n")
-        partial.replace(arguments.json)
+        write_json(arguments.json, dict(constants=constants, rows=rows))
