@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .measure import write_json
+
 GOLDEN = Path(__file__).parent.parent / "tests" / "compiled.json"
 
 # Bytes of shared memory that a program may have: CUDA C++ programming guide, table of compute capabilities; CDNA3 ISA.
@@ -103,8 +105,7 @@ def compile_case(case: Case, architecture: str) -> dict[str, int]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from covgrpo_kernels.tiles.triton.configs import CONFIGS
-    from covgrpo_kernels.tiles.triton.forward import FORWARD, MERGE
+    from covgrpo_kernels.tiles.triton.configs import CONFIGS, FORWARD, MERGE
 
     module, name = case.kernel.split(".")
     kernel = getattr(importlib.import_module(f"covgrpo_kernels.tiles.triton.{module}"), name)
@@ -249,7 +250,7 @@ def run(arguments: argparse.Namespace) -> None:
     table = compile_all(arguments.workers)
     print(markdown(table))
     if arguments.update:
-        GOLDEN.write_text(json.dumps(dict(triton=triton.__version__, table=table), indent=1) + "\n")
+        write_json(GOLDEN, dict(triton=triton.__version__, table=table))
         return
     golden = json.loads(GOLDEN.read_text())
     if golden["triton"] != triton.__version__:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from covgrpo_kernels import linear_logprob
-from covgrpo_kernels.testing import check_draw, policy_head, rms
+from covgrpo_kernels.testing import check_draw, policy_head
 
-from .measure import Contender, eager_logprob, environment, exact, write_json
+from .measure import Contender, eager_logprob, environment, exact, rounding, write_json
 
 # Qwen2.5-0.5B's head; the smoke run has one block of the vocabulary and a bit.
 SIZE = dict(tokens=1024, depth=896, vocab=151936)
@@ -37,10 +37,7 @@ def check_numbers(ours: Contender, eager: Contender, grad_tol: float | str) -> N
     truth = exact(ours)
     dtype = ours.hidden.dtype
     tolerance = torch.finfo(dtype).eps / 4 if grad_tol == "auto" else float(grad_tol)
-    relative = tolerance + 8 * torch.finfo(dtype).eps
-    bound = {name: relative * rms(value) for name, value in truth.items()}
-    bound["logprob"] = 8 * torch.finfo(torch.float32).eps * rms(truth["logprob"])
-    check_draw(ours.results(), eager.results(), truth, bound)
+    check_draw(ours.results(), eager.results(), truth, rounding(truth, dtype, tolerance))
     if ours.results()["dhidden"][ours.head["logprob_grad"] == 0].any():
         raise AssertionError("rows without a coefficient have a gradient")
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from covgrpo_kernels import reference
-from covgrpo_kernels.testing import Results
+from covgrpo_kernels.testing import Results, rms
 
 
 def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
@@ -75,6 +75,14 @@ def exact(contender: Contender, rows: int = 128) -> Results:
     assert hidden.grad is not None
     assert weight.grad is not None
     return dict(logprob=torch.cat(logprobs), dhidden=hidden.grad, dweight=weight.grad)
+
+
+def rounding(truth: Results, dtype: torch.dtype, grad_tol: float = 0.0) -> dict[str, float]:
+    """Bounds on RMS errors for `testing.check_draw`: gradients may be off by what is left out and a few roundings to
+    their dtype, log-probs by a few of float32's."""
+    relative = grad_tol + 8 * torch.finfo(dtype).eps
+    bound = {name: relative * rms(value) for name, value in truth.items()}
+    return bound | dict(logprob=8 * torch.finfo(torch.float32).eps * rms(truth["logprob"]))
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:

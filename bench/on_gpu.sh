@@ -48,7 +48,7 @@ run() { # name, then the command: its output is shown and kept; a failure does n
 }
 
 tests() {
-  run tests "$python" -m pytest -q -x --maxfail=20 -p no:cacheprovider "${only[@]}" tests
+  run tests "$python" -m pytest -q --maxfail=20 -p no:cacheprovider "${only[@]}" tests
 }
 
 sanitize() {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -28,14 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--toy", action="store_true", help="a size that tests the script")
     parser.add_argument("--out", type=Path, help="JSON, written anew after every measurement")
     parser.set_defaults(run=run)
-
-
-@contextmanager
-def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(holder, name)
-    setattr(holder, name, value)
-    yield
-    setattr(holder, name, before)
 
 
 def _median(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
@@ -76,11 +68,14 @@ def tune_kernels(device: torch.device, shape: tuple[int, int], repeats: int) -> 
     chosen = CONFIGS[architecture(device)]
     for name, (call, moved) in _kernel_calls(device, *shape).items():
         for config in SEARCH[name]:
-            before, chosen[name] = chosen[name], config
-            seconds = _median(call, device, repeats)
-            chosen[name] = before
+            with mock.patch.dict(chosen, {name: config}):
+                seconds = _median(call, device, repeats)
             yield dict(
-                kernel=name, config=config, current=config == before, seconds=seconds, gb_per_s=moved / seconds / 1e9
+                kernel=name,
+                config=config,
+                current=config == chosen[name],
+                seconds=seconds,
+                gb_per_s=moved / seconds / 1e9,
             )
 
 
@@ -90,7 +85,7 @@ def tune_tiles(device: torch.device, size: dict[str, int], repeats: int) -> Iter
     contender = Contender("ours", lambda *inputs: linear_logprob(*inputs, grad_tol=0.0), head, dtype)
     current = logprob.largest_tile(size["depth"], device)
     for shape in dict.fromkeys([current, *SHAPES]):
-        with _replaced(logprob, "largest_tile", lambda depth, device, shape=shape: shape):
+        with mock.patch.object(logprob, "largest_tile", lambda depth, device, shape=shape: shape):
             contender.step()
             contender.forward.clear()
             contender.backward.clear()

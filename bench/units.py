@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from covgrpo_kernels import linear_logprob, tiles
-from covgrpo_kernels.testing import Results, policy_head, rms
+from covgrpo_kernels.testing import Results, check_draw, policy_head, rms
 
-from .measure import Contender, eager_logprob, environment, exact, timed, write_json
+from .measure import Contender, eager_logprob, environment, exact, rounding, timed, write_json
 
 # Llama-3-8B's head on a GPU, Qwen2.5-0.5B's on a CPU.
 SIZES = {
@@ -42,19 +41,11 @@ def _ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
     return linear_logprob(hidden, weight, targets, grad_tol=0.0)
 
 
-@contextmanager
-def _backend(name: str) -> Iterator[None]:
-    before = os.environ.get(tiles.VARIABLE, "auto")
-    os.environ[tiles.VARIABLE] = name
-    yield
-    os.environ[tiles.VARIABLE] = before
-
-
 class _OnEagerTiles(Contender):
     """Forward and backward: they are two operators, and each looks which backend is meant."""
 
     def step(self) -> None:
-        with _backend("eager"):
+        with mock.patch.dict(os.environ, {tiles.VARIABLE: "eager"}):
             super().step()
 
 
@@ -130,6 +121,13 @@ def _errors(results: Results, truth: Results) -> dict[str, float]:
     return dict(logprob_max=off, **relative)
 
 
+def _check(contender: Contender, baseline: Contender, truth: Results) -> None:
+    """Raises AssertionError where ours is wrong: then there is no timing."""
+    results = contender.results()
+    exact_ = {name: truth[name] for name in results}
+    check_draw(results, baseline.results(), exact_, rounding(truth, contender.hidden.dtype))
+
+
 def _started(contender: Contender) -> str | None:
     """After a first step, which compiles and allocates; returns why it does not run."""
     try:
@@ -147,21 +145,24 @@ def run(arguments: argparse.Namespace) -> None:
     head = policy_head(0, **size)
     head = {n: v.to(device, dtype) if n in ("hidden", "weight") else v.to(device) for n, v in head.items()}
 
-    candidates = [Contender("ours", _ours, head, dtype), _OnEagerTiles("ours, eager tiles", _ours, head, dtype)]
-    peers = {"eager": eager_logprob, "TRL": _trl, "Liger": _liger, "PyTorch": _pytorch}
-    candidates += [_SingleKernel("ours, forward in a single kernel", _ours, head, dtype)]
-    candidates += [Contender(name, function, head, dtype) for name, function in peers.items()]
+    baseline = Contender("eager", eager_logprob, head, dtype)
+    ours = [Contender("ours", _ours, head, dtype), _OnEagerTiles("ours, eager tiles", _ours, head, dtype)]
+    ours += [_SingleKernel("ours, forward in a single kernel", _ours, head, dtype)]
+    peers = {"TRL": _trl, "Liger": _liger, "PyTorch": _pytorch}
+    candidates = [*ours, *(Contender(name, function, head, dtype) for name, function in peers.items())]
     contenders: list[Contender] = []
     report: dict[str, Any] = dict(
         environment=environment(device), size=size, dtype=str(dtype).removeprefix("torch."), contenders={}, missing={}
     )
-    truth = None
-    for contender in candidates:
+    baseline.step()
+    truth = exact(baseline)
+    for contender in [baseline, *candidates]:
         reason = _started(contender)
         if reason:
             report["missing"][contender.name] = reason
             continue
-        truth = exact(contender) if truth is None else truth
+        if contender in ours:
+            _check(contender, baseline, truth)
         measured = dict(errors=_errors(contender.results(), truth), peak_mib=_peak_mib(contender))
         report["contenders"][contender.name] = measured
         contender.forward.clear()
@@ -179,7 +180,7 @@ def run(arguments: argparse.Namespace) -> None:
             write_json(arguments.out, report)
     print(markdown(report))
     if arguments.profile:
-        _profile(contenders[0])
+        _profile(ours[0])
 
 
 def _profile(contender: Contender) -> None:

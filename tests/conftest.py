@@ -72,6 +72,15 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         for name in ("linear_logprob", "covgrpo_loss", "covariance_weights"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, moved(getattr(module, name), gpu))
+        if hasattr(module, "CovGRPOLoss"):
+            create = module.CovGRPOLoss
+
+            def on_gpu(*args: Any, **kwargs: Any) -> Any:
+                loss = create(*args, **kwargs)
+                loss.forward = moved(loss.forward, gpu)
+                return loss
+
+            monkeypatch.setattr(module, "CovGRPOLoss", on_gpu)
         if hasattr(module, "reference"):
             functions = inspect.getmembers(module.reference, inspect.isfunction)
             monkeypatch.setattr(module, "reference", SimpleNamespace(**{n: moved(f, gpu) for n, f in functions}))

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from bench import live_rows, measure
+from bench import live_rows, measure, units
 from covgrpo_kernels import reference
 from covgrpo_kernels.testing import rms, run_logprob
 from covgrpo_kernels.tiles.interface import State
@@ -63,3 +63,27 @@ def test_the_oracle_is_the_reference():
     whole = run_logprob(reference.linear_logprob, **head, dtype=torch.float64)
     for name, value in measure.exact(contender, rows=7).items():
         assert rms(value - whole[name]) <= 64 * torch.finfo(torch.float64).eps * rms(whole[name]), name
+
+
+@pytest.mark.parametrize("part", ["logprob", "dhidden", "dweight"])
+def test_units_refuse_wrong_numbers_of_ours(part, monkeypatch, capsys):
+    """One per mille off in ours, on a backend that is found without a GPU; eager and the peers are as they are."""
+    monkeypatch.setattr(units, "_trl", None)
+    monkeypatch.setattr(units, "_liger", None)
+    parser = units.argparse.ArgumentParser()
+    units.add_arguments(parser)
+    toy = parser.parse_args(["--toy", "--device", "cpu", "--repeats", "1"])
+    units.run(toy)
+    table = capsys.readouterr().out
+    assert "| ours |" in table
+    assert "not measured: TRL" in table
+    results = measure.Contender.results
+
+    def off(contender):
+        right = results(contender)
+        return right | {part: right[part] * 1.001} if contender.name == "ours" else right
+
+    monkeypatch.setattr(measure.Contender, "results", off)
+    with pytest.raises(AssertionError, match=part):
+        units.run(toy)
+    assert "|" not in capsys.readouterr().out

@@ -183,6 +183,11 @@ def test_gradient_of_a_tile_in_the_dtype_of_its_product(dtype, options, backend)
     assert ((gradient(torch.float32, dtype) - inputs).abs() <= half * inputs.abs() + smallest).all()
 
 
+def exponent_roundings(gap):
+    """A GPU's float32 exponential rounds its exponent, so that exp(-gap) is off by half an epsilon for each of gap."""
+    return gap if torch.device(DEVICE).type == "cuda" else 0.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 @pytest.mark.parametrize("position", [0, BLOCK - 1, BLOCK, 2 * BLOCK + 6])
 @pytest.mark.parametrize("gap", [0.0, 1.0, 10.0, 17.0, 25.0, 60.0, 85.0])
@@ -197,7 +202,7 @@ def test_sure_tokens_keep_their_digits(gap, position, dtype):
     x, h, _, _ = folded(logits, torch.tensor([position, other]), [2 * BLOCK, 7])
     s = (vocab - 1) * math.exp(-gap)
     entropy = math.log1p(s) + s * gap / (1 + s)
-    few = 12 * torch.finfo(dtype).eps
+    few = (12 + exponent_roundings(gap)) * torch.finfo(dtype).eps
     assert x[0].item() == pytest.approx(-math.log1p(s), rel=few, abs=0)
     assert x[1].item() == pytest.approx(-gap - math.log1p(s), rel=few, abs=0)
     assert h[0].item() == pytest.approx(entropy, rel=few, abs=0)
@@ -213,7 +218,8 @@ def test_gradient_of_sure_tokens_keeps_its_digits():
     hidden.requires_grad_()
     linear_logprob(hidden, weight, torch.tensor([7]), grad_tol=0.0).logprob.sum().backward()
     s = (vocab - 1) * math.exp(-gap)
-    assert hidden.grad[0, 7].item() == pytest.approx(s / (1 + s), rel=1e-6, abs=0)
+    few = (8 + exponent_roundings(gap)) * torch.finfo(torch.float32).eps
+    assert hidden.grad[0, 7].item() == pytest.approx(s / (1 + s), rel=few, abs=0)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -210,7 +210,8 @@ def test_backend_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(tiles.VARIABLE, raising=False)
     assert tiles.select(cpu) is eager
     monkeypatch.setattr(tiles, "_triton", lambda: "triton can't be imported: No module named 'triton'")
-    assert tiles.select(gpu) is eager
+    with pytest.warns(RuntimeWarning, match="plain PyTorch instead of fused kernels on cuda: triton can't be imported"):
+        assert tiles.select(gpu) is eager
     monkeypatch.setenv(tiles.VARIABLE, "triton")
     with pytest.raises(RuntimeError, match="COVGRPO_BACKEND=triton can't run on cuda: triton can't be imported"):
         tiles.select(gpu)

@@ -18,6 +18,7 @@ from covgrpo_kernels.tiles.interface import State
 
 pytest.importorskip("triton")
 fused = importlib.import_module("covgrpo_kernels.tiles.triton.forward")
+configs = importlib.import_module("covgrpo_kernels.tiles.triton.configs")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F64 = torch.float64
@@ -34,8 +35,8 @@ SMALL, LARGE = (16, 32, 16), (256, 256, 64)
 
 def blocks(patch: pytest.MonkeyPatch, sizes: tuple[int, int, int], slices: int = 2) -> None:
     """Blocks for the interpreter; compiled kernels keep theirs."""
-    config = fused._blocks(*sizes, 1, 1, slices, True)
-    patch.setitem(fused.FORWARD, "interpreter", dict.fromkeys((2, 4, 8), config))
+    config = configs._blocks(*sizes, 1, 1, slices, True)
+    patch.setitem(configs.FORWARD, "interpreter", dict.fromkeys((2, 4, 8), config))
 
 
 @pytest.fixture(autouse=True, scope="module")

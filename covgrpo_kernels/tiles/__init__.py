@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -41,8 +42,13 @@ def select(device: torch.device) -> ModuleType:
     ValueError where it names none."""
     wanted = os.environ.get(VARIABLE, "auto")
     if wanted == "auto":
-        fastest = _usable("triton", device) if device.type == "cuda" else eager
-        return fastest if isinstance(fastest, ModuleType) else eager
+        if device.type != "cuda":
+            return eager
+        fastest = _usable("triton", device)
+        if isinstance(fastest, ModuleType):
+            return fastest
+        warnings.warn(f"plain PyTorch instead of fused kernels on {device}: {fastest}", RuntimeWarning, stacklevel=2)
+        return eager
     if wanted not in ("eager", "triton"):
         raise ValueError(f"{VARIABLE} must be 'auto', 'eager' or 'triton', got {wanted!r}")
     backend = _usable(wanted, device)

@@ -32,6 +32,28 @@ SEARCH = {
     "fold": [_tile(rows, BLOCK, warps) for rows in (1, 2, 4) for warps in (1, 2, 4, 8) if rows <= 2 * warps],
     "grad": [_tile(rows, columns, warps) for rows in (1, 2) for columns in (1024, 2048, 4096) for warps in (2, 4, 8)],
 }
+
+
+def _blocks(
+    rows: int, vocab: int, depth: int, warps: int, stages: int, slices: int = 1, descriptors: bool = False
+) -> dict[str, int]:
+    return dict(
+        B_R=rows, B_V=vocab, B_D=depth, SLICES=slices, DESCRIPTORS=descriptors, num_warps=warps, num_stages=stages
+    )
+
+
+# By architecture and bytes of an input's element. SLICES: pieces of a tile that are folded one after the other, for
+# fewer registers at a time. DESCRIPTORS: whether a unit of the hardware copies the blocks (TMA). Products of float32
+# are exact, and so without tensor cores on NVIDIA's: descriptors gain nothing there and cost the operands registers.
+FORWARD: dict[str, dict[int, dict[str, int]]] = {
+    "sm_80": {2: _blocks(128, 128, 64, 8, 4), 4: _blocks(128, 64, 32, 8, 3)},
+    "sm_90": {2: _blocks(128, 256, 64, 8, 4, 4, True), 4: _blocks(128, 64, 32, 8, 3)},
+    "sm_100": {2: _blocks(128, 256, 64, 8, 4, 4, True), 4: _blocks(128, 64, 32, 8, 3)},
+    "gfx942": {2: _blocks(128, 128, 64, 8, 2), 4: _blocks(128, 64, 32, 8, 2)},
+    "interpreter": dict.fromkeys((2, 4, 8), _blocks(32, 256, 64, 1, 1, 2, True)),
+}
+# Of a program of the merge.
+MERGE = dict(B_R=8, num_warps=4)
 AUTOTUNE = os.environ.get("COVGRPO_AUTOTUNE", "0") == "1"
 
 

@@ -20,37 +20,17 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..interface import NO_MAX, State
-from .configs import architecture
+from .configs import FORWARD, MERGE, architecture
 from .numerics import fold_block, inverse, logit
 
 _NO_MAX = tl.constexpr(NO_MAX)
 
 
-def _blocks(
-    rows: int, vocab: int, depth: int, warps: int, stages: int, slices: int = 1, descriptors: bool = False
-) -> dict[str, int]:
-    return dict(
-        B_R=rows, B_V=vocab, B_D=depth, SLICES=slices, DESCRIPTORS=descriptors, num_warps=warps, num_stages=stages
-    )
-
-
-# By architecture and bytes of an input's element. SLICES: pieces of a tile that are folded one after the other, for
-# fewer registers at a time. DESCRIPTORS: whether a unit of the hardware copies the blocks (TMA). Products of float32
-# are exact, and so without tensor cores on NVIDIA's: descriptors gain nothing there and cost the operands registers.
-FORWARD: dict[str, dict[int, dict[str, int]]] = {
-    "sm_80": {2: _blocks(128, 128, 64, 8, 4), 4: _blocks(128, 64, 32, 8, 3)},
-    "sm_90": {2: _blocks(128, 256, 64, 8, 4, 4, True), 4: _blocks(128, 64, 32, 8, 3)},
-    "sm_100": {2: _blocks(128, 256, 64, 8, 4, 4, True), 4: _blocks(128, 64, 32, 8, 3)},
-    "gfx942": {2: _blocks(128, 128, 64, 8, 2), 4: _blocks(128, 64, 32, 8, 2)},
-    "interpreter": dict.fromkeys((2, 4, 8), _blocks(32, 256, 64, 1, 1, 2, True)),
-}
 # One program per multiprocessor, each of many work items; elsewhere one per item.
 _PERSISTENT = ("sm_90", "sm_100", "interpreter")
 # Row blocks that are worked on together, one split after the other: their hidden states (16 MiB at a depth of 4096)
 # and the weights of the splits at hand have to stay in the L2 cache.
 _GROUP = 16
-# Of a program of the merge.
-MERGE = dict(B_R=8, num_warps=4)
 
 
 def traffic(rows: int, depth: int, vocab: int, itemsize: int) -> tuple[int, int, int]:

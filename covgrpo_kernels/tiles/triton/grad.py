@@ -38,8 +38,8 @@ def grad_kernel(  # type: ignore[no-untyped-def]
     log_total,
     at_target,
     logprob_grad,
-    entropy_grad,  # [R] or None, as is the next
-    entropy,
+    entropy_grad,  # [R] or None
+    entropy,  # [R]
     n_rows,
     width,  # C
     first,
