@@ -6,7 +6,7 @@ Four layers: the public function, the operators (fake, autograd), the chunk loop
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -85,9 +85,17 @@ def tile_shape(
         slices = (accumulator if given != accumulator else 0) + (operand if operand != given else 0)  # dW, W
         return tiles * r * c + rows * r * depth + slices * c * depth
 
-    while need(r, c) > WORKSPACE_BYTES[kind] and (r > 256 or c > BLOCK):
-        if r > 256 and (r > c or c == BLOCK):
-            r = max(256, r // 2 // 128 * 128)
+    return _fitting((r, c), need, WORKSPACE_BYTES[kind], vocab)
+
+
+def _fitting(
+    tile: tuple[int, int], need: Callable[[int, int], int], limit: int, vocab: int, smallest: int = 256
+) -> tuple[int, int]:
+    """The tile made smaller until what it needs is within the limit, or it has ``smallest`` rows of one BLOCK."""
+    r, c = tile
+    while need(r, c) > limit and (r > smallest or c > BLOCK):
+        if r > smallest and (r > c or c == BLOCK):
+            r = max(smallest, r // 2 // 128 * 128)
         else:
             c //= 2
     return r, c if vocab > BLOCK else max(vocab, 1)
@@ -99,9 +107,35 @@ def _tile(hidden: Tensor, rows: int, weight: Tensor, temporaries: int) -> tuple[
     return tile_shape(largest_tile(depth, hidden.device), rows, depth, vocab, kind, hidden.dtype, temporaries)
 
 
-def _vocabulary_slices(vocab: int, width: int) -> Iterator[tuple[int, int]]:
-    """Slices of ``width``; the last ones are a multiple of BLOCK and the rest, so that every tile is blocks."""
-    whole = vocab - vocab % BLOCK
+def _own_products_tile(
+    hidden: Tensor, rows: int, weight: Tensor, needs: tuple[bool, bool, bool] | None
+) -> tuple[int, int, int]:
+    """(rows, vocabulary entries, bytes of the workspace) of a backend that multiplies itself; of the backward if it is
+    known what that ``needs``. Forward, the head is one slice: what it writes is a few numbers a row and BLOCK."""
+    ops, dtype, (vocab, depth) = tiles.select(hidden.device), hidden.dtype, weight.shape
+    r, c = largest_tile(depth, hidden.device)
+    gathered = dtype.itemsize * depth
+    if needs is None:
+        r = min(4 * r, rows)
+
+        def need(r: int, c: int) -> int:
+            return ops.fold_products_bytes(r, vocab, depth, dtype) + gathered * r
+
+    else:
+        rounded = 0 if dtype == _accumulator_dtype(dtype) else _accumulator_dtype(dtype).itemsize  # dW
+
+        def need(r: int, c: int) -> int:
+            return ops.grad_products_bytes(r, c, depth, dtype, needs) + gathered * r + rounded * c * depth
+
+    r, c = _fitting((max(min(r, rows), 1), c), need, WORKSPACE_BYTES["cpu"], vocab, smallest=64)
+    if needs is None:
+        return r, max(vocab, 1), ops.fold_products_bytes(r, vocab, depth, dtype)
+    return r, c, ops.grad_products_bytes(r, c, depth, dtype, needs)
+
+
+def _vocabulary_slices(vocab: int, width: int, unit: int = BLOCK) -> Iterator[tuple[int, int]]:
+    """Slices of ``width``; the last ones are a multiple of ``unit`` and the rest, so that every tile is blocks."""
+    whole = vocab - vocab % unit
     edges = [*range(0, whole, width), whole, vocab]
     return ((a, b) for a, b in itertools.pairwise(edges) if a < b)
 
@@ -109,8 +143,8 @@ def _vocabulary_slices(vocab: int, width: int) -> Iterator[tuple[int, int]]:
 class _Rows:
     """Chosen rows of the [N, ...] inputs, loaded a block at a time; all rows without a copy."""
 
-    def __init__(self, hidden: Tensor, chosen: Tensor | None, block: int) -> None:
-        self.hidden, self.chosen = hidden, chosen
+    def __init__(self, hidden: Tensor, chosen: Tensor | None, block: int, dtype: torch.dtype) -> None:
+        self.hidden, self.chosen, self.dtype = hidden, chosen, dtype
         self.count = len(hidden) if chosen is None else len(chosen)
         self.blocks = [slice(i, min(i + block, self.count)) for i in range(0, self.count, block)]
         self._only = self._load(self.blocks[0]) if len(self.blocks) == 1 else None
@@ -123,7 +157,7 @@ class _Rows:
 
     def _load(self, block: slice) -> Tensor:
         rows = self.hidden[block] if self.chosen is None else self.hidden[self.chosen[block]]
-        return rows.to(_gemm_dtype(rows))
+        return rows.to(self.dtype)
 
     def load(self, block: slice) -> Tensor:
         return self._load(block) if self._only is None else self._only
@@ -158,22 +192,32 @@ def _stream_forward(
     if chosen is not None and len(chosen) == len(hidden):
         chosen = None
 
-    dtype = _accumulator_dtype(hidden.dtype)
-    height, width = _tile(hidden, len(hidden), weight, ops.TEMPORARIES)
-    rows = _Rows(hidden, chosen, height)
+    dtype, own = _accumulator_dtype(hidden.dtype), ops.multiplies(hidden.dtype)
+    given = hidden.dtype if own else _gemm_dtype(hidden)
+    count = len(hidden) if chosen is None else len(chosen)
+    if own:
+        height, width, size = _own_products_tile(hidden, count, weight, None)
+        workspace = hidden.new_empty(size, dtype=torch.uint8)
+    else:
+        height, width = _tile(hidden, len(hidden), weight, ops.TEMPORARIES)
+        workspace = hidden.new_empty(min(height, max(count, 1)) * width, dtype=dtype)
+    rows = _Rows(hidden, chosen, height, given)
     targets, temperature = rows.take(targets), rows.take_optional(temperature)
-    state = State.empty(rows.count, dtype, hidden.device)
-    workspace = hidden.new_empty(min(height, max(rows.count, 1)) * width, dtype=dtype)
-    if rows.count:
-        for a, b in _vocabulary_slices(len(weight), width):
-            w = weight[a:b].to(_gemm_dtype(weight)).t()
+    state = State.empty(count, dtype, hidden.device)
+    if count:
+        for a, b in _vocabulary_slices(len(weight), width, 1 if own else BLOCK):
+            w = weight[a:b].to(given)
             bias_slice = None if bias is None else bias[a:b].to(dtype).contiguous()
             for block in rows.blocks:
                 h = rows.load(block)
-                tile = workspace[: len(h) * (b - a)].view(len(h), b - a)
-                _mm(h, w, tile)
                 t = None if temperature is None else temperature[block]
-                ops.fold(tile, state.rows(block), targets[block], a, head, bias_slice, t, entropy)
+                arguments = (state.rows(block), targets[block], a, head, bias_slice, t, entropy)
+                if own:
+                    ops.fold_products(h, w, *arguments, workspace)
+                else:
+                    tile = workspace[: len(h) * (b - a)].view(len(h), b - a)
+                    _mm(h, w.t(), tile)
+                    ops.fold(tile, *arguments)
     results = state.results()
     if chosen is None:
         return Results(*(r.where(valid, 0) for r in results))
@@ -218,8 +262,16 @@ def _stream_backward(
     chosen = live.nonzero().squeeze(1)
     if not len(chosen) or not len(weight):
         return grad_hidden.zero_(), grad_weight.zero_(), grad_bias.zero_()
-    height, width = _tile(hidden, len(chosen), weight, ops.TEMPORARIES)
-    rows = _Rows(hidden, None if len(chosen) == len(hidden) else chosen, height)
+    own = ops.multiplies(hidden.dtype)
+    given = hidden.dtype if own else _gemm_dtype(hidden)
+    if own:
+        height, width, size = _own_products_tile(hidden, len(chosen), weight, (need_hidden, need_weight, need_bias))
+        workspace = rounded = hidden.new_empty(size, dtype=torch.uint8)
+    else:
+        height, width = _tile(hidden, len(chosen), weight, ops.TEMPORARIES)
+        workspace = hidden.new_empty(min(height, len(chosen)) * width, dtype=dtype)
+        rounded = workspace if given == dtype else hidden.new_empty(len(workspace))
+    rows = _Rows(hidden, None if len(chosen) == len(hidden) else chosen, height, given)
 
     # The largest coefficient to between 1/2 and 1, by an exact power of two (that float32 holds): a loss averaged
     # over many tokens would have entries below what float16 can hold.
@@ -235,25 +287,28 @@ def _stream_backward(
     targets, temperature = rows.take(targets), rows.take_optional(temperature)
     # The sum of dH is made where it stays, if it can be: in the first rows.
     h_sum = grad_hidden if hidden.dtype == dtype else hidden.new_empty(rows.count, hidden.shape[1], dtype=dtype)
-    workspace = hidden.new_empty(min(height, rows.count) * width, dtype=dtype)
-    rounded = workspace
-    if _gemm_dtype(hidden) != dtype:
-        rounded = hidden.new_empty(len(workspace))
     w_sum = None
     if need_weight and weight.dtype != dtype:
         w_sum = weight.new_empty(min(width, len(weight)), weight.shape[1], dtype=dtype)
 
-    for a, b in _vocabulary_slices(len(weight), width):
-        w = weight[a:b].to(_gemm_dtype(weight))
+    for a, b in _vocabulary_slices(len(weight), width, 1 if own else BLOCK):
+        w = weight[a:b].to(given)
         bias_slice = None if bias is None else bias[a:b].to(dtype).contiguous()
         w_slice = grad_weight[a:b] if w_sum is None else w_sum[: b - a]
         bias_sum = torch.zeros(b - a, dtype=dtype, device=hidden.device) if need_bias else None
         for block in rows.blocks:
             h = rows.load(block)
+            t = None if temperature is None else temperature[block]
+            arguments = (targets[block], a, head, bias_slice, t, coefficients.rows(block))
+            if own:
+                ops.grad_products(
+                    h, w, *arguments, h_sum[block] if need_hidden else None, w_slice if need_weight else None,
+                    block.start > 0, bias_sum, workspace, a > 0 and len(rows.blocks) == 1,
+                )  # fmt: skip
+                continue
             tile, dz = (x[: len(h) * (b - a)].view(len(h), b - a) for x in (workspace, rounded))
             _mm(h, w.t(), tile)
-            t = None if temperature is None else temperature[block]
-            ops.grad(tile, dz, targets[block], a, head, bias_slice, t, coefficients.rows(block))
+            ops.grad(tile, dz, *arguments)
             if bias_sum is not None:
                 bias_sum += dz.sum(0, dtype=dtype)
             if need_hidden:
@@ -266,7 +321,7 @@ def _stream_backward(
             torch.mul(bias_sum, scale, out=grad_bias[a:b])
     if not need_hidden:
         return grad_hidden, grad_weight, grad_bias
-    del workspace, rounded, w_sum, tile, dz
+    del workspace, rounded, w_sum
     if rows.chosen is None:
         torch.mul(h_sum, scale, out=grad_hidden)
     elif h_sum is grad_hidden:

@@ -55,12 +55,15 @@ def moved(function: Callable[..., Any], device: torch.device) -> Callable[..., A
     return wrapper
 
 
-@pytest.fixture(params=["eager", "triton", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["eager", "cpp", "triton", pytest.param("gpu", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The tests of a module that uses this run once for each backend: with plain PyTorch on the CPU, with the Triton
     kernels under the interpreter, and with both they and the eager baseline on a GPU."""
     if request.param == "eager":
         monkeypatch.setenv(tiles.VARIABLE, "eager")
+    elif request.param == "cpp":
+        pytest.importorskip("covgrpo_kernels.tiles.cpp")
+        monkeypatch.setenv(tiles.VARIABLE, "cpp")
     elif request.param == "triton":
         pytest.importorskip("triton")
         if torch.cuda.is_available():

@@ -223,7 +223,7 @@ def apply_to_kernels(fault: KernelFault, patch: pytest.MonkeyPatch, folder: Path
     spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
     faulty = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(faulty)
-    patch.setattr(tiles, "_triton", lambda: faulty)
+    patch.setattr(tiles, "_import", lambda name: faulty)
 
 
 @pytest.fixture

@@ -209,7 +209,7 @@ def test_backend_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.delenv(tiles.VARIABLE, raising=False)
     assert tiles.select(cpu) is eager
-    monkeypatch.setattr(tiles, "_triton", lambda: "triton can't be imported: No module named 'triton'")
+    monkeypatch.setattr(tiles, "_import", lambda name: "triton can't be imported: No module named 'triton'")
     with pytest.warns(RuntimeWarning, match="plain PyTorch instead of fused kernels on cuda: triton can't be imported"):
         assert tiles.select(gpu) is eager
     monkeypatch.setenv(tiles.VARIABLE, "triton")
@@ -217,7 +217,7 @@ def test_backend_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         tiles.select(gpu)
     compiled = ModuleType("compiled")
     compiled.INTERPRETED = False  # type: ignore[attr-defined]
-    monkeypatch.setattr(tiles, "_triton", lambda: compiled)
+    monkeypatch.setattr(tiles, "_import", lambda name: compiled)
     assert tiles.select(gpu) is compiled
     with pytest.raises(RuntimeError, match="COVGRPO_BACKEND=triton can't run on cpu: Triton kernels run on a GPU"):
         tiles.select(cpu)

@@ -17,22 +17,26 @@ from . import eager
 # Names a backend for all devices; unset or "auto": the fastest that a device has.
 VARIABLE = "COVGRPO_BACKEND"
 
+MISSING = {"cpp": "the C++ extension was not built", "triton": "triton can't be imported"}
+
 
 @cache
-def _triton() -> ModuleType | str:
-    """The backend, or why there is none. Imported at its first use, since triton is optional."""
+def _import(name: str) -> ModuleType | str:
+    """The backend, or why there is none. Imported at its first use, since triton and a compiler are optional."""
     try:
-        return importlib.import_module(".triton", __name__)
+        return importlib.import_module(f".{name}", __name__)
     except ImportError as error:
-        return f"triton can't be imported: {error}"
+        return f"{MISSING[name]}: {error}"
 
 
 def _usable(name: str, device: torch.device) -> ModuleType | str:
     """The backend, or why it does not run on ``device``."""
     if name == "eager":
         return eager
-    backend = _triton()
-    if isinstance(backend, ModuleType) and device.type != "cuda" and not backend.INTERPRETED:
+    backend = _import(name)
+    if name == "cpp" and device.type != "cpu":
+        return "the C++ operations run on the CPU"
+    if name == "triton" and isinstance(backend, ModuleType) and device.type != "cuda" and not backend.INTERPRETED:
         return "Triton kernels run on a GPU, or anywhere, slowly, with TRITON_INTERPRET=1"
     return backend
 
@@ -42,15 +46,15 @@ def select(device: torch.device) -> ModuleType:
     ValueError where it names none."""
     wanted = os.environ.get(VARIABLE, "auto")
     if wanted == "auto":
-        if device.type != "cuda":
-            return eager
-        fastest = _usable("triton", device)
+        fastest = _usable("triton" if device.type == "cuda" else "cpp", device)
         if isinstance(fastest, ModuleType):
             return fastest
-        warnings.warn(f"plain PyTorch instead of fused kernels on {device}: {fastest}", RuntimeWarning, stacklevel=2)
+        if device.type == "cuda":
+            message = f"plain PyTorch instead of fused kernels on {device}: {fastest}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
         return eager
-    if wanted not in ("eager", "triton"):
-        raise ValueError(f"{VARIABLE} must be 'auto', 'eager' or 'triton', got {wanted!r}")
+    if wanted not in ("cpp", "eager", "triton"):
+        raise ValueError(f"{VARIABLE} must be 'auto', 'cpp', 'eager' or 'triton', got {wanted!r}")
     backend = _usable(wanted, device)
     if isinstance(backend, str):
         raise RuntimeError(f"{VARIABLE}={wanted} can't run on {device}: {backend}")
@@ -68,8 +72,24 @@ def on_device(device: torch.device) -> Iterator[None]:
 def backends() -> list[tuple[str, bool, str]]:
     """(name, usable on some device here, why) of every backend, for `covgrpo doctor`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    triton = _usable("triton", device)
+    cpp, triton = _usable("cpp", torch.device("cpu")), _usable("triton", device)
+    compiled = cpp if isinstance(cpp, str) else _describe_cpp(cpp)
     if isinstance(triton, ModuleType):
         reason = "under the interpreter, for tests" if device.type == "cpu" else "fused kernels, used on GPUs"
-        return [("eager", True, "plain PyTorch, any device"), ("triton", True, reason)]
-    return [("eager", True, "plain PyTorch, any device"), ("triton", False, triton)]
+    else:
+        reason = triton
+    return [
+        ("eager", True, "plain PyTorch, any device"),
+        ("cpp", isinstance(cpp, ModuleType), compiled),
+        ("triton", isinstance(triton, ModuleType), reason),
+    ]
+
+
+def _describe_cpp(cpp: ModuleType) -> str:
+    try:
+        isa = cpp.isa()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    fused = [str(d).removeprefix("torch.") for d in (torch.bfloat16, torch.float32) if cpp.multiplies(d)]
+    products = f"products of {' and '.join(fused)} fused with the softmax" if fused else "products by PyTorch"
+    return f"used on CPUs; {isa}, {products}"

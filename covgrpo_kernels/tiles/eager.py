@@ -13,6 +13,11 @@ from .interface import BLOCK, LOG_ZERO, NO_MAX, Coefficients, GroupWeights, Head
 TEMPORARIES = 2
 
 
+def multiplies(dtype: torch.dtype) -> bool:
+    """Products are PyTorch's."""
+    return False
+
+
 def _logits_(tile: Tensor, head: Head, bias: Tensor | None, temperature: Tensor | None) -> Tensor:
     if bias is not None:
         tile.add_(bias)

@@ -3,8 +3,9 @@
 A tile is a contiguous [R, C] slice of the raw products h_t . W_v in float32 (float64 for float64 inputs), R rows
 by C vocabulary entries from ``first`` on; the operations may overwrite it. C is a multiple of BLOCK, or less than it.
 All other tensors are contiguous too.
-A backend is a module with the functions ``fold``, ``grad`` and ``group_weights`` of `eager.py` and the number
-``TEMPORARIES``.
+A backend is a module with the functions ``fold``, ``grad``, ``group_weights`` and ``multiplies`` of `eager.py` and the
+number ``TEMPORARIES``. One that multiplies some dtype itself has ``fold_products`` and ``grad_products`` of `cpp.py`
+too, which take hidden states and a slice of the head where the others take a tile.
 """
 
 from __future__ import annotations

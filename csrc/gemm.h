@@ -1,0 +1,257 @@
+// Matrix products for processors with AVX512-BF16: bfloat16 or float32 operands, float32 sums.
+//
+//   out[r, c] (+)= sum_k A[r, k] * B[k, c]
+//
+// A is read where it lies, a row at a time, and broadcast; the columns of B are in the lanes and B is packed. A *unit*
+// is 32 bits of depth, two bfloat16 or one float: what one instruction multiplies in each lane. Packed B is
+// [panels of 64 columns][units of depth][64 columns] of units.
+//
+// The sum over the depth is made of chains of fixed length, one after the other, for each output: its bits depend on
+// nothing but its own operands. The bfloat16 instruction takes denormal operands for zero.
+#pragma once
+
+#include "isa.h"
+
+#if COVGRPO_X86
+
+#include <immintrin.h>
+
+#include <vector>
+
+#include "vectors.h"
+
+namespace covgrpo {
+
+constexpr int PANEL = 64;  // columns of B: four vectors
+constexpr int STRIP = 6;   // rows of A: 6 x 4 sums, 4 vectors of B and a broadcast fill the 32 registers
+
+struct BFloat16 {
+  using Element = uint16_t;
+  static constexpr int PER_UNIT = 2;
+  static constexpr int64_t CHAIN = 1024;  // units; as many as a near cache holds of a panel
+
+  COVGRPO_AVX512BF16 static COVGRPO_INLINE __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+};
+
+struct Float32 {
+  using Element = float;
+  static constexpr int PER_UNIT = 1;
+  static constexpr int64_t CHAIN = 128;  // a longer chain has more rounding errors than the products of other libraries
+
+  COVGRPO_AVX512BF16 static COVGRPO_INLINE __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+  }
+};
+
+// A matrix of any strides, counted in elements.
+template <class Format>
+struct Matrix {
+  using Element = typename Format::Element;
+  const Element* data;
+  int64_t rows, columns;
+  int64_t row_stride, column_stride;
+
+  int64_t units() const { return (columns + Format::PER_UNIT - 1) / Format::PER_UNIT; }
+
+  // Row i with its entries side by side, copied to `copy` where they are not.
+  const Element* row(int64_t i, Element* copy) const {
+    const Element* p = data + i * row_stride;
+    if (column_stride == 1 || columns <= 1) return p;
+    for (int64_t j = 0; j < columns; ++j) copy[j] = p[j * column_stride];
+    return copy;
+  }
+};
+
+// Room for rows that have to be copied; none where they don't.
+template <class Format>
+struct RowCopies {
+  std::vector<typename Format::Element> storage;
+  int64_t stride;
+
+  RowCopies(const Matrix<Format>& m, int64_t rows) : stride(0) {
+    if (m.column_stride == 1) return;
+    stride = m.columns;
+    storage.resize(rows * stride);
+  }
+  typename Format::Element* row(int64_t i) { return storage.data() + i * stride; }
+};
+
+COVGRPO_AVX512BF16 COVGRPO_INLINE __mmask16 first_lanes(int64_t n) {
+  return n >= LANES ? 0xFFFF : n <= 0 ? 0 : static_cast<__mmask16>((1U << n) - 1);
+}
+
+// Where a product goes: `rows` of a strip and `columns` of a panel are written, or added to what is there.
+struct Output {
+  float* data;
+  int64_t stride;
+  int64_t rows, columns;
+  bool add;
+};
+
+// A strip of A times `VECTORS` vectors of a panel of B.
+template <class Format, int VECTORS>
+COVGRPO_AVX512BF16 void multiply_vectors(const char* const (&a)[STRIP], int64_t depth, const uint32_t* b,
+                                         const Output& out) {
+  __m512 sums[STRIP][VECTORS];
+  for (int r = 0; r < STRIP; ++r)
+    for (int j = 0; j < VECTORS; ++j) sums[r][j] = _mm512_setzero_ps();
+  const char *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
+
+  const auto step = [&](auto unit_of) COVGRPO_AVX512BF16 __attribute__((always_inline)) {
+    __m512i panel[VECTORS];
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) panel[j] = _mm512_loadu_si512(b + j * LANES);
+    const char* rows[STRIP] = {a0, a1, a2, a3, a4, a5};
+#pragma GCC unroll 6
+    for (int r = 0; r < STRIP; ++r) {
+      const __m512i unit = _mm512_set1_epi32(unit_of(rows[r]));
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTORS; ++j) sums[r][j] = Format::multiply_add(sums[r][j], unit, panel[j]);
+    }
+  };
+  for (int64_t k = 0; k < depth / Format::PER_UNIT; ++k) {
+    step([](const char* p) __attribute__((always_inline)) {
+      int32_t unit;
+      std::memcpy(&unit, p, sizeof unit);
+      return unit;
+    });
+    a0 += 4, a1 += 4, a2 += 4, a3 += 4, a4 += 4, a5 += 4;
+    b += PANEL;
+  }
+  if (depth % Format::PER_UNIT) {  // half a unit; what lies behind the row is not ours to read
+    step([](const char* p) __attribute__((always_inline)) {
+      uint16_t half;
+      std::memcpy(&half, p, sizeof half);
+      return static_cast<int32_t>(half);
+    });
+  }
+
+  for (int r = 0; r < STRIP && r < out.rows; ++r)
+    for (int j = 0; j < VECTORS; ++j) {
+      float* p = out.data + r * out.stride + j * LANES;
+      const __mmask16 mask = first_lanes(out.columns - j * LANES);
+      __m512 sum = sums[r][j];
+      if (out.add) sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, p), sum);
+      _mm512_mask_storeu_ps(p, mask, sum);
+    }
+}
+
+// A strip of A from unit `unit` on, `depth` numbers of it.
+template <class Format, class Row>
+void multiply_strip(int64_t rows, const Row& row, int64_t unit, int64_t depth, const uint32_t* b, const Output& out) {
+  const char* a[STRIP];
+  // Rows past the end are the last one again; their sums are not written.
+  for (int i = 0; i < STRIP; ++i)
+    a[i] = reinterpret_cast<const char*>(row(i < rows ? i : rows - 1)) + unit * sizeof(uint32_t);
+  b += unit * PANEL;
+  switch ((out.columns + LANES - 1) / LANES) {
+    case 1: return multiply_vectors<Format, 1>(a, depth, b, out);
+    case 2: return multiply_vectors<Format, 2>(a, depth, b, out);
+    case 3: return multiply_vectors<Format, 3>(a, depth, b, out);
+    default: return multiply_vectors<Format, 4>(a, depth, b, out);
+  }
+}
+
+// `rows` rows of A, given by a function of their number, times one panel of B.
+template <class Format, class Row>
+void multiply(int64_t rows, const Row& row, int64_t depth, const uint32_t* b, const Output& out) {
+  constexpr int64_t CHAIN = Format::CHAIN * Format::PER_UNIT;
+  for (int64_t k = 0; k == 0 || k < depth; k += CHAIN) {
+    for (int64_t r = 0; r < rows; r += STRIP) {
+      const auto in_strip = [&](int64_t i) { return row(r + i); };
+      const Output strip{out.data + r * out.stride, out.stride, rows - r, out.columns, out.add || k > 0};
+      multiply_strip<Format>(rows - r, in_strip, k / Format::PER_UNIT, smaller(CHAIN, depth - k), b, strip);
+    }
+  }
+}
+
+// The transpose of 16 x 16 units: first of single units, then of pairs, then of quarters of a vector.
+COVGRPO_AVX512BF16 COVGRPO_INLINE void transpose(__m512i (&v)[LANES]) {
+  __m512i t[LANES];
+#pragma GCC unroll 8
+  for (int i = 0; i < LANES; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i a = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88), b = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xDD), d = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xDD);
+    t[i] = _mm512_shuffle_i32x4(a, b, 0x88);
+    t[i + 8] = _mm512_shuffle_i32x4(a, b, 0xDD);
+    t[i + 4] = _mm512_shuffle_i32x4(c, d, 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(c, d, 0xDD);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) v[i] = t[i];
+}
+
+// Sixteen units of a row from unit `u` on, zeros past its end.
+template <class Format>
+COVGRPO_AVX512BF16 COVGRPO_INLINE __m512i units_of_row(const typename Format::Element* row, int64_t columns, int64_t u) {
+  const int64_t left = columns - u * Format::PER_UNIT;
+  if constexpr (Format::PER_UNIT == 2) {
+    const __mmask32 mask = left >= 32 ? 0xFFFFFFFFU : (1U << left) - 1;
+    return _mm512_maskz_loadu_epi16(mask, row + 2 * u);
+  } else {
+    return _mm512_maskz_loadu_epi32(first_lanes(left), row + u);
+  }
+}
+
+// Packs panel `panel` of B = transpose of m: the rows of m become columns, the depth is the columns of m.
+template <class Format>
+COVGRPO_AVX512BF16 void pack_rows(const Matrix<Format>& m, int64_t panel, uint32_t* packed) {
+  const int64_t units = m.units();
+  RowCopies<Format> copies(m, LANES);
+  packed += panel * units * PANEL;
+  for (int64_t lane = 0; lane < PANEL; lane += LANES) {
+    const int64_t first = panel * PANEL + lane;
+    const typename Format::Element* rows[LANES] = {};
+    for (int i = 0; i < LANES; ++i)
+      if (first + i < m.rows) rows[i] = m.row(first + i, copies.row(i));
+    for (int64_t u = 0; u < units; u += LANES) {
+      __m512i v[LANES];
+      for (int i = 0; i < LANES; ++i)
+        v[i] = rows[i] ? units_of_row<Format>(rows[i], m.columns, u) : _mm512_setzero_si512();
+      transpose(v);
+      for (int i = 0; i < LANES && u + i < units; ++i) _mm512_storeu_si512(packed + (u + i) * PANEL + lane, v[i]);
+    }
+  }
+}
+
+// Packs the units of rows [unit * PER_UNIT, ...) of B = m, in all panels: the depth is the rows of m, `depth` units.
+template <class Format>
+COVGRPO_AVX512BF16 void pack_columns(const Matrix<Format>& m, int64_t unit, int64_t depth, uint32_t* packed) {
+  using Element = typename Format::Element;
+  RowCopies<Format> copies(m, Format::PER_UNIT);
+  const int64_t r = unit * Format::PER_UNIT;
+  const Element* first = m.row(r, copies.row(0));
+  const Element* second = Format::PER_UNIT == 2 && r + 1 < m.rows ? m.row(r + 1, copies.row(1)) : nullptr;
+  for (int64_t c = 0; c < m.columns; c += LANES) {
+    const __mmask16 mask = first_lanes(m.columns - c);
+    __m512i v;
+    if constexpr (Format::PER_UNIT == 2) {
+      v = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, first + c));
+      if (second) {
+        const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, second + c));
+        v = _mm512_or_si512(v, _mm512_slli_epi32(high, 16));
+      }
+    } else {
+      v = _mm512_maskz_loadu_epi32(mask, first + c);
+    }
+    _mm512_storeu_si512(packed + ((c / PANEL) * depth + unit) * PANEL + c % PANEL, v);
+  }
+}
+
+}  // namespace covgrpo
+
+#endif

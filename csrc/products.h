@@ -1,0 +1,358 @@
+// Product and softmax in one pass: the operations that take the place of a matrix product and of fold or grad, for
+// processors with AVX512-BF16. Logits live in registers and in a block of 12 KiB.
+//
+// Logits are computed as W h^T: vocabulary entries are the rows of A, read where the head lies, tokens are the lanes.
+#pragma once
+
+#include "gemm.h"
+
+#if COVGRPO_X86
+
+#include "softmax.h"
+
+namespace covgrpo {
+
+constexpr int BLOCK = 48;                 // vocabulary entries whose logits exist at the same time, for PANEL tokens
+constexpr int64_t SEGMENT = 1024;         // entries folded in order before they join a row's statistics: BLOCK of
+                                          // interface.py. Bits don't depend on threads, since a segment is not divided.
+constexpr int64_t PANELS_AT_ONCE = 4;     // panels of tokens that a task goes through with each block of the head
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Offsets of one array after the other, each at a cache line.
+struct Offsets {
+  int64_t end = 0;
+
+  int64_t operator()(int64_t bytes) {
+    const int64_t begin = end;
+    end += ceil_div(bytes, 64) * 64;
+    return begin;
+  }
+};
+
+// Hidden states of R tokens and a slice of the head, C vocabulary entries from `first` on.
+template <class Format>
+struct Slice {
+  Matrix<Format> hidden;   // [R, D]
+  Matrix<Format> weight;   // [C, D]
+  const int64_t* targets;  // [R]
+  int64_t first;
+  Head<float> head;
+  const float* bias;         // [C] or null
+  const float* temperature;  // [R] or null
+
+  int64_t panels() const { return ceil_div(hidden.rows, PANEL); }
+};
+
+// Sixteen tokens of a panel, or fewer in the last one.
+struct Lanes {
+  int64_t first;
+  int64_t count;
+
+  template <class Format>
+  static Lanes of(const Slice<Format>& s, int64_t panel, int64_t vector) {
+    const int64_t first = panel * PANEL + vector * LANES;
+    return {first, smaller<int64_t>(LANES, s.hidden.rows - first)};
+  }
+  // Their numbers, and `other` where there is no token.
+  COVGRPO_AVX512BF16 F32 load(const float* values, float other) const {
+    const __m512 rest = _mm512_set1_ps(other);
+    return values ? reinterpret_cast<F32>(_mm512_mask_loadu_ps(rest, first_lanes(count), values + first))
+                  : reinterpret_cast<F32>(rest);
+  }
+};
+
+// The raw products of a block with a panel of packed hidden states: [rows][PANEL].
+template <class Format>
+COVGRPO_AVX512BF16 inline void block_products(const Slice<Format>& s, int64_t row, int64_t rows, int64_t panel,
+                                              const uint32_t* packed, RowCopies<Format>& copies, float* products) {
+  const auto entry = [&](int64_t r) { return s.weight.row(row + r, copies.row(r)); };
+  const int64_t tokens = smaller<int64_t>(PANEL, s.hidden.rows - panel * PANEL);
+  const Output out{products, PANEL, 0, ceil_div(tokens, LANES) * LANES, false};
+  multiply<Format>(rows, entry, s.hidden.columns, packed + panel * s.hidden.units() * PANEL, out);
+}
+
+// One vector of logits of a block: softcap(scale * (product + bias)) / temperature.
+template <class Format>
+COVGRPO_AVX512BF16 COVGRPO_INLINE F32 logits(const Slice<Format>& s, int64_t row, F32 raw, F32 temperature) {
+  if (s.bias) raw += broadcast(s.bias[row]);
+  if (!s.head.plain()) raw = s.head.before_temperature(raw);
+  return s.temperature ? raw / temperature : raw;
+}
+
+// --------------------------------------------------------------------------------------------------- forward
+
+// Statistics of the rows so far, updated.
+struct RunningRows {
+  float *maximum, *total, *moment, *target;  // [R]
+  bool entropy;
+};
+
+// Folds a block of products of 16 tokens into their statistics. Not inlined: whatever else is in the panel, the same
+// instructions make the same bits.
+template <class Format>
+COVGRPO_AVX512BF16 __attribute__((noinline)) void fold_block(const Slice<Format>& s, int64_t row, int64_t rows,
+                                                             const Lanes& lanes, float* products, bool entropy,
+                                                             Statistics<F32>& running) {
+  const F32 temperature = lanes.load(s.temperature, 1.0F);
+  F32 top = broadcast(NO_MAX);
+  for (int64_t r = 0; r < rows; ++r) {
+    const F32 z = logits(s, row + r, load(products + r * PANEL), temperature);
+    store(products + r * PANEL, z);
+    top = larger(z, top);
+  }
+  BlockSums<F32> sums;
+  for (int64_t r = 0; r < rows; ++r) sums.add(load(products + r * PANEL), top, entropy);
+  running.merge({top, sums.total + larger(sums.ties - 1.0F, F32{}), sums.moment});
+}
+
+// One segment of the slice, for `PANELS_AT_ONCE` panels from `panel` on: statistics of it alone, [panels][4] vectors.
+template <class Format>
+COVGRPO_AVX512BF16 void fold_segment(const Slice<Format>& s, int64_t segment, int64_t panel, const uint32_t* packed,
+                                     const RunningRows& out, Statistics<F32>* segments) {
+  alignas(64) float products[BLOCK * PANEL];
+  RowCopies<Format> copies(s.weight, BLOCK);
+  const int64_t end = smaller(s.weight.rows, (segment + 1) * SEGMENT);
+  const int64_t last_panel = smaller(s.panels(), panel + PANELS_AT_ONCE);
+  const int64_t vectors = ceil_div(s.hidden.rows, LANES);
+  for (int64_t v = panel * 4; v < smaller(vectors, last_panel * 4); ++v) segments[v] = {broadcast(NO_MAX), F32{}, F32{}};
+  for (int64_t row = segment * SEGMENT; row < end; row += BLOCK) {
+    const int64_t rows = smaller<int64_t>(BLOCK, end - row);
+    for (int64_t p = panel; p < last_panel; ++p) {
+      block_products(s, row, rows, p, packed, copies, products);
+      for (int64_t v = p * 4; v < smaller(vectors, p * 4 + 4); ++v)
+        fold_block(s, row, rows, Lanes::of(s, p, v % 4), products + v % 4 * LANES, out.entropy, segments[v]);
+      for (int64_t t = p * PANEL; t < smaller(s.hidden.rows, (p + 1) * PANEL); ++t) {
+        const int64_t r = s.targets[t] - s.first - row;
+        if (r >= 0 && r < rows) out.target[t] = products[r * PANEL + t % PANEL];
+      }
+    }
+  }
+}
+
+// Joins the statistics of all segments, in their order, to those of 16 tokens.
+COVGRPO_AVX512BF16 inline void merge_segments(const Lanes& lanes, const Statistics<F32>* segments, int64_t count,
+                                              int64_t stride, const RunningRows& out) {
+  Statistics<F32> running{lanes.load(out.maximum, NO_MAX), lanes.load(out.total, 0), lanes.load(out.moment, 0)};
+  for (int64_t i = 0; i < count; ++i) running.merge(segments[i * stride]);
+  const __mmask16 mask = first_lanes(lanes.count);
+  _mm512_mask_storeu_ps(out.maximum + lanes.first, mask, reinterpret_cast<__m512>(running.maximum));
+  _mm512_mask_storeu_ps(out.total + lanes.first, mask, reinterpret_cast<__m512>(running.total));
+  _mm512_mask_storeu_ps(out.moment + lanes.first, mask, reinterpret_cast<__m512>(running.moment));
+}
+
+// Where in the workspace what lies, as offsets in bytes.
+struct FoldWorkspace {
+  int64_t packed, statistics, bytes;
+
+  FoldWorkspace(int64_t tokens, int64_t entries, int64_t units) {
+    Offsets next;
+    packed = next(ceil_div(tokens, PANEL) * units * PANEL * sizeof(uint32_t));
+    statistics = next(ceil_div(entries, SEGMENT) * ceil_div(tokens, LANES) * sizeof(Statistics<F32>));
+    bytes = next(0);
+  }
+};
+
+// parallel(tasks, f) calls f(i) for every task.
+template <class Format, class Parallel>
+void fold_products(const Slice<Format>& s, const RunningRows& out, const Parallel& parallel, char* workspace) {
+  const int64_t panels = s.panels(), vectors = ceil_div(s.hidden.rows, LANES);
+  const int64_t segments = ceil_div(s.weight.rows, SEGMENT), groups = ceil_div(panels, PANELS_AT_ONCE);
+  const FoldWorkspace at(s.hidden.rows, s.weight.rows, s.hidden.units());
+  auto* packed = reinterpret_cast<uint32_t*>(workspace + at.packed);
+  auto* statistics = reinterpret_cast<Statistics<F32>*>(workspace + at.statistics);
+  parallel(panels, [&](int64_t p) { pack_rows(s.hidden, p, packed); });
+  parallel(segments * groups, [&](int64_t i) {
+    const int64_t segment = i / groups, panel = i % groups * PANELS_AT_ONCE;
+    fold_segment(s, segment, panel, packed, out, statistics + segment * vectors);
+  });
+  parallel(vectors, [&](int64_t v) {
+    merge_segments(Lanes::of(s, v / 4, v % 4), statistics + v, segments, vectors, out);
+  });
+}
+
+// -------------------------------------------------------------------------------------------------- backward
+
+// Entries from one row to the next where `count` are in use: an odd number of cache lines, since rows a power of two
+// apart would compete for the same few lines of the cache.
+inline int64_t apart(int64_t count, int64_t bytes) { return (ceil_div(count * bytes, 64) | 1) * 64 / bytes; }
+
+// What the gradient takes of each row, and where it goes; what is null is not wanted. Sums over rows or entries are
+// written, or added to what is there.
+struct RowGradients {
+  const float *maximum, *log_total, *at_target, *logprob_grad, *entropy;  // [R]
+  const float* entropy_grad;                                              // [R] or null
+  float* hidden;                                                          // [R, D] or null
+  bool add_to_hidden;
+  float* weight;  // [C, D] or null
+  bool add_to_weight;
+  float* bias;  // [C] or null, added to
+};
+
+// dL/dproducts of the slice, rounded to the format of its products.
+template <class Format>
+struct ProductGradients {
+  typename Format::Element* by_entry;  // [C, R rounded up to PANEL]
+  uint32_t* by_token;                  // [R, units of C]
+  float* bias;                         // [vectors of tokens, C]
+  int64_t row_stride, unit_stride;
+};
+
+// dL/dproducts of a block and 16 tokens, from their products.
+template <class Format>
+COVGRPO_AVX512BF16 __attribute__((noinline)) void grad_block(const Slice<Format>& s, int64_t row, int64_t rows,
+                                                             const Lanes& lanes, const float* products,
+                                                             const RowGradients& g, const ProductGradients<Format>& out) {
+  const F32 temperature = lanes.load(s.temperature, 1.0F);
+  // Without a token the maximum is infinite: probability and gradient are zero, whatever the bias.
+  const Coefficients<F32> coefficients{lanes.load(g.maximum, INFINITY), lanes.load(g.log_total, 0),
+                                       lanes.load(g.at_target, 0),      lanes.load(g.logprob_grad, 0),
+                                       lanes.load(g.entropy, 0),        lanes.load(g.entropy_grad, 0),
+                                       g.entropy_grad != nullptr};
+  const F32 slope = s.head.scale / temperature;
+  // The target's place in the block, out of reach where it is elsewhere.
+  alignas(64) int32_t places[LANES];
+  for (int i = 0; i < LANES; ++i) {
+    const int64_t r = i < lanes.count ? s.targets[lanes.first + i] - s.first - row : -1;
+    places[i] = r >= 0 && r < rows ? static_cast<int32_t>(r) : -1;
+  }
+  const __m512i place = _mm512_load_si512(places);
+
+  const auto gradient = [&](int64_t r) COVGRPO_AVX512BF16 -> F32 {
+    if (r >= rows) return F32{};
+    const F32 raw = load(products + r * PANEL);
+    const I32 here = reinterpret_cast<I32>(
+        _mm512_maskz_set1_epi32(_mm512_cmpeq_epi32_mask(place, _mm512_set1_epi32(static_cast<int>(r))), -1));
+    F32 dz = coefficients.gradient(logits(s, row + r, raw, temperature), here);
+    if (s.head.capped) {
+      const F32 t = s.head.per_cap(s.bias ? raw + broadcast(s.bias[row + r]) : raw);
+      dz *= 1.0F - t * t;
+    }
+    dz *= slope;
+    if (out.bias) out.bias[lanes.first / LANES * s.weight.rows + row + r] = sum_of<float>(dz);
+    return dz;
+  };
+  for (int64_t r = 0; r < rows; r += LANES * Format::PER_UNIT) {
+    __m512i units[LANES];
+    for (int64_t i = 0; i < LANES; ++i) {
+      const int64_t entry = r + i * Format::PER_UNIT;
+      auto* place_of_entry = out.by_entry + (row + entry) * out.row_stride + lanes.first;
+      if constexpr (Format::PER_UNIT == 2) {
+        const auto low = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(gradient(entry))));
+        const auto high = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(gradient(entry + 1))));
+        units[i] = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+        if (out.by_entry && entry < rows) _mm256_storeu_si256(reinterpret_cast<__m256i*>(place_of_entry), low);
+        if (out.by_entry && entry + 1 < rows)
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(place_of_entry + out.row_stride), high);
+      } else {
+        units[i] = reinterpret_cast<__m512i>(gradient(entry));
+        if (out.by_entry && entry < rows) _mm512_storeu_si512(place_of_entry, units[i]);
+      }
+    }
+    if (!out.by_token) continue;
+    transpose(units);
+    const int64_t unit = (row + r) / Format::PER_UNIT;
+    const __mmask16 mask = first_lanes(ceil_div(rows - r, Format::PER_UNIT));
+    for (int64_t i = 0; i < lanes.count; ++i)
+      _mm512_mask_storeu_epi32(out.by_token + (lanes.first + i) * out.unit_stride + unit, mask, units[i]);
+  }
+}
+
+template <class Format>
+COVGRPO_AVX512BF16 void grad_panel(const Slice<Format>& s, int64_t row, int64_t panel, const uint32_t* packed,
+                                   RowCopies<Format>& copies, const RowGradients& g, const ProductGradients<Format>& out) {
+  alignas(64) float products[BLOCK * PANEL];
+  const int64_t rows = smaller<int64_t>(BLOCK, s.weight.rows - row);
+  block_products(s, row, rows, panel, packed, copies, products);
+  for (int64_t v = 0; v < 4; ++v) {
+    const Lanes lanes = Lanes::of(s, panel, v);
+    if (lanes.count > 0) grad_block(s, row, rows, lanes, products + v * LANES, g, out);
+  }
+}
+
+// Task `task` of out (+)= A * B for all `rows` rows of A and `columns` columns of B: a block of rows with several panels,
+// so that the rows come from a near cache all but the first time.
+template <class Format, class Row>
+void multiply_panels(int64_t task, int64_t rows, const Row& row_of, int64_t depth, int64_t columns, const uint32_t* b,
+                     float* out, bool add) {
+  const int64_t panels = ceil_div(columns, PANEL), groups = ceil_div(panels, PANELS_AT_ONCE);
+  const int64_t units = ceil_div(depth, Format::PER_UNIT);
+  const int64_t row = task / groups * BLOCK, first = task % groups * PANELS_AT_ONCE;
+  const auto in_block = [&](int64_t r) { return row_of(row + r); };
+  for (int64_t p = first; p < smaller(panels, first + PANELS_AT_ONCE); ++p) {
+    const Output to{out + row * columns + p * PANEL, columns, 0, smaller<int64_t>(PANEL, columns - p * PANEL), add};
+    multiply<Format>(smaller<int64_t>(BLOCK, rows - row), in_block, depth, b + p * units * PANEL, to);
+  }
+}
+
+// Where in the workspace what lies, as offsets in bytes: first what depends on the hidden states alone, so that it can
+// stay for the next slice of the head.
+struct GradWorkspace {
+  int64_t row_stride, unit_stride;  // of ProductGradients
+  int64_t packed, states, by_entry, by_token, bias, head, bytes;
+
+  // `per_unit` numbers of 4 / per_unit bytes are a unit.
+  GradWorkspace(int64_t tokens, int64_t entries, int64_t depth, int64_t per_unit, bool hidden, bool weight, bool bias_) {
+    const int64_t vectors = ceil_div(tokens, LANES), panel = PANEL * sizeof(uint32_t);
+    const int64_t depth_panels = ceil_div(depth, PANEL), element = 4 / per_unit;
+    row_stride = apart(vectors * LANES, element);
+    unit_stride = apart(ceil_div(entries, per_unit), 4);
+    Offsets next;
+    packed = next(ceil_div(tokens, PANEL) * ceil_div(depth, per_unit) * panel);
+    states = next(weight ? depth_panels * ceil_div(tokens, per_unit) * panel : 0);
+    by_entry = next(weight ? entries * row_stride * element : 0);
+    by_token = next(hidden ? tokens * unit_stride * 4 : 0);
+    bias = next(bias_ ? vectors * entries * 4 : 0);
+    head = next(hidden ? depth_panels * ceil_div(entries, per_unit) * panel : 0);
+    bytes = next(0);
+  }
+};
+
+// The products again, dL/dproducts of them, and the products of that with W and h. `packed_before`: the workspace is
+// that of a call with the same hidden states.
+template <class Format, class Parallel>
+void grad_products(const Slice<Format>& s, const RowGradients& g, const Parallel& parallel, char* workspace,
+                   bool packed_before) {
+  using Element = typename Format::Element;
+  const int64_t tokens = s.hidden.rows, entries = s.weight.rows, depth = s.hidden.columns;
+  const int64_t panels = s.panels(), blocks = ceil_div(entries, BLOCK), groups = ceil_div(panels, PANELS_AT_ONCE);
+  const int64_t token_units = ceil_div(tokens, Format::PER_UNIT), entry_units = ceil_div(entries, Format::PER_UNIT);
+  const int64_t depth_groups = ceil_div(ceil_div(depth, PANEL), PANELS_AT_ONCE);
+
+  const GradWorkspace at(tokens, entries, depth, Format::PER_UNIT, g.hidden, g.weight, g.bias);
+  const auto units_at = [&](int64_t offset) { return reinterpret_cast<uint32_t*>(workspace + offset); };
+  uint32_t *packed = units_at(at.packed), *states = units_at(at.states), *head = units_at(at.head);
+  const ProductGradients<Format> dz{g.weight ? reinterpret_cast<Element*>(workspace + at.by_entry) : nullptr,
+                                    g.hidden ? units_at(at.by_token) : nullptr,
+                                    g.bias ? reinterpret_cast<float*>(workspace + at.bias) : nullptr, at.row_stride,
+                                    at.unit_stride};
+  if (!packed_before) {
+    parallel(panels, [&](int64_t p) { pack_rows(s.hidden, p, packed); });
+    if (g.weight) parallel(token_units, [&](int64_t u) { pack_columns(s.hidden, u, token_units, states); });
+  }
+  parallel(blocks * groups, [&](int64_t i) {
+    RowCopies<Format> copies(s.weight, BLOCK);
+    const int64_t first = i % groups * PANELS_AT_ONCE;
+    for (int64_t p = first; p < smaller(panels, first + PANELS_AT_ONCE); ++p)
+      grad_panel(s, i / groups * BLOCK, p, packed, copies, g, dz);
+  });
+  if (g.bias)
+    for (int64_t v = 0; v < ceil_div(tokens, LANES); ++v)
+      for (int64_t c = 0; c < entries; ++c) g.bias[c] += dz.bias[v * entries + c];
+  if (g.weight)  // dW = dZ^T h
+    parallel(blocks * depth_groups, [&](int64_t i) {
+      const auto row_of = [&](int64_t r) { return dz.by_entry + r * dz.row_stride; };
+      multiply_panels<Format>(i, entries, row_of, tokens, depth, states, g.weight, g.add_to_weight);
+    });
+  if (g.hidden) {  // dh = dZ W
+    parallel(entry_units, [&](int64_t u) { pack_columns(s.weight, u, entry_units, head); });
+    parallel(ceil_div(tokens, BLOCK) * depth_groups, [&](int64_t i) {
+      const auto row_of = [&](int64_t r) { return dz.by_token + r * dz.unit_stride; };
+      multiply_panels<Format>(i, tokens, row_of, entries, depth, head, g.hidden, g.add_to_hidden);
+    });
+  }
+}
+
+}  // namespace covgrpo
+
+#endif
