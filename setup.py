@@ -1,53 +1,63 @@
-"""The C++ extension of csrc/, on libtorch's stable ABI; metadata lives in pyproject.toml.
+"""The C++ extension of csrc/, on libtorch's stable ABI: one binary for every Python from 3.10 and every torch from 2.11
+on. All else about the package is in pyproject.toml.
 
 COVGRPO_BUILD_CPP says whether it is built: 1, and then a failure is an error; 0; or auto, the default: where there are
-torch and a compiler. Without it everything works on the plain PyTorch backend.
+torch and a compiler. Without it everything works, on the plain PyTorch backend. COVGRPO_CXXFLAGS adds flags.
 """
+
+from __future__ import annotations
 
 import importlib.util
 import os
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 VARIABLE = "COVGRPO_BUILD_CPP"
-WANTED = os.environ.get(VARIABLE, "auto")
-LIMITED_API = "0x030A0000"  # of Python 3.10
-TARGET_TORCH = "0x020B000000000000"  # 2.11
-# Errors of the arithmetic are not trapped, which is all that these two give up; NaN and inf are kept as they are.
-FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi"]
+PYTHON_API = "0x030A0000"  # 3.10
+TORCH_API = "0x020B000000000000"  # 2.11
+# Without errno and floating-point traps, which nobody reads; NaN and inf stay what they are.
+FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi", "-g0"]
 
 
 def torch_folder() -> Path | None:
-    """Where torch lies, without importing it."""
+    """Where torch lies, without importing it. pip's isolated builds hide it from the path, not from the folder that
+    packages are installed to."""
     spec = importlib.util.find_spec("torch")
-    return Path(spec.origin).parent if spec and spec.origin else None
+    found = [Path(spec.origin).parent] if spec and spec.origin else []
+    installed = [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]
+    return next((folder for folder in found + installed if (folder / "include/torch/csrc/stable").is_dir()), None)
 
 
 def extensions() -> list[Extension]:
-    if WANTED not in ("0", "1", "auto"):
-        sys.exit(f"{VARIABLE} must be 0, 1 or auto, got {WANTED!r}")
-    torch = torch_folder()
-    if WANTED == "0" or sys.platform == "win32" or torch is None:
-        if WANTED == "1":
-            sys.exit(f"{VARIABLE}=1, but there is no torch here to build against, or this is Windows")
+    wanted = os.environ.get(VARIABLE, "auto")
+    if wanted not in ("0", "1", "auto"):
+        sys.exit(f"{VARIABLE} must be 0, 1 or auto, got {wanted!r}")
+    torch = None if wanted == "0" or sys.platform == "win32" else torch_folder()
+    if torch is None:
+        if wanted == "1":
+            sys.exit(f"{VARIABLE}=1 needs torch to build against, and a system other than Windows")
         return []
-    library = torch / "lib"
-    extension = Extension(
-        "covgrpo_kernels._cpp",
-        ["csrc/bindings.cpp"],
-        depends=[str(path) for path in Path("csrc").glob("*.h")],
-        include_dirs=["csrc", str(torch / "include")],
-        define_macros=[("TORCH_TARGET_VERSION", TARGET_TORCH), ("Py_LIMITED_API", LIMITED_API)],
-        libraries=["torch_cpu"],
-        library_dirs=[str(library)],
-        extra_compile_args=[*FLAGS, *os.environ.get("COVGRPO_CXXFLAGS", "").split()],
-        py_limited_api=True,
-        optional=WANTED == "auto",
-        language="c++",
-    )
-    return [extension]
+    return [
+        Extension(
+            "covgrpo_kernels._cpp",
+            ["csrc/bindings.cpp"],
+            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+            include_dirs=["csrc"],
+            define_macros=[("TORCH_TARGET_VERSION", TORCH_API), ("Py_LIMITED_API", PYTHON_API)],
+            libraries=["torch_cpu"],
+            library_dirs=[str(torch / "lib")],
+            extra_compile_args=[
+                *FLAGS, "-isystem", str(torch / "include"), *os.environ.get("COVGRPO_CXXFLAGS", "").split(),
+            ],
+            extra_link_args=os.environ.get("COVGRPO_LDFLAGS", "").split(),
+            py_limited_api=True,
+            optional=wanted == "auto",
+            language="c++",
+        )
+    ]  # fmt: skip
 
 
 setup(ext_modules=extensions(), options={"bdist_wheel": {"py_limited_api": "cp310"}})

@@ -267,6 +267,7 @@ def _stream_backward(
     if own:
         height, width, size = _own_products_tile(hidden, len(chosen), weight, (need_hidden, need_weight, need_bias))
         workspace = rounded = hidden.new_empty(size, dtype=torch.uint8)
+        ops.want_large_pages(grad_weight)
     else:
         height, width = _tile(hidden, len(chosen), weight, ops.TEMPORARIES)
         workspace = hidden.new_empty(min(height, len(chosen)) * width, dtype=dtype)
@@ -284,11 +285,12 @@ def _stream_backward(
     e = None if entropy_grad is None else rows.take(torch.ldexp(entropy_grad, -exponent))
     coefficients = Coefficients.of(Results(*(rows.take(r) for r in results)), g, e)
 
+    w_scale = scale.item() if own else 1.0
     targets, temperature = rows.take(targets), rows.take_optional(temperature)
     # The sum of dH is made where it stays, if it can be: in the first rows.
     h_sum = grad_hidden if hidden.dtype == dtype else hidden.new_empty(rows.count, hidden.shape[1], dtype=dtype)
     w_sum = None
-    if need_weight and weight.dtype != dtype:
+    if need_weight and weight.dtype != dtype and not (own and len(rows.blocks) == 1):
         w_sum = weight.new_empty(min(width, len(weight)), weight.shape[1], dtype=dtype)
 
     for a, b in _vocabulary_slices(len(weight), width, 1 if own else BLOCK):
@@ -301,9 +303,12 @@ def _stream_backward(
             t = None if temperature is None else temperature[block]
             arguments = (targets[block], a, head, bias_slice, t, coefficients.rows(block))
             if own:
+                first, last = block.start == 0, block.stop == rows.count
                 ops.grad_products(
-                    h, w, *arguments, h_sum[block] if need_hidden else None, w_slice if need_weight else None,
-                    block.start > 0, bias_sum, workspace, a > 0 and len(rows.blocks) == 1,
+                    h, w, *arguments, h_sum[block] if need_hidden else None,
+                    w_slice if need_weight and not (first and last) else None, need_weight and not first,
+                    grad_weight[a:b] if need_weight and last else None, w_scale,
+                    bias_sum, workspace, a > 0 and len(rows.blocks) == 1,
                 )  # fmt: skip
                 continue
             tile, dz = (x[: len(h) * (b - a)].view(len(h), b - a) for x in (workspace, rounded))
@@ -315,7 +320,7 @@ def _stream_backward(
                 _mm(dz, w, h_sum[block], add=a > 0)
             if need_weight:
                 _mm(dz.t(), h, w_slice, add=block.start > 0)
-        if need_weight:
+        if need_weight and not own:
             torch.mul(w_slice, scale, out=grad_weight[a:b])
         if bias_sum is not None:
             torch.mul(bias_sum, scale, out=grad_bias[a:b])

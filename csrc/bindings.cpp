@@ -3,10 +3,13 @@
 // here would otherwise be a write out of bounds.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <atomic>
 #include <optional>
@@ -34,13 +37,21 @@ void check(bool holds, const char* what) {
 template <class T>
 constexpr ScalarType type_of();
 template <>
-constexpr ScalarType type_of<float>() { return ScalarType::Float; }
+constexpr ScalarType type_of<float>() {
+  return ScalarType::Float;
+}
 template <>
-constexpr ScalarType type_of<double>() { return ScalarType::Double; }
+constexpr ScalarType type_of<double>() {
+  return ScalarType::Double;
+}
 template <>
-constexpr ScalarType type_of<int64_t>() { return ScalarType::Long; }
+constexpr ScalarType type_of<int64_t>() {
+  return ScalarType::Long;
+}
 template <>
-constexpr ScalarType type_of<bool>() { return ScalarType::Bool; }
+constexpr ScalarType type_of<bool>() {
+  return ScalarType::Bool;
+}
 
 // The entries of a contiguous tensor of `count` of them.
 template <class T>
@@ -74,29 +85,48 @@ void parallel_rows(int64_t rows, int64_t columns, const F& f) {
   parallel((rows + at_once - 1) / at_once, [&](int64_t i) { f(i * at_once, smaller(rows, (i + 1) * at_once)); });
 }
 
+// Asks the system for large pages under a tensor about to be written for the first time: the gradient of a large head
+// is new memory at every step, and touching it a small page at a time takes a third as long as the bare product.
+void want_large_pages(const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t PAGE = 2 << 20;
+  const auto begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + PAGE - 1) / PAGE * PAGE;
+  const auto end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.numel() * t.element_size()) / PAGE * PAGE;
+  // Where it is refused, nothing is lost but time.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------- tile operations
 
 template <class T>
 Tile<T> tile_of(const Tensor& tile, const Tensor& targets, int64_t first, double scale, std::optional<double> softcap,
                 const OptionalTensor& bias, const OptionalTensor& temperature) {
   const int64_t rows = tile.size(0), columns = tile.size(1);
-  return {data<T>(tile, rows * columns), columns,           data<int64_t>(targets, rows), first,
-          Head<T>(scale, softcap),       data<T>(bias, columns), data<T>(temperature, rows)};
+  return {data<T>(tile, rows * columns), columns,
+          data<int64_t>(targets, rows),  first,
+          Head<T>(scale, softcap),       data<T>(bias, columns),
+          data<T>(temperature, rows)};
 }
 
 template <class T>
-void fold_typed(const Tensor& tile, const Tensor& maximum, const Tensor& total, const Tensor& moment, const Tensor& target,
-                const Tensor& targets, int64_t first, double scale, std::optional<double> softcap,
+void fold_typed(const Tensor& tile, const Tensor& maximum, const Tensor& total, const Tensor& moment,
+                const Tensor& target, const Tensor& targets, int64_t first, double scale, std::optional<double> softcap,
                 const OptionalTensor& bias, const OptionalTensor& temperature, bool entropy) {
   const int64_t rows = tile.size(0);
   const FoldTile<T> t{tile_of<T>(tile, targets, first, scale, softcap, bias, temperature),
-                      data<T>(maximum, rows), data<T>(total, rows), data<T>(moment, rows), data<T>(target, rows), entropy};
+                      data<T>(maximum, rows),
+                      data<T>(total, rows),
+                      data<T>(moment, rows),
+                      data<T>(target, rows),
+                      entropy};
   auto* fold_range = by_isa(chosen_isa(), fold_baseline<T>, fold_avx2<T>, fold_avx512<T>);
   parallel_rows(rows, t.columns, [&](int64_t begin, int64_t end) { fold_range(t, begin, end); });
 }
 
-void fold(Tensor tile, Tensor maximum, Tensor total, Tensor moment, Tensor target, Tensor targets, int64_t first,
-          double scale, std::optional<double> softcap, OptionalTensor bias, OptionalTensor temperature, bool entropy) {
+void fold(const Tensor& tile, const Tensor& maximum, const Tensor& total, const Tensor& moment, const Tensor& target,
+          const Tensor& targets, int64_t first, double scale, std::optional<double> softcap, const OptionalTensor& bias,
+          const OptionalTensor& temperature, bool entropy) {
   auto* typed = tile.scalar_type() == ScalarType::Double ? fold_typed<double> : fold_typed<float>;
   typed(tile, maximum, total, moment, target, targets, first, scale, softcap, bias, temperature, entropy);
 }
@@ -108,14 +138,19 @@ void grad_typed(const Tensor& tile, const Tensor& targets, int64_t first, double
   const int64_t rows = tile.size(0);
   check(per_row.size() == 5, "grad takes five coefficients of a row");
   const GradTile<T> t{tile_of<T>(tile, targets, first, scale, softcap, bias, temperature),
-                      data<T>(per_row[0], rows), data<T>(per_row[1], rows), data<T>(per_row[2], rows),
-                      data<T>(per_row[3], rows), data<T>(per_row[4], rows), data<T>(entropy_grad, rows)};
+                      data<T>(per_row[0], rows),
+                      data<T>(per_row[1], rows),
+                      data<T>(per_row[2], rows),
+                      data<T>(per_row[3], rows),
+                      data<T>(per_row[4], rows),
+                      data<T>(entropy_grad, rows)};
   auto* grad_range = by_isa(chosen_isa(), grad_baseline<T>, grad_avx2<T>, grad_avx512<T>);
   parallel_rows(rows, t.columns, [&](int64_t begin, int64_t end) { grad_range(t, begin, end); });
 }
 
-void grad(Tensor tile, Tensor targets, int64_t first, double scale, std::optional<double> softcap, OptionalTensor bias,
-          OptionalTensor temperature, std::vector<Tensor> per_row, OptionalTensor entropy_grad) {
+void grad(const Tensor& tile, const Tensor& targets, int64_t first, double scale, std::optional<double> softcap,
+          const OptionalTensor& bias, const OptionalTensor& temperature, const std::vector<Tensor>& per_row,
+          const OptionalTensor& entropy_grad) {
   auto* typed = tile.scalar_type() == ScalarType::Double ? grad_typed<double> : grad_typed<float>;
   typed(tile, targets, first, scale, softcap, bias, temperature, per_row, entropy_grad);
 }
@@ -151,12 +186,13 @@ void group_weights_typed(const Tensor& logprobs, const Tensor& advantages, const
   parallel(scopes.bound, [&](int64_t i) { weigh_scope(tokens, scopes, how, i, out); });
 }
 
-void group_weights(Tensor logprobs, Tensor advantages, Tensor valid, std::vector<Tensor> scope,
-                   std::vector<Tensor> sequence, bool by_sequence, bool by_response, bool numel, double bandwidth_eps,
-                   Tensor weights, Tensor covariance, Tensor deviation, Tensor std) {
+void group_weights(const Tensor& logprobs, const Tensor& advantages, const Tensor& valid,
+                   const std::vector<Tensor>& scope, const std::vector<Tensor>& sequence, bool by_sequence,
+                   bool by_response, bool numel, double bandwidth_eps, const Tensor& weights, const Tensor& covariance,
+                   const Tensor& deviation, const Tensor& std) {
   auto* typed = logprobs.scalar_type() == ScalarType::Double ? group_weights_typed<double> : group_weights_typed<float>;
-  typed(logprobs, advantages, valid, scope, sequence, by_sequence, by_response, numel, bandwidth_eps, weights, covariance,
-        deviation, std);
+  typed(logprobs, advantages, valid, scope, sequence, by_sequence, by_response, numel, bandwidth_eps, weights,
+        covariance, deviation, std);
 }
 
 // ------------------------------------------------------------------------------------------ products with softmax
@@ -176,12 +212,22 @@ Matrix<Format> matrix_of(const Tensor& t) {
   return {static_cast<const typename Format::Element*>(t.data_ptr()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
+// Of a contiguous tensor like another one.
+template <class Format>
+typename Format::Element* elements(const OptionalTensor& t, const Tensor& like) {
+  if (!t) return nullptr;
+  check(t->scalar_type() == like.scalar_type() && t->numel() == like.numel() && t->is_contiguous(),
+        "a gradient has another dtype or size, or is not contiguous");
+  return static_cast<typename Format::Element*>(t->data_ptr());
+}
+
 template <class Format>
 Slice<Format> slice_of(const Tensor& hidden, const Tensor& weight, const Tensor& targets, int64_t first, double scale,
                        std::optional<double> softcap, const OptionalTensor& bias, const OptionalTensor& temperature) {
   const int64_t rows = hidden.size(0), entries = weight.size(0);
-  check(hidden.scalar_type() == weight.scalar_type() && hidden.size(1) == weight.size(1), "hidden and weight don't match");
-  return {matrix_of<Format>(hidden), matrix_of<Format>(weight), data<int64_t>(targets, rows), first,
+  check(hidden.scalar_type() == weight.scalar_type() && hidden.size(1) == weight.size(1),
+        "hidden and weight don't match");
+  return {matrix_of<Format>(hidden),   matrix_of<Format>(weight),  data<int64_t>(targets, rows),  first,
           Head<float>(scale, softcap), data<float>(bias, entries), data<float>(temperature, rows)};
 }
 
@@ -195,14 +241,17 @@ void fold_products_typed(const Tensor& hidden, const Tensor& weight, const Tenso
                         data<float>(target, rows), entropy};
   const auto slice = slice_of<Format>(hidden, weight, targets, first, scale, softcap, bias, temperature);
   const FoldWorkspace needed(rows, weight.size(0), slice.hidden.units());
-  fold_products(slice, out, [](int64_t tasks, const auto& f) { parallel(tasks, f); }, bytes_of(workspace, needed.bytes));
+  fold_products(
+      slice, out, [](int64_t tasks, const auto& f) { parallel(tasks, f); }, bytes_of(workspace, needed.bytes));
 }
 
-void fold_products_op(Tensor hidden, Tensor weight, Tensor maximum, Tensor total, Tensor moment, Tensor target,
-                      Tensor targets, int64_t first, double scale, std::optional<double> softcap, OptionalTensor bias,
-                      OptionalTensor temperature, bool entropy, Tensor workspace) {
+void fold_products_op(const Tensor& hidden, const Tensor& weight, const Tensor& maximum, const Tensor& total,
+                      const Tensor& moment, const Tensor& target, const Tensor& targets, int64_t first, double scale,
+                      std::optional<double> softcap, const OptionalTensor& bias, const OptionalTensor& temperature,
+                      bool entropy, const Tensor& workspace) {
   need_products();
-  auto* typed = hidden.scalar_type() == ScalarType::Float ? fold_products_typed<Float32> : fold_products_typed<BFloat16>;
+  auto* typed =
+      hidden.scalar_type() == ScalarType::Float ? fold_products_typed<Float32> : fold_products_typed<BFloat16>;
   typed(hidden, weight, maximum, total, moment, target, targets, first, scale, softcap, bias, temperature, entropy,
         workspace);
 }
@@ -212,30 +261,42 @@ void grad_products_typed(const Tensor& hidden, const Tensor& weight, const Tenso
                          std::optional<double> softcap, const OptionalTensor& bias, const OptionalTensor& temperature,
                          const std::vector<Tensor>& per_row, const OptionalTensor& entropy_grad,
                          const OptionalTensor& hidden_sum, bool add_to_hidden, const OptionalTensor& weight_sum,
-                         bool add_to_weight, const OptionalTensor& bias_sum, const Tensor& workspace, bool packed_before) {
+                         bool add_to_weight, const OptionalTensor& weight_grad, double weight_scale,
+                         const OptionalTensor& bias_sum, const Tensor& workspace, bool packed_before) {
   const int64_t rows = hidden.size(0), depth = hidden.size(1), entries = weight.size(0);
   check(per_row.size() == 5, "grad takes five coefficients of a row");
-  const RowGradients g{data<float>(per_row[0], rows),        data<float>(per_row[1], rows),
-                       data<float>(per_row[2], rows),        data<float>(per_row[3], rows),
-                       data<float>(per_row[4], rows),        data<float>(entropy_grad, rows),
-                       data<float>(hidden_sum, rows * depth), add_to_hidden,
-                       data<float>(weight_sum, entries * depth), add_to_weight,
-                       data<float>(bias_sum, entries)};
+  const RowGradients<Format> g{data<float>(per_row[0], rows),
+                               data<float>(per_row[1], rows),
+                               data<float>(per_row[2], rows),
+                               data<float>(per_row[3], rows),
+                               data<float>(per_row[4], rows),
+                               data<float>(entropy_grad, rows),
+                               data<float>(hidden_sum, rows * depth),
+                               add_to_hidden,
+                               data<float>(weight_sum, entries * depth),
+                               add_to_weight,
+                               elements<Format>(weight_grad, weight),
+                               static_cast<float>(weight_scale),
+                               data<float>(bias_sum, entries)};
   const auto slice = slice_of<Format>(hidden, weight, targets, first, scale, softcap, bias, temperature);
-  const GradWorkspace needed(rows, entries, depth, Format::PER_UNIT, g.hidden, g.weight, g.bias);
-  grad_products(slice, g, [](int64_t tasks, const auto& f) { parallel(tasks, f); }, bytes_of(workspace, needed.bytes),
-                packed_before);
+  const GradWorkspace needed(rows, entries, depth, Format::PER_UNIT, g.hidden, g.weight || g.weight_sum, g.bias);
+  check(!add_to_weight || weight_sum.has_value(), "there is no sum to add to");
+  grad_products(
+      slice, g, [](int64_t tasks, const auto& f) { parallel(tasks, f); }, bytes_of(workspace, needed.bytes),
+      packed_before);
 }
 
-void grad_products_op(Tensor hidden, Tensor weight, Tensor targets, int64_t first, double scale,
-                      std::optional<double> softcap, OptionalTensor bias, OptionalTensor temperature,
-                      std::vector<Tensor> per_row, OptionalTensor entropy_grad, OptionalTensor hidden_sum,
-                      bool add_to_hidden, OptionalTensor weight_sum, bool add_to_weight, OptionalTensor bias_sum,
-                      Tensor workspace, bool packed_before) {
+void grad_products_op(const Tensor& hidden, const Tensor& weight, const Tensor& targets, int64_t first, double scale,
+                      std::optional<double> softcap, const OptionalTensor& bias, const OptionalTensor& temperature,
+                      const std::vector<Tensor>& per_row, const OptionalTensor& entropy_grad,
+                      const OptionalTensor& hidden_sum, bool add_to_hidden, const OptionalTensor& weight_sum,
+                      bool add_to_weight, const OptionalTensor& weight_grad, double weight_scale,
+                      const OptionalTensor& bias_sum, const Tensor& workspace, bool packed_before) {
   need_products();
-  auto* typed = hidden.scalar_type() == ScalarType::Float ? grad_products_typed<Float32> : grad_products_typed<BFloat16>;
+  auto* typed =
+      hidden.scalar_type() == ScalarType::Float ? grad_products_typed<Float32> : grad_products_typed<BFloat16>;
   typed(hidden, weight, targets, first, scale, softcap, bias, temperature, per_row, entropy_grad, hidden_sum,
-        add_to_hidden, weight_sum, add_to_weight, bias_sum, workspace, packed_before);
+        add_to_hidden, weight_sum, add_to_weight, weight_grad, weight_scale, bias_sum, workspace, packed_before);
 }
 
 int64_t fold_products_bytes(int64_t tokens, int64_t entries, int64_t depth, int64_t itemsize) {
@@ -253,25 +314,34 @@ int64_t grad_products_bytes(int64_t tokens, int64_t entries, int64_t depth, int6
 }  // namespace covgrpo
 
 STABLE_TORCH_LIBRARY(covgrpo_cpp, m) {
-  m.def("fold(Tensor tile, Tensor(a!) maximum, Tensor(b!) total, Tensor(c!) moment, Tensor(d!) target, Tensor targets, "
-        "int first, float scale, float? softcap, Tensor? bias, Tensor? temperature, bool entropy) -> ()");
-  m.def("grad(Tensor(a!) tile, Tensor targets, int first, float scale, float? softcap, Tensor? bias, "
-        "Tensor? temperature, Tensor[] per_row, Tensor? entropy_grad) -> ()");
-  m.def("group_weights(Tensor logprobs, Tensor advantages, Tensor valid, Tensor[] scope, Tensor[] sequence, "
-        "bool by_sequence, bool by_response, bool numel, float bandwidth_eps, Tensor(a!) weights, Tensor(b!) covariance, "
-        "Tensor(c!) deviation, Tensor(d!) std) -> ()");
-  m.def("fold_products(Tensor hidden, Tensor weight, Tensor(a!) maximum, Tensor(b!) total, Tensor(c!) moment, "
-        "Tensor(d!) target, Tensor targets, int first, float scale, float? softcap, Tensor? bias, Tensor? temperature, "
-        "bool entropy, Tensor(e!) workspace) -> ()");
-  m.def("grad_products(Tensor hidden, Tensor weight, Tensor targets, int first, float scale, float? softcap, "
-        "Tensor? bias, Tensor? temperature, Tensor[] per_row, Tensor? entropy_grad, Tensor(a!)? hidden_sum, "
-        "bool add_to_hidden, Tensor(b!)? weight_sum, bool add_to_weight, Tensor(c!)? bias_sum, Tensor(d!) workspace, "
-        "bool packed_before) -> ()");
+  m.def("want_large_pages(Tensor tensor) -> ()");
+  m.def(
+      "fold(Tensor tile, Tensor(a!) maximum, Tensor(b!) total, Tensor(c!) moment, Tensor(d!) target, Tensor targets, "
+      "int first, float scale, float? softcap, Tensor? bias, Tensor? temperature, bool entropy) -> ()");
+  m.def(
+      "grad(Tensor(a!) tile, Tensor targets, int first, float scale, float? softcap, Tensor? bias, "
+      "Tensor? temperature, Tensor[] per_row, Tensor? entropy_grad) -> ()");
+  m.def(
+      "group_weights(Tensor logprobs, Tensor advantages, Tensor valid, Tensor[] scope, Tensor[] sequence, "
+      "bool by_sequence, bool by_response, bool numel, float bandwidth_eps, Tensor(a!) weights, "
+      "Tensor(b!) covariance, Tensor(c!) deviation, Tensor(d!) std) -> ()");
+  m.def(
+      "fold_products(Tensor hidden, Tensor weight, Tensor(a!) maximum, Tensor(b!) total, Tensor(c!) moment, "
+      "Tensor(d!) target, Tensor targets, int first, float scale, float? softcap, Tensor? bias, Tensor? temperature, "
+      "bool entropy, Tensor(e!) workspace) -> ()");
+  m.def(
+      "grad_products(Tensor hidden, Tensor weight, Tensor targets, int first, float scale, float? softcap, "
+      "Tensor? bias, Tensor? temperature, Tensor[] per_row, Tensor? entropy_grad, Tensor(a!)? hidden_sum, "
+      "bool add_to_hidden, Tensor(b!)? weight_sum, bool add_to_weight, Tensor(c!)? weight_grad, float weight_scale, "
+      "Tensor(d!)? bias_sum, Tensor(e!) workspace, bool packed_before) -> ()");
   m.def("fold_products_bytes(int tokens, int entries, int depth, int itemsize) -> int");
-  m.def("grad_products_bytes(int tokens, int entries, int depth, int itemsize, bool hidden, bool weight, bool bias) -> int");
+  m.def(
+      "grad_products_bytes(int tokens, int entries, int depth, int itemsize, bool hidden, bool weight, bool bias) "
+      "-> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(covgrpo_cpp, CPU, m) {
+  m.impl("want_large_pages", TORCH_BOX(&covgrpo::want_large_pages));
   m.impl("fold", TORCH_BOX(&covgrpo::fold));
   m.impl("grad", TORCH_BOX(&covgrpo::grad));
   m.impl("group_weights", TORCH_BOX(&covgrpo::group_weights));
@@ -300,7 +370,9 @@ static PyObject* isa(PyObject*, PyObject*) {
   return nullptr;
 }
 
-static PyMethodDef methods[] = {{"isa", isa, METH_NOARGS, "The instruction set in use."}, {nullptr, nullptr, 0, nullptr}};
-static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpp", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+static PyMethodDef methods[] = {{"isa", isa, METH_NOARGS, "The instruction set in use."},
+                                {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_cpp", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 PyMODINIT_FUNC PyInit__cpp() { return PyModule_Create(&definition); }

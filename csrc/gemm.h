@@ -33,6 +33,15 @@ struct BFloat16 {
   COVGRPO_AVX512BF16 static COVGRPO_INLINE __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
+
+  // To the nearest, ties to even, as PyTorch rounds: denormals stay, where the instruction would make them zero.
+  COVGRPO_AVX512BF16 static COVGRPO_INLINE void store_rounded(Element* p, __mmask16 mask, __m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
+    _mm256_mask_storeu_epi16(p, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  }
 };
 
 struct Float32 {
@@ -42,6 +51,10 @@ struct Float32 {
 
   COVGRPO_AVX512BF16 static COVGRPO_INLINE __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+  }
+
+  COVGRPO_AVX512BF16 static COVGRPO_INLINE void store_rounded(Element* p, __mmask16 mask, __m512 x) {
+    _mm512_mask_storeu_ps(p, mask, x);
   }
 };
 
@@ -147,10 +160,14 @@ void multiply_strip(int64_t rows, const Row& row, int64_t unit, int64_t depth, c
     a[i] = reinterpret_cast<const char*>(row(i < rows ? i : rows - 1)) + unit * sizeof(uint32_t);
   b += unit * PANEL;
   switch ((out.columns + LANES - 1) / LANES) {
-    case 1: return multiply_vectors<Format, 1>(a, depth, b, out);
-    case 2: return multiply_vectors<Format, 2>(a, depth, b, out);
-    case 3: return multiply_vectors<Format, 3>(a, depth, b, out);
-    default: return multiply_vectors<Format, 4>(a, depth, b, out);
+    case 1:
+      return multiply_vectors<Format, 1>(a, depth, b, out);
+    case 2:
+      return multiply_vectors<Format, 2>(a, depth, b, out);
+    case 3:
+      return multiply_vectors<Format, 3>(a, depth, b, out);
+    default:
+      return multiply_vectors<Format, 4>(a, depth, b, out);
   }
 }
 
@@ -197,7 +214,8 @@ COVGRPO_AVX512BF16 COVGRPO_INLINE void transpose(__m512i (&v)[LANES]) {
 
 // Sixteen units of a row from unit `u` on, zeros past its end.
 template <class Format>
-COVGRPO_AVX512BF16 COVGRPO_INLINE __m512i units_of_row(const typename Format::Element* row, int64_t columns, int64_t u) {
+COVGRPO_AVX512BF16 COVGRPO_INLINE __m512i units_of_row(const typename Format::Element* row, int64_t columns,
+                                                       int64_t u) {
   const int64_t left = columns - u * Format::PER_UNIT;
   if constexpr (Format::PER_UNIT == 2) {
     const __mmask32 mask = left >= 32 ? 0xFFFFFFFFU : (1U << left) - 1;

@@ -44,12 +44,13 @@ inline Isa chosen_isa() {
   for (int i = 0; i < 4; ++i) {
     if (std::string(wanted) != ISA_NAMES[i]) continue;
     if (i > static_cast<int>(best))
-      throw std::runtime_error(std::string("COVGRPO_CPU_ISA=") + wanted + " can't run here: the processor has no more than " +
-                               ISA_NAMES[static_cast<int>(best)]);
+      throw std::runtime_error(std::string("COVGRPO_CPU_ISA=") + wanted +
+                               " can't run here: the processor has no more than " + ISA_NAMES[static_cast<int>(best)]);
     return static_cast<Isa>(i);
   }
-  throw std::invalid_argument(std::string("COVGRPO_CPU_ISA must be 'auto', 'baseline', 'avx2', 'avx512' or 'avx512bf16', got '") +
-                              wanted + "'");
+  throw std::invalid_argument(
+      std::string("COVGRPO_CPU_ISA must be 'auto', 'baseline', 'avx2', 'avx512' or 'avx512bf16', got '") + wanted +
+      "'");
 }
 
 }  // namespace covgrpo

@@ -12,10 +12,10 @@
 
 namespace covgrpo {
 
-constexpr int BLOCK = 48;                 // vocabulary entries whose logits exist at the same time, for PANEL tokens
-constexpr int64_t SEGMENT = 1024;         // entries folded in order before they join a row's statistics: BLOCK of
-                                          // interface.py. Bits don't depend on threads, since a segment is not divided.
-constexpr int64_t PANELS_AT_ONCE = 4;     // panels of tokens that a task goes through with each block of the head
+constexpr int BLOCK = 48;              // vocabulary entries whose logits exist at the same time, for PANEL tokens
+constexpr int64_t SEGMENT = 1024;      // entries folded in order before they join a row's statistics: BLOCK of
+                                       // interface.py. Bits don't depend on threads, since a segment is not divided.
+constexpr int64_t PANELS_AT_ONCE = 4;  // panels of tokens that a task goes through with each block of the head
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -115,7 +115,8 @@ COVGRPO_AVX512BF16 void fold_segment(const Slice<Format>& s, int64_t segment, in
   const int64_t end = smaller(s.weight.rows, (segment + 1) * SEGMENT);
   const int64_t last_panel = smaller(s.panels(), panel + PANELS_AT_ONCE);
   const int64_t vectors = ceil_div(s.hidden.rows, LANES);
-  for (int64_t v = panel * 4; v < smaller(vectors, last_panel * 4); ++v) segments[v] = {broadcast(NO_MAX), F32{}, F32{}};
+  for (int64_t v = panel * 4; v < smaller(vectors, last_panel * 4); ++v)
+    segments[v] = {broadcast(NO_MAX), F32{}, F32{}};
   for (int64_t row = segment * SEGMENT; row < end; row += BLOCK) {
     const int64_t rows = smaller<int64_t>(BLOCK, end - row);
     for (int64_t p = panel; p < last_panel; ++p) {
@@ -166,9 +167,8 @@ void fold_products(const Slice<Format>& s, const RunningRows& out, const Paralle
     const int64_t segment = i / groups, panel = i % groups * PANELS_AT_ONCE;
     fold_segment(s, segment, panel, packed, out, statistics + segment * vectors);
   });
-  parallel(vectors, [&](int64_t v) {
-    merge_segments(Lanes::of(s, v / 4, v % 4), statistics + v, segments, vectors, out);
-  });
+  parallel(vectors,
+           [&](int64_t v) { merge_segments(Lanes::of(s, v / 4, v % 4), statistics + v, segments, vectors, out); });
 }
 
 // -------------------------------------------------------------------------------------------------- backward
@@ -178,14 +178,17 @@ void fold_products(const Slice<Format>& s, const RunningRows& out, const Paralle
 inline int64_t apart(int64_t count, int64_t bytes) { return (ceil_div(count * bytes, 64) | 1) * 64 / bytes; }
 
 // What the gradient takes of each row, and where it goes; what is null is not wanted. Sums over rows or entries are
-// written, or added to what is there.
+// written, or added to what is there. dW is scaled and rounded by the call that has the last rows of a slice.
+template <class Format>
 struct RowGradients {
   const float *maximum, *log_total, *at_target, *logprob_grad, *entropy;  // [R]
   const float* entropy_grad;                                              // [R] or null
   float* hidden;                                                          // [R, D] or null
   bool add_to_hidden;
-  float* weight;  // [C, D] or null
+  float* weight_sum;  // [C, D], or null where there is one call for all rows
   bool add_to_weight;
+  typename Format::Element* weight;  // [C, D], or null where rows follow
+  float scale;
   float* bias;  // [C] or null, added to
 };
 
@@ -202,7 +205,8 @@ struct ProductGradients {
 template <class Format>
 COVGRPO_AVX512BF16 __attribute__((noinline)) void grad_block(const Slice<Format>& s, int64_t row, int64_t rows,
                                                              const Lanes& lanes, const float* products,
-                                                             const RowGradients& g, const ProductGradients<Format>& out) {
+                                                             const RowGradients<Format>& g,
+                                                             const ProductGradients<Format>& out) {
   const F32 temperature = lanes.load(s.temperature, 1.0F);
   // Without a token the maximum is infinite: probability and gradient are zero, whatever the bias.
   const Coefficients<F32> coefficients{lanes.load(g.maximum, INFINITY), lanes.load(g.log_total, 0),
@@ -260,7 +264,8 @@ COVGRPO_AVX512BF16 __attribute__((noinline)) void grad_block(const Slice<Format>
 
 template <class Format>
 COVGRPO_AVX512BF16 void grad_panel(const Slice<Format>& s, int64_t row, int64_t panel, const uint32_t* packed,
-                                   RowCopies<Format>& copies, const RowGradients& g, const ProductGradients<Format>& out) {
+                                   RowCopies<Format>& copies, const RowGradients<Format>& g,
+                                   const ProductGradients<Format>& out) {
   alignas(64) float products[BLOCK * PANEL];
   const int64_t rows = smaller<int64_t>(BLOCK, s.weight.rows - row);
   block_products(s, row, rows, panel, packed, copies, products);
@@ -270,18 +275,44 @@ COVGRPO_AVX512BF16 void grad_panel(const Slice<Format>& s, int64_t row, int64_t 
   }
 }
 
-// Task `task` of out (+)= A * B for all `rows` rows of A and `columns` columns of B: a block of rows with several panels,
-// so that the rows come from a near cache all but the first time.
-template <class Format, class Row>
+// Task `task` of A * B for all `rows` rows of A and `columns` columns of B: a block of rows with several panels, so
+// that the rows come from a near cache all but the first time. write(block, row, rows, column, columns) takes what came
+// out.
+template <class Format, class Row, class Write>
 void multiply_panels(int64_t task, int64_t rows, const Row& row_of, int64_t depth, int64_t columns, const uint32_t* b,
-                     float* out, bool add) {
+                     const Write& write) {
+  alignas(64) float block[BLOCK * PANEL];
   const int64_t panels = ceil_div(columns, PANEL), groups = ceil_div(panels, PANELS_AT_ONCE);
   const int64_t units = ceil_div(depth, Format::PER_UNIT);
   const int64_t row = task / groups * BLOCK, first = task % groups * PANELS_AT_ONCE;
+  const int64_t count = smaller<int64_t>(BLOCK, rows - row);
   const auto in_block = [&](int64_t r) { return row_of(row + r); };
   for (int64_t p = first; p < smaller(panels, first + PANELS_AT_ONCE); ++p) {
-    const Output to{out + row * columns + p * PANEL, columns, 0, smaller<int64_t>(PANEL, columns - p * PANEL), add};
-    multiply<Format>(smaller<int64_t>(BLOCK, rows - row), in_block, depth, b + p * units * PANEL, to);
+    const int64_t width = smaller<int64_t>(PANEL, columns - p * PANEL);
+    multiply<Format>(count, in_block, depth, b + p * units * PANEL,
+                     {block, PANEL, 0, ceil_div(width, LANES) * LANES, false});
+    for (int64_t r = 0; r < count; ++r) write(block + r * PANEL, (row + r) * columns + p * PANEL, width);
+  }
+}
+
+// `count` sums from `place` on, written or added to what is there.
+COVGRPO_AVX512BF16 inline void write_sums(const float* sums, float* out, int64_t count, bool add) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    const __mmask16 mask = first_lanes(count - i);
+    __m512 v = _mm512_loadu_ps(sums + i);
+    if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, out + i));
+    _mm512_mask_storeu_ps(out + i, mask, v);
+  }
+}
+
+// The same for the last sums of dW, which are scaled and rounded.
+template <class Format>
+COVGRPO_AVX512BF16 void write_weight(const float* sums, const RowGradients<Format>& g, int64_t place, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    const __mmask16 mask = first_lanes(count - i);
+    __m512 v = _mm512_loadu_ps(sums + i);
+    if (g.add_to_weight) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, g.weight_sum + place + i));
+    Format::store_rounded(g.weight + place + i, mask, _mm512_mul_ps(v, _mm512_set1_ps(g.scale)));
   }
 }
 
@@ -292,7 +323,8 @@ struct GradWorkspace {
   int64_t packed, states, by_entry, by_token, bias, head, bytes;
 
   // `per_unit` numbers of 4 / per_unit bytes are a unit.
-  GradWorkspace(int64_t tokens, int64_t entries, int64_t depth, int64_t per_unit, bool hidden, bool weight, bool bias_) {
+  GradWorkspace(int64_t tokens, int64_t entries, int64_t depth, int64_t per_unit, bool hidden, bool weight,
+                bool bias_) {
     const int64_t vectors = ceil_div(tokens, LANES), panel = PANEL * sizeof(uint32_t);
     const int64_t depth_panels = ceil_div(depth, PANEL), element = 4 / per_unit;
     row_stride = apart(vectors * LANES, element);
@@ -311,7 +343,7 @@ struct GradWorkspace {
 // The products again, dL/dproducts of them, and the products of that with W and h. `packed_before`: the workspace is
 // that of a call with the same hidden states.
 template <class Format, class Parallel>
-void grad_products(const Slice<Format>& s, const RowGradients& g, const Parallel& parallel, char* workspace,
+void grad_products(const Slice<Format>& s, const RowGradients<Format>& g, const Parallel& parallel, char* workspace,
                    bool packed_before) {
   using Element = typename Format::Element;
   const int64_t tokens = s.hidden.rows, entries = s.weight.rows, depth = s.hidden.columns;
@@ -319,16 +351,17 @@ void grad_products(const Slice<Format>& s, const RowGradients& g, const Parallel
   const int64_t token_units = ceil_div(tokens, Format::PER_UNIT), entry_units = ceil_div(entries, Format::PER_UNIT);
   const int64_t depth_groups = ceil_div(ceil_div(depth, PANEL), PANELS_AT_ONCE);
 
-  const GradWorkspace at(tokens, entries, depth, Format::PER_UNIT, g.hidden, g.weight, g.bias);
+  const bool wants_weight = g.weight || g.weight_sum;
+  const GradWorkspace at(tokens, entries, depth, Format::PER_UNIT, g.hidden, wants_weight, g.bias);
   const auto units_at = [&](int64_t offset) { return reinterpret_cast<uint32_t*>(workspace + offset); };
   uint32_t *packed = units_at(at.packed), *states = units_at(at.states), *head = units_at(at.head);
-  const ProductGradients<Format> dz{g.weight ? reinterpret_cast<Element*>(workspace + at.by_entry) : nullptr,
+  const ProductGradients<Format> dz{wants_weight ? reinterpret_cast<Element*>(workspace + at.by_entry) : nullptr,
                                     g.hidden ? units_at(at.by_token) : nullptr,
                                     g.bias ? reinterpret_cast<float*>(workspace + at.bias) : nullptr, at.row_stride,
                                     at.unit_stride};
   if (!packed_before) {
     parallel(panels, [&](int64_t p) { pack_rows(s.hidden, p, packed); });
-    if (g.weight) parallel(token_units, [&](int64_t u) { pack_columns(s.hidden, u, token_units, states); });
+    if (wants_weight) parallel(token_units, [&](int64_t u) { pack_columns(s.hidden, u, token_units, states); });
   }
   parallel(blocks * groups, [&](int64_t i) {
     RowCopies<Format> copies(s.weight, BLOCK);
@@ -339,16 +372,25 @@ void grad_products(const Slice<Format>& s, const RowGradients& g, const Parallel
   if (g.bias)
     for (int64_t v = 0; v < ceil_div(tokens, LANES); ++v)
       for (int64_t c = 0; c < entries; ++c) g.bias[c] += dz.bias[v * entries + c];
-  if (g.weight)  // dW = dZ^T h
+  if (wants_weight)  // dW = dZ^T h
     parallel(blocks * depth_groups, [&](int64_t i) {
       const auto row_of = [&](int64_t r) { return dz.by_entry + r * dz.row_stride; };
-      multiply_panels<Format>(i, entries, row_of, tokens, depth, states, g.weight, g.add_to_weight);
+      const auto write = [&](const float* sums, int64_t place, int64_t count) {
+        if (g.weight)
+          write_weight(sums, g, place, count);
+        else
+          write_sums(sums, g.weight_sum + place, count, g.add_to_weight);
+      };
+      multiply_panels<Format>(i, entries, row_of, tokens, depth, states, write);
     });
   if (g.hidden) {  // dh = dZ W
     parallel(entry_units, [&](int64_t u) { pack_columns(s.weight, u, entry_units, head); });
     parallel(ceil_div(tokens, BLOCK) * depth_groups, [&](int64_t i) {
       const auto row_of = [&](int64_t r) { return dz.by_token + r * dz.unit_stride; };
-      multiply_panels<Format>(i, tokens, row_of, entries, depth, head, g.hidden, g.add_to_hidden);
+      const auto write = [&](const float* sums, int64_t place, int64_t count) {
+        write_sums(sums, g.hidden + place, count, g.add_to_hidden);
+      };
+      multiply_panels<Format>(i, tokens, row_of, entries, depth, head, write);
     });
   }
 }

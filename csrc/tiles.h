@@ -14,8 +14,8 @@ constexpr int64_t FOLD_BLOCK = 1024;
 // A tile of R rows by C vocabulary entries from `first` on.
 template <class T>
 struct Tile {
-  T* products;            // [R, C]
-  int64_t columns;        // C
+  T* products;             // [R, C]
+  int64_t columns;         // C
   const int64_t* targets;  // [R]
   int64_t first;
   Head<T> head;
@@ -125,20 +125,33 @@ COVGRPO_INLINE void grad_rows(const GradTile<T>& tile, int64_t begin, int64_t en
   }
 }
 
-// The same for each instruction set. The double ones are for exact comparisons: libm's exponential is what they wait for.
+// The same for each instruction set. The double ones are for exact comparisons: libm's exponential is what they wait
+// for.
 template <class T>
-void fold_baseline(const FoldTile<T>& tile, int64_t begin, int64_t end) { fold_rows(tile, begin, end); }
+void fold_baseline(const FoldTile<T>& tile, int64_t begin, int64_t end) {
+  fold_rows(tile, begin, end);
+}
 template <class T>
-COVGRPO_AVX2 void fold_avx2(const FoldTile<T>& tile, int64_t begin, int64_t end) { fold_rows(tile, begin, end); }
+COVGRPO_AVX2 void fold_avx2(const FoldTile<T>& tile, int64_t begin, int64_t end) {
+  fold_rows(tile, begin, end);
+}
 template <class T>
-COVGRPO_AVX512 void fold_avx512(const FoldTile<T>& tile, int64_t begin, int64_t end) { fold_rows(tile, begin, end); }
+COVGRPO_AVX512 void fold_avx512(const FoldTile<T>& tile, int64_t begin, int64_t end) {
+  fold_rows(tile, begin, end);
+}
 
 template <class T>
-void grad_baseline(const GradTile<T>& tile, int64_t begin, int64_t end) { grad_rows(tile, begin, end); }
+void grad_baseline(const GradTile<T>& tile, int64_t begin, int64_t end) {
+  grad_rows(tile, begin, end);
+}
 template <class T>
-COVGRPO_AVX2 void grad_avx2(const GradTile<T>& tile, int64_t begin, int64_t end) { grad_rows(tile, begin, end); }
+COVGRPO_AVX2 void grad_avx2(const GradTile<T>& tile, int64_t begin, int64_t end) {
+  grad_rows(tile, begin, end);
+}
 template <class T>
-COVGRPO_AVX512 void grad_avx512(const GradTile<T>& tile, int64_t begin, int64_t end) { grad_rows(tile, begin, end); }
+COVGRPO_AVX512 void grad_avx512(const GradTile<T>& tile, int64_t begin, int64_t end) {
+  grad_rows(tile, begin, end);
+}
 
 template <class F>
 F* by_isa(Isa isa, F* baseline, F* avx2, F* avx512) {

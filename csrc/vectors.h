@@ -86,7 +86,7 @@ COVGRPO_INLINE double exponential(double x) { return std::exp(x); }
 // would be denormal. The polynomial is that of Cephes' expf, after x = n log 2 + r with log 2 in two parts.
 COVGRPO_INLINE F32 exponential(F32 x) {
   constexpr float LOWEST = -87.33654F, ROUND = 12582912.0F;  // adding 1.5 * 2^23 rounds to an integer
-  const F32 y = x < LOWEST ? broadcast(LOWEST) : x;           // NaN stays
+  const F32 y = x < LOWEST ? broadcast(LOWEST) : x;          // NaN stays
   const F32 shifted = y * 1.44269504F + ROUND;
   const F32 n = shifted - ROUND;
   F32 r = y - n * 0.693359375F;

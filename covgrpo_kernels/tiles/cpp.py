@@ -75,6 +75,12 @@ def group_weights(
     return out
 
 
+def want_large_pages(fresh: Tensor) -> None:
+    """Asks the system for large pages under memory that has yet to be written: a third of a bare product saved where it
+    is the gradient of a whole head. Without effect where the system has none."""
+    _ops.want_large_pages(fresh)
+
+
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether products of that dtype are this backend's own, on this processor."""
     return dtype in (torch.bfloat16, torch.float32) and isa() == "avx512bf16"
@@ -117,17 +123,19 @@ def grad_products(
     temperature: Tensor | None,  # [R] float32
     coefficients: Coefficients,  # of R rows
     hidden_sum: Tensor | None,  # [R, D] float32, added to where first > 0; None: not wanted
-    weight_sum: Tensor | None,  # [C, D] float32
+    weight_sum: Tensor | None,  # [C, D] float32, for calls with rows of a slice; None: all of them are here
     add_to_weight: bool,
+    weight_grad: Tensor | None,  # [C, D] of weight's dtype, for the call with the last rows of a slice
+    weight_scale: float,  # times the sum, in weight_grad
     bias_sum: Tensor | None,  # [C] float32, added to
     workspace: Tensor,  # bytes
     packed: bool,
 ) -> None:
-    """`grad` of the products hidden @ weight.T, and its products: dL/dproducts @ weight, its transpose @ hidden, its
-    sums over rows. dL/dproducts is rounded to the dtype of hidden. ``packed``: the workspace comes from a call with the
+    """`grad` of the products hidden @ weight.T, and its products: dL/dproducts @ weight, its transpose @ hidden (neither
+    ``weight_sum`` nor ``weight_grad``: not wanted), its sums over rows. dL/dproducts is rounded to the dtype of hidden. ``packed``: the workspace comes from a call with the
     same hidden states and needs."""
     *per_row, entropy_grad = coefficients
     _ops.grad_products(
         hidden, weight, targets, first, *head, bias, temperature, per_row, entropy_grad,
-        hidden_sum, first > 0, weight_sum, add_to_weight, bias_sum, workspace, packed,
+        hidden_sum, first > 0, weight_sum, add_to_weight, weight_grad, weight_scale, bias_sum, workspace, packed,
     )  # fmt: skip
