@@ -55,15 +55,19 @@ def moved(function: Callable[..., Any], device: torch.device) -> Callable[..., A
     return wrapper
 
 
-@pytest.fixture(params=["eager", "cpp", "triton", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["eager", "cpp", "portable", "triton", pytest.param("gpu", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The tests of a module that uses this run once for each backend: with plain PyTorch on the CPU, with the Triton
-    kernels under the interpreter, and with both they and the eager baseline on a GPU."""
+    """The tests of a module that uses this run once for each backend: on the CPU with plain PyTorch, with C++ for this
+    processor and for any, and with the Triton kernels under the interpreter; and with both they and the eager baseline
+    on a GPU."""
     if request.param == "eager":
         monkeypatch.setenv(tiles.VARIABLE, "eager")
-    elif request.param == "cpp":
-        pytest.importorskip("covgrpo_kernels.tiles.cpp")
+    elif request.param in ("cpp", "portable"):
+        if os.environ.get("COVGRPO_BUILD_CPP") != "1":  # else it has to be there
+            pytest.importorskip("covgrpo_kernels.tiles.cpp", reason="the C++ extension was not built")
         monkeypatch.setenv(tiles.VARIABLE, "cpp")
+        if request.param == "portable":
+            monkeypatch.setenv("COVGRPO_CPU_ISA", "baseline")
     elif request.param == "triton":
         pytest.importorskip("triton")
         if torch.cuda.is_available():

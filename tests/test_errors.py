@@ -25,7 +25,7 @@ from covgrpo_kernels.testing import random_batch
 
 pytestmark = [
     pytest.mark.usefixtures("backend"),
-    pytest.mark.parametrize("backend", ["eager", "triton"], indirect=True),
+    pytest.mark.parametrize("backend", ["eager", "cpp", "triton"], indirect=True),
 ]
 NAN, INF = float("nan"), float("inf")
 N, D, V = 5, 4, 11

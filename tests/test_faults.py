@@ -6,6 +6,9 @@ follow, or this file is red itself.
 
 import importlib.util
 import inspect
+import os
+import shutil
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -265,6 +268,7 @@ def apply(fault: Fault, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_turns_the_suite_red(name, monkeypatch):
+    monkeypatch.setenv(tiles.VARIABLE, "eager")
     check, *faults = FAULTS[name]
     for fault in faults:
         apply(fault, monkeypatch)
@@ -274,4 +278,138 @@ def test_fault_turns_the_suite_red(name, monkeypatch):
 
 @pytest.mark.parametrize("check", list(dict.fromkeys(check for check, *_ in FAULTS.values())), ids=lambda c: c.__name__)
 def test_the_same_checks_are_green_without_a_fault(check, monkeypatch):
+    monkeypatch.setenv(tiles.VARIABLE, "eager")
     check(monkeypatch)
+
+
+class CppFault(NamedTuple):
+    file: str  # of csrc
+    old: str
+    new: str
+
+
+MANY_TILES = "test_logprob.py::test_many_tiles_agree_with_the_reference[{}-alternate]"
+UNIFORM, SURE = (
+    "test_logprob.py::test_equal_logits_are_uniform[{}]",
+    "test_logprob.py::test_sure_tokens_keep_their_digits",
+)
+GROUPS = "test_weights.py::test_equals_the_reference[cpp-{}]"
+CPP_FAULTS = {
+    "chains not added": (
+        "test_cpp.py::test_pooled_errors_of_long_sums",
+        CppFault("gemm.h", "if (out.add) sum", "if (false) sum"),
+    ),
+    "half a unit lost": (
+        "test_logprob.py::test_any_shape[cpp]",
+        CppFault("gemm.h", "if (depth % Format::PER_UNIT)", "if (false)"),
+    ),
+    "long chains": (
+        "test_cpp.py::test_pooled_errors_of_long_sums",
+        CppFault("gemm.h", "CHAIN = 128;", "CHAIN = 4096;"),
+    ),
+    "bfloat16 cut off": (
+        "test_cpp.py::test_gradient_of_the_head_is_rounded_once",
+        CppFault("gemm.h", "_mm512_set1_epi32(0x7FFF)", "_mm512_set1_epi32(0)"),
+    ),
+    "lanes without a token take part": (
+        "test_cpp.py::test_bad_bias",
+        CppFault("products.h", "lanes.load(g.maximum, INFINITY)", "lanes.load(g.maximum, 0)"),
+    ),
+    "ties dropped": (UNIFORM.format("cpp"), CppFault("products.h", "larger(sums.ties - 1.0F, F32{})", "F32{}")),
+    "ties dropped from a tile": (
+        UNIFORM.format("portable"),
+        CppFault("tiles.h", "sum_of<T>(sums.total) + ties", "sum_of<T>(sums.total)"),
+    ),
+    "maximum kept in the sum": (SURE, CppFault("softmax.h", "at_maximum ? zero : e;", "e;")),
+    "lesser maximum forgotten": (MANY_TILES.format("portable"), CppFault("softmax.h", "b.total + lesser;", "b.total;")),
+    "target of another slice": (
+        MANY_TILES.format("cpp"),
+        CppFault("products.h", "s.targets[lanes.first + i] - s.first - row", "s.targets[lanes.first + i] - row"),
+    ),
+    "entropy gradient without H": (MANY_TILES.format("portable"), CppFault("softmax.h", "(log_p + entropy)", "log_p")),
+    "softcap's slope lost": (MANY_TILES.format("cpp"), CppFault("products.h", "dz *= 1.0F - t * t;", "")),
+    "softcap's slope lost from a tile": (MANY_TILES.format("portable"), CppFault("tiles.h", "dz *= 1 - t * t;", "")),
+    "exponential": ("test_cpp.py::test_exponential", CppFault("vectors.h", "1.6666665459e-1F", "1.6667665459e-1F")),
+    "tanh near zero": (
+        "test_cpp.py::test_hyperbolic_tangent",
+        CppFault("vectors.h", "1.33314422036e-1F", "1.33324422036e-1F"),
+    ),
+    "32-bit offset": (
+        "test_logprob.py::test_offsets_beyond_32_bits[cpp]",
+        CppFault("gemm.h", "data + i * row_stride", "data + static_cast<int32_t>(i * row_stride)"),
+    ),
+    "order of threads": (
+        "test_cpp.py::test_bits_do_not_depend_on_where_the_vocabulary_is_cut",
+        CppFault("products.h", "SEGMENT = 1024", "SEGMENT = 1536"),
+    ),
+    "variance about zero": (
+        GROUPS.format("paper"),
+        CppFault("group_weights.h", "(c - mean_c) * (c - mean_c)", "c * c"),
+    ),
+    "noise taken for variance": (
+        "test_weights.py::test_no_variance_means_one",
+        CppFault("group_weights.h", "variance <= noise * noise", "variance < 0"),
+    ),
+    "sequence of the first token": (
+        GROUPS.format("author"),
+        CppFault("group_weights.h", "how.means[how.sequence[t]]", "how.means[how.sequence[0]]"),
+    ),
+}
+
+WITH_ANOTHER_EXTENSION = """
+import importlib.util, sys
+import torch, covgrpo_kernels
+spec = importlib.util.spec_from_file_location("covgrpo_kernels._cpp", sys.argv[1])
+covgrpo_kernels._cpp = sys.modules["covgrpo_kernels._cpp"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(covgrpo_kernels._cpp)
+import pytest
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[2:]]))
+"""
+
+
+def run_with_fault(fault: CppFault, test: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The extension is built from a copy of its sources with the fault in it, and the test run with that."""
+    root = Path(__file__).parent.parent
+    shutil.copytree(root / "csrc", folder / "csrc")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, folder)
+    (folder / "covgrpo_kernels").mkdir()
+    changed = folder / "csrc" / fault.file
+    assert fault.old in changed.read_text(), f"{fault.old!r} is no longer in {fault.file}"
+    changed.write_text(changed.read_text().replace(fault.old, fault.new))
+    environment = os.environ | dict(COVGRPO_BUILD_CPP="1", COVGRPO_CXXFLAGS="-O1")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "built"]
+    built = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    [extension] = (folder / "built" / "covgrpo_kernels").glob("*.so")
+    return subprocess.run(
+        [sys.executable, "-c", WITH_ANOTHER_EXTENSION, str(extension), str(root / "tests" / test)],
+        cwd=root, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def own_products():
+    cpp = pytest.importorskip("covgrpo_kernels.tiles.cpp", reason="the C++ extension was not built")
+    if not cpp.multiplies(torch.float32):
+        pytest.skip("needs AVX512-BF16")
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", CPP_FAULTS)
+def test_fault_in_cpp_turns_the_suite_red(name, tmp_path, own_products):
+    test, fault = CPP_FAULTS[name]
+    result = run_with_fault(fault, test, tmp_path)
+    crashed = result.returncode < 0
+    assert crashed or result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout[-3000:] + result.stderr[-3000:]
+
+
+@pytest.mark.deep
+def test_the_same_tests_are_green_with_the_sources_as_they_are(tmp_path, own_products):
+    tests = list(dict.fromkeys(test for test, _ in CPP_FAULTS.values()))
+    root = Path(__file__).parent
+    first, *others = tests
+    result = run_with_fault(CppFault("gemm.h", "#pragma once", "#pragma once"), first, tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(root / test) for test in others)]
+    assert subprocess.run(command, cwd=root.parent).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from covgrpo_kernels import (
     linear_logprob,
     logprob,
     reference,
+    tiles,
 )
 from covgrpo_kernels.layout import flatten_tokens
 from covgrpo_kernels.testing import check_draw, leaf, random_batch, random_head, rms, run_logprob
@@ -31,7 +33,7 @@ from covgrpo_kernels.weighting import weighting_scopes
 
 pytestmark = [
     pytest.mark.usefixtures("backend"),
-    pytest.mark.parametrize("backend", ["eager", "triton"], indirect=True),
+    pytest.mark.parametrize("backend", ["eager", "cpp", "triton"], indirect=True),
 ]
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
@@ -103,7 +105,7 @@ def assert_rounding(ours: dict[str, Tensor], expected: dict[str, Tensor], *names
 
 
 class Products:
-    """What `_mm` was asked for: shapes of its operands, in order."""
+    """What `_mm`, or a backend that multiplies itself, was asked for: shapes of the operands, in order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
@@ -114,6 +116,29 @@ class Products:
             real(a, b, out, **options)
 
         monkeypatch.setattr(logprob, "_mm", mm)
+        own = tiles.select(torch.device("cpu"))
+        if not own.multiplies(torch.float32):
+            return
+        fold, grad = own.fold_products, own.grad_products
+        keywords = inspect.signature(grad)
+
+        def fold_products(hidden: Tensor, weight: Tensor, *rest: Any) -> None:
+            (n, d), v = hidden.shape, len(weight)
+            self.shapes.append(((n, d), (d, v)))
+            fold(hidden, weight, *rest)
+
+        def grad_products(*arguments: Any) -> None:
+            given = keywords.bind(*arguments).arguments
+            (n, d), v = given["hidden"].shape, len(given["weight"])
+            self.shapes.append(((n, d), (d, v)))
+            if given["hidden_sum"] is not None:
+                self.shapes.append(((n, v), (v, d)))
+            if given["weight_sum"] is not None or given["weight_grad"] is not None:
+                self.shapes.append(((v, n), (n, d)))
+            grad(*arguments)
+
+        monkeypatch.setattr(own, "fold_products", fold_products)
+        monkeypatch.setattr(own, "grad_products", grad_products)
 
     def take(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         shapes, self.shapes = self.shapes, []
@@ -121,7 +146,7 @@ class Products:
 
 
 @pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> Products:
+def products(backend: str, monkeypatch: pytest.MonkeyPatch) -> Products:
     return Products(monkeypatch)
 
 

@@ -79,7 +79,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     built = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", "out"],
         cwd=folder,
-        env=os.environ | dict(CC="/bin/false", CXX="/bin/false", CUDA_VISIBLE_DEVICES=""),
+        env=os.environ | dict(CC="/bin/false", CXX="/bin/false", CUDA_VISIBLE_DEVICES="", COVGRPO_BUILD_CPP="auto"),
         capture_output=True,
         text=True,
     )
@@ -185,6 +185,7 @@ def _scaled(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
 def test_doctor_sees_a_small_fault(
     holder: Any, operation: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv(tiles.VARIABLE, "eager")
     monkeypatch.setattr(holder, operation, _scaled(getattr(holder, operation), 1.001))
     assert doctor.main() == 1
     output = capsys.readouterr().out
@@ -199,32 +200,42 @@ def test_doctor_sees_nan_and_survives_an_error(
     def broken(*arguments: Any, **keywords: Any) -> Any:
         raise fault
 
+    monkeypatch.setenv(tiles.VARIABLE, "eager")
     monkeypatch.setattr(eager, "grad", _scaled(eager.grad, fault) if isinstance(fault, float) else broken)
     assert doctor.main() == 1
     assert ("FAILED: RuntimeError: no kernel image" in capsys.readouterr().out) == isinstance(fault, RuntimeError)
 
 
 def test_backend_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named, missing, misspelt; without a name a CPU has plain PyTorch, and so has a GPU without triton."""
+    """Named, missing, misspelt; without a name C++ on a CPU and Triton on a GPU, or plain PyTorch."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.delenv(tiles.VARIABLE, raising=False)
+    monkeypatch.setattr(tiles, "_import", lambda name: f"{tiles.MISSING[name]}: no such file")
     assert tiles.select(cpu) is eager
-    monkeypatch.setattr(tiles, "_import", lambda name: "triton can't be imported: No module named 'triton'")
     with pytest.warns(RuntimeWarning, match="plain PyTorch instead of fused kernels on cuda: triton can't be imported"):
         assert tiles.select(gpu) is eager
+    for name, device, why in (
+        ("triton", gpu, "triton can't be imported"),
+        ("cpp", cpu, "the C.. extension was not built"),
+    ):
+        monkeypatch.setenv(tiles.VARIABLE, name)
+        with pytest.raises(RuntimeError, match=f"COVGRPO_BACKEND={name} can't run on {device}: {why}: no such file"):
+            tiles.select(device)
+    modules = {"cpp": ModuleType("cpp"), "triton": ModuleType("triton")}
+    modules["triton"].INTERPRETED = False  # type: ignore[attr-defined]
+    monkeypatch.setattr(tiles, "_import", modules.get)
+    for name, device in (("cpp", cpu), ("triton", gpu)):
+        for value in (name, "auto"):
+            monkeypatch.setenv(tiles.VARIABLE, value)
+            assert tiles.select(device) is modules[name]
     monkeypatch.setenv(tiles.VARIABLE, "triton")
-    with pytest.raises(RuntimeError, match="COVGRPO_BACKEND=triton can't run on cuda: triton can't be imported"):
-        tiles.select(gpu)
-    compiled = ModuleType("compiled")
-    compiled.INTERPRETED = False  # type: ignore[attr-defined]
-    monkeypatch.setattr(tiles, "_import", lambda name: compiled)
-    assert tiles.select(gpu) is compiled
     with pytest.raises(RuntimeError, match="COVGRPO_BACKEND=triton can't run on cpu: Triton kernels run on a GPU"):
         tiles.select(cpu)
-    monkeypatch.setenv(tiles.VARIABLE, "auto")
-    assert (tiles.select(gpu), tiles.select(cpu)) == (compiled, eager)
+    monkeypatch.setenv(tiles.VARIABLE, "cpp")
+    with pytest.raises(RuntimeError, match=r"COVGRPO_BACKEND=cpp can't run on cuda: the C.. operations run on the CPU"):
+        tiles.select(gpu)
     monkeypatch.setenv(tiles.VARIABLE, "Triton")
-    with pytest.raises(ValueError, match="COVGRPO_BACKEND must be 'auto', 'eager' or 'triton', got 'Triton'"):
+    with pytest.raises(ValueError, match="COVGRPO_BACKEND must be 'auto', 'cpp', 'eager' or 'triton', got 'Triton'"):
         tiles.select(cpu)
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from covgrpo_kernels import covgrpo_loss, linear_logprob, logprob, reference
+from covgrpo_kernels import covgrpo_loss, linear_logprob, logprob, reference, tiles
 from covgrpo_kernels.backward_plan import plan_backward, resolve_grad_tol
 from covgrpo_kernels.config import CovGRPOConfig
 from covgrpo_kernels.testing import policy_head, random_batch
@@ -79,10 +79,11 @@ def test_tolerance_is_kept_and_used(grad_tol):
 
 
 def products(monkeypatch, run):
-    """Rows that entered matrix products while ``run`` ran."""
+    """Rows that entered matrix products while ``run`` ran, where those are PyTorch's."""
     rows = []
     mm = logprob._mm
     with monkeypatch.context() as patch:
+        patch.setenv(tiles.VARIABLE, "eager")
         patch.setattr(logprob, "_mm", lambda a, b, out, **k: (rows.append(len(a)), mm(a, b, out, **k))[1])
         run()
     return sum(rows)
@@ -98,6 +99,22 @@ def test_rows_without_coefficient_enter_no_product(monkeypatch):
         coefficients[torch.randperm(64)[:live]] = 1.0
         assert products(monkeypatch, lambda x=x, c=coefficients: x.backward(c)) == 2 * live
     monkeypatch.undo()
+
+
+def test_rows_without_coefficient_enter_no_product_of_a_backend_of_its_own(monkeypatch):
+    cpp = pytest.importorskip("covgrpo_kernels.tiles.cpp", reason="the C++ extension was not built")
+    monkeypatch.setenv(tiles.VARIABLE, "cpp")
+    if not cpp.multiplies(torch.float32):
+        pytest.skip("needs AVX512-BF16")
+    head = policy_head(0, 64, 16, 500)
+    hidden, rows, grad = head["hidden"].requires_grad_(), [], cpp.grad_products
+    monkeypatch.setattr(cpp, "grad_products", lambda hidden, *rest: (rows.append(len(hidden)), grad(hidden, *rest)))
+    for live in (0, 1, 7, 64):
+        rows.clear()
+        coefficients = torch.zeros(64)
+        coefficients[torch.randperm(64)[:live]] = 1.0
+        linear_logprob(hidden, head["weight"], head["targets"], grad_tol=0.0).logprob.backward(coefficients)
+        assert sum(rows) == live
 
 
 def test_default_tolerance_skips_sure_tokens_in_bf16_and_none_that_matter_in_fp32():

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .. import tiles
 from .checkpoint import read_metrics
 from .config import TrainConfig
 from .plots import save_report
@@ -26,6 +27,7 @@ def demo(config: TrainConfig) -> None:
     torch.set_num_threads(1)
     task, device = make_task(config), torch_device(config)
     claim_folder(out, config)
+    console.print(f"The loss runs on {device}, backend {tiles.describe(device)}.")
     console.rule("one supervised warm start")
     starting_policy(config, task, out, device)
     runs = {}

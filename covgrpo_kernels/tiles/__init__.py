@@ -73,7 +73,7 @@ def backends() -> list[tuple[str, bool, str]]:
     """(name, usable on some device here, why) of every backend, for `covgrpo doctor`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cpp, triton = _usable("cpp", torch.device("cpu")), _usable("triton", device)
-    compiled = cpp if isinstance(cpp, str) else _describe_cpp(cpp)
+    compiled = cpp if isinstance(cpp, str) else f"used on CPUs: {_instructions(cpp)}"
     if isinstance(triton, ModuleType):
         reason = "under the interpreter, for tests" if device.type == "cpu" else "fused kernels, used on GPUs"
     else:
@@ -85,11 +85,19 @@ def backends() -> list[tuple[str, bool, str]]:
     ]
 
 
-def _describe_cpp(cpp: ModuleType) -> str:
+def describe(device: torch.device) -> str:
+    """The backend for tensors on ``device``, in words."""
+    backend = select(device)
+    name = backend.__name__.rpartition(".")[2]
+    return f"{name} ({_instructions(backend)})" if name == "cpp" else name
+
+
+def _instructions(cpp: ModuleType) -> str:
     try:
         isa = cpp.isa()
     except (RuntimeError, ValueError) as error:
         return str(error)
     fused = [str(d).removeprefix("torch.") for d in (torch.bfloat16, torch.float32) if cpp.multiplies(d)]
-    products = f"products of {' and '.join(fused)} fused with the softmax" if fused else "products by PyTorch"
-    return f"used on CPUs; {isa}, {products}"
+    return f"{isa}, " + (
+        f"products of {' and '.join(fused)} fused with the softmax" if fused else "products by PyTorch"
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _cpp
+from .. import _cpp  # type: ignore[attr-defined]
 from ..config import CovarianceWeighting
 from ..layout import Segments
 from .interface import Coefficients, GroupWeights, Head, State
@@ -65,8 +65,8 @@ def group_weights(
     weighting: CovarianceWeighting,
 ) -> GroupWeights:
     """Gaussian covariance weights of every scope (arXiv 2605.11538), two-pass, in float64."""
-    per_token = [torch.empty_like(logprobs, dtype=torch.float64) for _ in range(3)]
-    out = GroupWeights(*per_token, torch.empty(scopes.bound, dtype=torch.float64))
+    weights, covariance, deviation = (torch.empty_like(logprobs, dtype=torch.float64) for _ in range(3))
+    out = GroupWeights(weights, covariance, deviation, torch.empty(scopes.bound, dtype=torch.float64))
     _ops.group_weights(
         logprobs, advantages, valid, scopes.tensors(), [] if sequences is None else sequences.tensors(),
         weighting.centering == "sequence", weighting.advantage_centering == "response",
@@ -103,8 +103,8 @@ def fold_products(
     entropy: bool,
     workspace: Tensor,  # bytes
 ) -> None:
-    """`fold` of the products hidden @ weight.T, from the left to the right in blocks of BLOCK entries. The bits of a row
-    do not depend on the other rows, on the number of threads, or on where slices of the head are cut between blocks."""
+    """`fold` of the products hidden @ weight.T, in blocks of BLOCK entries from left to right. The bits of a row do not
+    depend on the other rows, on the number of threads, or on where slices of the head are cut between blocks."""
     _ops.fold_products(hidden, weight, *state, targets, first, *head, bias, temperature, entropy, workspace)
 
 
@@ -131,9 +131,9 @@ def grad_products(
     workspace: Tensor,  # bytes
     packed: bool,
 ) -> None:
-    """`grad` of the products hidden @ weight.T, and its products: dL/dproducts @ weight, its transpose @ hidden (neither
-    ``weight_sum`` nor ``weight_grad``: not wanted), its sums over rows. dL/dproducts is rounded to the dtype of hidden. ``packed``: the workspace comes from a call with the
-    same hidden states and needs."""
+    """`grad` of the products hidden @ weight.T, rounded to the dtype of hidden, and what is made of it: dL/dproducts @
+    weight, its transpose @ hidden (not wanted: neither ``weight_sum`` nor ``weight_grad``), its sums over rows.
+    ``packed``: the workspace comes from a call with the same hidden states and needs."""
     *per_row, entropy_grad = coefficients
     _ops.grad_products(
         hidden, weight, targets, first, *head, bias, temperature, per_row, entropy_grad,
