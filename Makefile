@@ -1,7 +1,8 @@
 # make demo       train GRPO and CW-GRPO from one warm start; ends with a table and runs/demo/report.png
 # make test       all the tests
-# make test-deep  the long grids as well, run by hand
-# make lint       ruff and mypy
+# make test-deep  the long grids as well, and the C++ under sanitizers; run by hand
+# make sanitize   the latter alone
+# make lint       ruff, mypy, clang-format and clang-tidy
 # make clean      remove the environment and what was built
 #
 # Each makes the environment VENV first, if it is not there or not of this torch build. VENV belongs to make: an
@@ -27,7 +28,7 @@ ifneq ($(BUILD),$(strip $(shell cat $(READY) 2>/dev/null)))
 NEW_VENV = $(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV)
 endif
 
-.PHONY: demo test test-deep lint clean
+.PHONY: demo test test-deep sanitize lint clean
 
 demo: $(READY)
 	$(RUN) -m covgrpo_kernels demo --out runs/demo
@@ -38,15 +39,23 @@ test: $(READY)
 	$(RUN) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -m "not deep"
 
 test-deep: export HYPOTHESIS_PROFILE = deep
-test-deep: $(READY)
+test-deep: $(READY) sanitize
 	$(RUN) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
+sanitize: $(READY)
+	PYTHON=$(RUN) tests/sanitize.sh
+
+TIDY_FLAGS = -std=c++20 -Icsrc -DTORCH_TARGET_VERSION=0x020B000000000000 -DPy_LIMITED_API=0x030A0000 \
+	$(shell $(RUN) -c "import importlib.util as u, sysconfig as s; \
+	print('-isystem', u.find_spec('torch').submodule_search_locations[0] + '/include', '-isystem', s.get_path('include'))")
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/* tests/race.cpp
+	$(VENV)/bin/clang-tidy --quiet csrc/bindings.cpp -- $(TIDY_FLAGS)
 
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	rm -f $@
 	$(NEW_VENV)

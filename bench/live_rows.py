@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--grad-tol", default="0.0", help="a number or auto")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/live_rows.json"))
+    parser.add_argument("--out", type=Path, help="default: bench/results/live_rows_DTYPE.json")
     parser.set_defaults(run=run)
 
 
@@ -108,18 +108,19 @@ def run(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     print(markdown(report))
     if not arguments.smoke:
-        write_json(arguments.out, report)
+        write_json(arguments.out or Path(f"bench/results/live_rows_{arguments.dtype}.json"), report)
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as README.md shows it: times as multiples of eager's whole step, which a noisy machine and the next
     one have in common."""
+    where = report["environment"]
     size, results = report["size"], report["results"]
     steps = {c["name"]: statistics.median(c["forward"]) + statistics.median(c["backward"]) for c in results}
     lines = [
         f"N={size['tokens']} tokens, D={size['depth']}, V={size['vocab']}, {report['dtype']}, "
         f"`grad_tol={report['grad_tol']}`, median of {len(results[0]['forward'])} alternating runs on "
-        f"{report['environment']['threads']} CPU threads, in units of eager PyTorch's forward and backward:",
+        f"{where['threads']} CPU threads, backend {where['backend']}, in units of eager PyTorch's forward and backward:",
         "",
         "| | zero advantage | forward | backward | both |",
         "|---|---|---|---|---|",

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from covgrpo_kernels import reference
+from covgrpo_kernels import reference, tiles
 from covgrpo_kernels.testing import Results, rms
 
 
@@ -90,7 +90,9 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     where = dict(torch=torch.__version__, python=platform.python_version(), commit=commit)
     if device is None or device.type != "cuda":
-        return where | dict(threads=torch.get_num_threads(), cpu_capability=torch.backends.cpu.get_cpu_capability())
+        backend = tiles.describe(torch.device("cpu"))
+        capability = torch.backends.cpu.get_cpu_capability()
+        return where | dict(threads=torch.get_num_threads(), cpu_capability=capability, backend=backend)
     import triton
 
     gpu = torch.cuda.get_device_properties(device)

@@ -89,16 +89,20 @@ def tile_shape(
 
 
 def _fitting(
-    tile: tuple[int, int], need: Callable[[int, int], int], limit: int, vocab: int, smallest: int = 256
+    tile: tuple[int, int],
+    need: Callable[[int, int], int],
+    limit: int,
+    vocab: int,
+    smallest: tuple[int, int] = (256, BLOCK),
 ) -> tuple[int, int]:
-    """The tile made smaller until what it needs is within the limit, or it has ``smallest`` rows of one BLOCK."""
+    """The tile made smaller until what it needs is within the limit, or it is the smallest."""
     r, c = tile
-    while need(r, c) > limit and (r > smallest or c > BLOCK):
-        if r > smallest and (r > c or c == BLOCK):
-            r = max(smallest, r // 2 // 128 * 128)
+    while need(r, c) > limit and (r > smallest[0] or c > smallest[1]):
+        if r > smallest[0] and (r > c or c <= smallest[1]):
+            r = max(smallest[0], r // 2 // 128 * 128)
         else:
             c //= 2
-    return r, c if vocab > BLOCK else max(vocab, 1)
+    return r, c if vocab > c else max(vocab, 1)
 
 
 def _tile(hidden: Tensor, rows: int, weight: Tensor, temporaries: int) -> tuple[int, int]:
@@ -110,8 +114,9 @@ def _tile(hidden: Tensor, rows: int, weight: Tensor, temporaries: int) -> tuple[
 def _own_products_tile(
     hidden: Tensor, rows: int, weight: Tensor, needs: tuple[bool, bool, bool] | None
 ) -> tuple[int, int, int]:
-    """(rows, vocabulary entries, bytes of the workspace) of a backend that multiplies itself; of the backward if it is
-    known what that ``needs``. Forward, the head is one slice: what it writes is a few numbers a row and BLOCK."""
+    """(rows, vocabulary entries, bytes of the workspace) for a backend that multiplies itself: of the backward that
+    ``needs`` gradients of hidden, weight and bias, or of the forward, for which the head is one slice, since it keeps
+    no more than a few numbers of a row and a BLOCK."""
     ops, dtype, (vocab, depth) = tiles.select(hidden.device), hidden.dtype, weight.shape
     r, c = largest_tile(depth, hidden.device)
     gathered = dtype.itemsize * depth
@@ -127,7 +132,7 @@ def _own_products_tile(
         def need(r: int, c: int) -> int:
             return ops.grad_products_bytes(r, c, depth, dtype, needs) + gathered * r + rounded * c * depth
 
-    r, c = _fitting((max(min(r, rows), 1), c), need, WORKSPACE_BYTES["cpu"], vocab, smallest=64)
+    r, c = _fitting((max(min(r, rows), 1), c), need, WORKSPACE_BYTES["cpu"], vocab, smallest=(64, 256))
     if needs is None:
         return r, max(vocab, 1), ops.fold_products_bytes(r, vocab, depth, dtype)
     return r, c, ops.grad_products_bytes(r, c, depth, dtype, needs)

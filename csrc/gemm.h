@@ -67,45 +67,54 @@ struct Matrix {
   int64_t row_stride, column_stride;
 
   int64_t units() const { return (columns + Format::PER_UNIT - 1) / Format::PER_UNIT; }
-
-  // Row i with its entries side by side, copied to `copy` where they are not.
-  const Element* row(int64_t i, Element* copy) const {
-    const Element* p = data + i * row_stride;
-    if (column_stride == 1 || columns <= 1) return p;
-    for (int64_t j = 0; j < columns; ++j) copy[j] = p[j * column_stride];
-    return copy;
-  }
 };
 
-// Room for rows that have to be copied; none where they don't.
-template <class Format>
-struct RowCopies {
-  std::vector<typename Format::Element> storage;
-  int64_t stride;
+// Some rows of a matrix, COUNT at most, each with its entries side by side: where they lie, or in a copy.
+template <class Format, int COUNT>
+class Rows {
+ public:
+  using Element = typename Format::Element;
 
-  RowCopies(const Matrix<Format>& m, int64_t rows) : stride(0) {
-    if (m.column_stride == 1) return;
-    stride = m.columns;
-    storage.resize(rows * stride);
+  explicit Rows(const Matrix<Format>& m) : m_(m) {
+    if (m.column_stride != 1) copies_.resize(COUNT * m.columns);
   }
-  typename Format::Element* row(int64_t i) { return storage.data() + i * stride; }
+
+  // Rows first, first + 1, ... of those there are.
+  void take(int64_t first) {
+    for (int64_t i = 0; i < COUNT; ++i) {
+      rows_[i] = nullptr;
+      if (first + i >= m_.rows) continue;
+      rows_[i] = m_.data + (first + i) * m_.row_stride;
+      if (copies_.empty()) continue;
+      Element* copy = copies_.data() + i * m_.columns;
+      for (int64_t j = 0; j < m_.columns; ++j) copy[j] = rows_[i][j * m_.column_stride];
+      rows_[i] = copy;
+    }
+  }
+
+  const Element* operator()(int64_t i) const { return rows_[i]; }
+
+ private:
+  const Matrix<Format>& m_;
+  const Element* rows_[COUNT];
+  std::vector<Element> copies_;
 };
 
 COVGRPO_AVX512BF16 COVGRPO_INLINE __mmask16 first_lanes(int64_t n) {
   return n >= LANES ? 0xFFFF : n <= 0 ? 0 : static_cast<__mmask16>((1U << n) - 1);
 }
 
-// Where a product goes: `rows` of a strip and `columns` of a panel are written, or added to what is there.
+// Where a product goes: the first `columns` of a panel are written, or added to what is there.
 struct Output {
   float* data;
   int64_t stride;
-  int64_t rows, columns;
+  int64_t columns;
   bool add;
 };
 
-// A strip of A times `VECTORS` vectors of a panel of B.
+// A strip of A, of which `rows` count, times `VECTORS` vectors of a panel of B.
 template <class Format, int VECTORS>
-COVGRPO_AVX512BF16 void multiply_vectors(const char* const (&a)[STRIP], int64_t depth, const uint32_t* b,
+COVGRPO_AVX512BF16 void multiply_vectors(int64_t rows, const char* const (&a)[STRIP], int64_t depth, const uint32_t* b,
                                          const Output& out) {
   __m512 sums[STRIP][VECTORS];
   for (int r = 0; r < STRIP; ++r)
@@ -116,10 +125,10 @@ COVGRPO_AVX512BF16 void multiply_vectors(const char* const (&a)[STRIP], int64_t 
     __m512i panel[VECTORS];
 #pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) panel[j] = _mm512_loadu_si512(b + j * LANES);
-    const char* rows[STRIP] = {a0, a1, a2, a3, a4, a5};
+    const char* strip[STRIP] = {a0, a1, a2, a3, a4, a5};
 #pragma GCC unroll 6
     for (int r = 0; r < STRIP; ++r) {
-      const __m512i unit = _mm512_set1_epi32(unit_of(rows[r]));
+      const __m512i unit = _mm512_set1_epi32(unit_of(strip[r]));
 #pragma GCC unroll 4
       for (int j = 0; j < VECTORS; ++j) sums[r][j] = Format::multiply_add(sums[r][j], unit, panel[j]);
     }
@@ -141,7 +150,7 @@ COVGRPO_AVX512BF16 void multiply_vectors(const char* const (&a)[STRIP], int64_t 
     });
   }
 
-  for (int r = 0; r < STRIP && r < out.rows; ++r)
+  for (int r = 0; r < STRIP && r < rows; ++r)
     for (int j = 0; j < VECTORS; ++j) {
       float* p = out.data + r * out.stride + j * LANES;
       const __mmask16 mask = first_lanes(out.columns - j * LANES);
@@ -161,13 +170,13 @@ void multiply_strip(int64_t rows, const Row& row, int64_t unit, int64_t depth, c
   b += unit * PANEL;
   switch ((out.columns + LANES - 1) / LANES) {
     case 1:
-      return multiply_vectors<Format, 1>(a, depth, b, out);
+      return multiply_vectors<Format, 1>(rows, a, depth, b, out);
     case 2:
-      return multiply_vectors<Format, 2>(a, depth, b, out);
+      return multiply_vectors<Format, 2>(rows, a, depth, b, out);
     case 3:
-      return multiply_vectors<Format, 3>(a, depth, b, out);
+      return multiply_vectors<Format, 3>(rows, a, depth, b, out);
     default:
-      return multiply_vectors<Format, 4>(a, depth, b, out);
+      return multiply_vectors<Format, 4>(rows, a, depth, b, out);
   }
 }
 
@@ -178,7 +187,7 @@ void multiply(int64_t rows, const Row& row, int64_t depth, const uint32_t* b, co
   for (int64_t k = 0; k == 0 || k < depth; k += CHAIN) {
     for (int64_t r = 0; r < rows; r += STRIP) {
       const auto in_strip = [&](int64_t i) { return row(r + i); };
-      const Output strip{out.data + r * out.stride, out.stride, rows - r, out.columns, out.add || k > 0};
+      const Output strip{out.data + r * out.stride, out.stride, out.columns, out.add || k > 0};
       multiply_strip<Format>(rows - r, in_strip, k / Format::PER_UNIT, smaller(CHAIN, depth - k), b, strip);
     }
   }
@@ -229,17 +238,14 @@ COVGRPO_AVX512BF16 COVGRPO_INLINE __m512i units_of_row(const typename Format::El
 template <class Format>
 COVGRPO_AVX512BF16 void pack_rows(const Matrix<Format>& m, int64_t panel, uint32_t* packed) {
   const int64_t units = m.units();
-  RowCopies<Format> copies(m, LANES);
+  Rows<Format, LANES> rows(m);
   packed += panel * units * PANEL;
   for (int64_t lane = 0; lane < PANEL; lane += LANES) {
-    const int64_t first = panel * PANEL + lane;
-    const typename Format::Element* rows[LANES] = {};
-    for (int i = 0; i < LANES; ++i)
-      if (first + i < m.rows) rows[i] = m.row(first + i, copies.row(i));
+    rows.take(panel * PANEL + lane);
     for (int64_t u = 0; u < units; u += LANES) {
       __m512i v[LANES];
       for (int i = 0; i < LANES; ++i)
-        v[i] = rows[i] ? units_of_row<Format>(rows[i], m.columns, u) : _mm512_setzero_si512();
+        v[i] = rows(i) ? units_of_row<Format>(rows(i), m.columns, u) : _mm512_setzero_si512();
       transpose(v);
       for (int i = 0; i < LANES && u + i < units; ++i) _mm512_storeu_si512(packed + (u + i) * PANEL + lane, v[i]);
     }
@@ -249,11 +255,10 @@ COVGRPO_AVX512BF16 void pack_rows(const Matrix<Format>& m, int64_t panel, uint32
 // Packs the units of rows [unit * PER_UNIT, ...) of B = m, in all panels: the depth is the rows of m, `depth` units.
 template <class Format>
 COVGRPO_AVX512BF16 void pack_columns(const Matrix<Format>& m, int64_t unit, int64_t depth, uint32_t* packed) {
-  using Element = typename Format::Element;
-  RowCopies<Format> copies(m, Format::PER_UNIT);
-  const int64_t r = unit * Format::PER_UNIT;
-  const Element* first = m.row(r, copies.row(0));
-  const Element* second = Format::PER_UNIT == 2 && r + 1 < m.rows ? m.row(r + 1, copies.row(1)) : nullptr;
+  Rows<Format, Format::PER_UNIT> rows(m);
+  rows.take(unit * Format::PER_UNIT);
+  const auto* first = rows(0);
+  const auto* second = rows(Format::PER_UNIT - 1);  // null where the last unit is half a one
   for (int64_t c = 0; c < m.columns; c += LANES) {
     const __mmask16 mask = first_lanes(m.columns - c);
     __m512i v;

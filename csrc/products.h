@@ -64,12 +64,11 @@ struct Lanes {
 
 // The raw products of a block with a panel of packed hidden states: [rows][PANEL].
 template <class Format>
-COVGRPO_AVX512BF16 inline void block_products(const Slice<Format>& s, int64_t row, int64_t rows, int64_t panel,
-                                              const uint32_t* packed, RowCopies<Format>& copies, float* products) {
-  const auto entry = [&](int64_t r) { return s.weight.row(row + r, copies.row(r)); };
+void block_products(const Slice<Format>& s, const Rows<Format, BLOCK>& entries, int64_t rows, int64_t panel,
+                    const uint32_t* packed, float* products) {
   const int64_t tokens = smaller<int64_t>(PANEL, s.hidden.rows - panel * PANEL);
-  const Output out{products, PANEL, 0, ceil_div(tokens, LANES) * LANES, false};
-  multiply<Format>(rows, entry, s.hidden.columns, packed + panel * s.hidden.units() * PANEL, out);
+  const Output out{products, PANEL, ceil_div(tokens, LANES) * LANES, false};
+  multiply<Format>(rows, entries, s.hidden.columns, packed + panel * s.hidden.units() * PANEL, out);
 }
 
 // One vector of logits of a block: softcap(scale * (product + bias)) / temperature.
@@ -111,7 +110,7 @@ template <class Format>
 COVGRPO_AVX512BF16 void fold_segment(const Slice<Format>& s, int64_t segment, int64_t panel, const uint32_t* packed,
                                      const RunningRows& out, Statistics<F32>* segments) {
   alignas(64) float products[BLOCK * PANEL];
-  RowCopies<Format> copies(s.weight, BLOCK);
+  Rows<Format, BLOCK> entries(s.weight);
   const int64_t end = smaller(s.weight.rows, (segment + 1) * SEGMENT);
   const int64_t last_panel = smaller(s.panels(), panel + PANELS_AT_ONCE);
   const int64_t vectors = ceil_div(s.hidden.rows, LANES);
@@ -119,8 +118,9 @@ COVGRPO_AVX512BF16 void fold_segment(const Slice<Format>& s, int64_t segment, in
     segments[v] = {broadcast(NO_MAX), F32{}, F32{}};
   for (int64_t row = segment * SEGMENT; row < end; row += BLOCK) {
     const int64_t rows = smaller<int64_t>(BLOCK, end - row);
+    entries.take(row);
     for (int64_t p = panel; p < last_panel; ++p) {
-      block_products(s, row, rows, p, packed, copies, products);
+      block_products(s, entries, rows, p, packed, products);
       for (int64_t v = p * 4; v < smaller(vectors, p * 4 + 4); ++v)
         fold_block(s, row, rows, Lanes::of(s, p, v % 4), products + v % 4 * LANES, out.entropy, segments[v]);
       for (int64_t t = p * PANEL; t < smaller(s.hidden.rows, (p + 1) * PANEL); ++t) {
@@ -264,11 +264,11 @@ COVGRPO_AVX512BF16 __attribute__((noinline)) void grad_block(const Slice<Format>
 
 template <class Format>
 COVGRPO_AVX512BF16 void grad_panel(const Slice<Format>& s, int64_t row, int64_t panel, const uint32_t* packed,
-                                   RowCopies<Format>& copies, const RowGradients<Format>& g,
+                                   const Rows<Format, BLOCK>& entries, const RowGradients<Format>& g,
                                    const ProductGradients<Format>& out) {
   alignas(64) float products[BLOCK * PANEL];
   const int64_t rows = smaller<int64_t>(BLOCK, s.weight.rows - row);
-  block_products(s, row, rows, panel, packed, copies, products);
+  block_products(s, entries, rows, panel, packed, products);
   for (int64_t v = 0; v < 4; ++v) {
     const Lanes lanes = Lanes::of(s, panel, v);
     if (lanes.count > 0) grad_block(s, row, rows, lanes, products + v * LANES, g, out);
@@ -290,7 +290,7 @@ void multiply_panels(int64_t task, int64_t rows, const Row& row_of, int64_t dept
   for (int64_t p = first; p < smaller(panels, first + PANELS_AT_ONCE); ++p) {
     const int64_t width = smaller<int64_t>(PANEL, columns - p * PANEL);
     multiply<Format>(count, in_block, depth, b + p * units * PANEL,
-                     {block, PANEL, 0, ceil_div(width, LANES) * LANES, false});
+                     {block, PANEL, ceil_div(width, LANES) * LANES, false});
     for (int64_t r = 0; r < count; ++r) write(block + r * PANEL, (row + r) * columns + p * PANEL, width);
   }
 }
@@ -364,35 +364,40 @@ void grad_products(const Slice<Format>& s, const RowGradients<Format>& g, const 
     if (wants_weight) parallel(token_units, [&](int64_t u) { pack_columns(s.hidden, u, token_units, states); });
   }
   parallel(blocks * groups, [&](int64_t i) {
-    RowCopies<Format> copies(s.weight, BLOCK);
-    const int64_t first = i % groups * PANELS_AT_ONCE;
+    Rows<Format, BLOCK> rows(s.weight);
+    const int64_t row = i / groups * BLOCK, first = i % groups * PANELS_AT_ONCE;
+    rows.take(row);
     for (int64_t p = first; p < smaller(panels, first + PANELS_AT_ONCE); ++p)
-      grad_panel(s, i / groups * BLOCK, p, packed, copies, g, dz);
+      grad_panel(s, row, p, packed, rows, g, dz);
+    if (g.hidden && first == 0)  // the block of the head is packed while it is in a near cache
+      for (int64_t u = row / Format::PER_UNIT; u < smaller(entry_units, (row + BLOCK) / Format::PER_UNIT); ++u)
+        pack_columns(s.weight, u, entry_units, head);
   });
   if (g.bias)
     for (int64_t v = 0; v < ceil_div(tokens, LANES); ++v)
       for (int64_t c = 0; c < entries; ++c) g.bias[c] += dz.bias[v * entries + c];
-  if (wants_weight)  // dW = dZ^T h
-    parallel(blocks * depth_groups, [&](int64_t i) {
-      const auto row_of = [&](int64_t r) { return dz.by_entry + r * dz.row_stride; };
-      const auto write = [&](const float* sums, int64_t place, int64_t count) {
-        if (g.weight)
-          write_weight(sums, g, place, count);
-        else
-          write_sums(sums, g.weight_sum + place, count, g.add_to_weight);
-      };
-      multiply_panels<Format>(i, entries, row_of, tokens, depth, states, write);
-    });
-  if (g.hidden) {  // dh = dZ W
-    parallel(entry_units, [&](int64_t u) { pack_columns(s.weight, u, entry_units, head); });
-    parallel(ceil_div(tokens, BLOCK) * depth_groups, [&](int64_t i) {
-      const auto row_of = [&](int64_t r) { return dz.by_token + r * dz.unit_stride; };
-      const auto write = [&](const float* sums, int64_t place, int64_t count) {
-        write_sums(sums, g.hidden + place, count, g.add_to_hidden);
-      };
-      multiply_panels<Format>(i, tokens, row_of, entries, depth, head, write);
-    });
-  }
+
+  const auto multiply_weight = [&](int64_t task) {  // dW = dZ^T h
+    const auto row_of = [&](int64_t r) { return dz.by_entry + r * dz.row_stride; };
+    const auto write = [&](const float* sums, int64_t place, int64_t count) {
+      if (g.weight)
+        write_weight(sums, g, place, count);
+      else
+        write_sums(sums, g.weight_sum + place, count, g.add_to_weight);
+    };
+    multiply_panels<Format>(task, entries, row_of, tokens, depth, states, write);
+  };
+  const auto multiply_hidden = [&](int64_t task) {  // dh = dZ W
+    const auto row_of = [&](int64_t r) { return dz.by_token + r * dz.unit_stride; };
+    const auto write = [&](const float* sums, int64_t place, int64_t count) {
+      write_sums(sums, g.hidden + place, count, g.add_to_hidden);
+    };
+    multiply_panels<Format>(task, tokens, row_of, entries, depth, head, write);
+  };
+  const int64_t weight_tasks = wants_weight ? blocks * depth_groups : 0;
+  const int64_t hidden_tasks = g.hidden ? ceil_div(tokens, BLOCK) * depth_groups : 0;
+  parallel(weight_tasks + hidden_tasks,
+           [&](int64_t i) { i < weight_tasks ? multiply_weight(i) : multiply_hidden(i - weight_tasks); });
 }
 
 }  // namespace covgrpo

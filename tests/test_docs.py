@@ -31,9 +31,9 @@ README = (ROOT / "README.md").read_text()
 SOURCES = sorted(path for folder in ("covgrpo_kernels", "bench", "tests") for path in (ROOT / folder).rglob("*.py"))
 FILES = {
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*", ".ci/*", "covgrpo_kernels/**/*", "bench/**/*", "tests/**/*")
+    for pattern in ("*", ".ci/*", "csrc/*", "covgrpo_kernels/**/*", "bench/**/*", "tests/**/*")
     for path in ROOT.glob(pattern)
-    if path.is_file() and "__pycache__" not in path.parts
+    if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
 }
 
 
@@ -282,4 +282,5 @@ def test_layers_import_only_what_is_below() -> None:
 def test_figures_are_those_of_the_benchmark() -> None:
     """No figure in the README is typed by hand."""
     [shown] = re.findall(r"<!-- figures: python -m bench live-rows -->\n(.*?)\n<!-- end of figures -->", README, re.S)
-    assert shown == markdown(json.loads((ROOT / "bench/results/live_rows.json").read_text()))
+    results = [ROOT / f"bench/results/live_rows_{dtype}.json" for dtype in ("bfloat16", "float32")]
+    assert shown == "\n\n".join(markdown(json.loads(path.read_text())) for path in results)

@@ -336,7 +336,7 @@ CPP_FAULTS = {
     ),
     "32-bit offset": (
         "test_logprob.py::test_offsets_beyond_32_bits[cpp]",
-        CppFault("gemm.h", "data + i * row_stride", "data + static_cast<int32_t>(i * row_stride)"),
+        CppFault("gemm.h", "+ (first + i) * m_.row_stride", "+ static_cast<int32_t>((first + i) * m_.row_stride)"),
     ),
     "order of threads": (
         "test_cpp.py::test_bits_do_not_depend_on_where_the_vocabulary_is_cut",

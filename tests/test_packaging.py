@@ -254,7 +254,8 @@ def test_doctor_says_why_a_backend_is_not_usable(
 FAKE_PYTHON = """#!/bin/sh
 echo "$*" >> {log}
 case "$*" in
-  "-m venv"*) for last; do :; done; mkdir -p "$last/bin"; touch "$last/pyvenv.cfg"; cp "$0" "$last/bin/python";;
+  "-m venv"*) for last; do :; done; mkdir -p "$last/bin"; touch "$last/pyvenv.cfg"
+    for tool in python clang-format clang-tidy; do cp "$0" "$last/bin/$tool"; done;;
   *"-e .[dev]"*) [ ! -e {broken} ];;
 esac
 """

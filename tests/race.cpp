@@ -1,0 +1,101 @@
+// The operations that run on several threads, with threads of their own, for ThreadSanitizer: torch's pool and its
+// OpenMP are not built with it. `make sanitize` builds and runs this. Ends with 0 where every thread count gives the
+// same bits.
+#include <atomic>
+#include <cstdio>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "group_weights.h"
+#include "products.h"
+
+using namespace covgrpo;
+
+namespace {
+
+struct Threads {
+  int count;
+
+  template <class F>
+  void operator()(int64_t tasks, const F& f) const {
+    std::atomic<int64_t> next{0};
+    std::vector<std::thread> pool;
+    for (int t = 0; t < count; ++t)
+      pool.emplace_back([&] {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(i);
+      });
+    for (auto& thread : pool) thread.join();
+  }
+};
+
+std::mt19937 generator(0);
+
+std::vector<float> normal(int64_t count) {
+  std::normal_distribution<float> draw;
+  std::vector<float> values(count);
+  for (float& x : values) x = draw(generator);
+  return values;
+}
+
+template <class Format>
+std::vector<typename Format::Element> rounded(const std::vector<float>& values) {
+  std::vector<typename Format::Element> result(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, &values[i], sizeof bits);
+    if constexpr (Format::PER_UNIT == 2)
+      result[i] = static_cast<uint16_t>(bits >> 16);
+    else
+      result[i] = values[i];
+  }
+  return result;
+}
+
+template <class Format>
+std::vector<float> results(int threads) {
+  generator.seed(0);
+  constexpr int64_t N = 301, D = 77, V = 2 * SEGMENT + 133;
+  const auto hidden = rounded<Format>(normal(N * D)), weight = rounded<Format>(normal(V * D));
+  const auto bias = normal(V), g = normal(N), e = normal(N);
+  std::vector<float> temperature(N, 1.3F);
+  std::vector<int64_t> targets(N);
+  for (auto& y : targets) y = generator() % V;
+  const Slice<Format> slice{
+      {hidden.data(), N, D, D, 1}, {weight.data(), V, D, D, 1}, targets.data(), 0, Head<float>(1.5, 20.0), bias.data(),
+      temperature.data()};
+  std::vector<float> maximum(N, NO_MAX), total(N), moment(N), target(N);
+  std::vector<char> storage(FoldWorkspace(N, V, slice.hidden.units()).bytes + 64);
+  const auto aligned = [](std::vector<char>& s) {
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(s.data()) + 63) / 64 * 64);
+  };
+  const Threads parallel{threads};
+  fold_products(slice, {maximum.data(), total.data(), moment.data(), target.data(), true}, parallel, aligned(storage));
+
+  std::vector<float> log_total(N), dh(N * D), db(V);
+  for (int64_t i = 0; i < N; ++i) log_total[i] = std::log1p(total[i]);
+  std::vector<typename Format::Element> dw(V * D);
+  std::vector<char> more(GradWorkspace(N, V, D, Format::PER_UNIT, true, true, true).bytes + 64);
+  const RowGradients<Format> wanted{
+      maximum.data(), log_total.data(), g.data(), g.data(),  moment.data(), e.data(), dh.data(),
+      false,          nullptr,          false,    dw.data(), 2.0F,          db.data()};
+  grad_products(slice, wanted, parallel, aligned(more), false);
+
+  std::vector<float> all;
+  for (const auto* part : {&maximum, &total, &moment, &target, &dh, &db})
+    all.insert(all.end(), part->begin(), part->end());
+  for (const auto x : dw) all.push_back(static_cast<float>(x));
+  return all;
+}
+
+}  // namespace
+
+int main() {
+  if (chosen_isa() != Isa::avx512bf16) {
+    std::puts("skipped: needs AVX512-BF16");
+    return 0;
+  }
+  const bool same = results<BFloat16>(1) == results<BFloat16>(4) && results<Float32>(1) == results<Float32>(4);
+  std::puts(same ? "the same bits with one thread and with four" : "bits depend on the number of threads");
+  return same ? 0 : 1;
+}
