@@ -120,7 +120,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"N={size['tokens']} tokens, D={size['depth']}, V={size['vocab']}, {report['dtype']}, "
         f"`grad_tol={report['grad_tol']}`, median of {len(results[0]['forward'])} alternating runs on "
-        f"{where['threads']} CPU threads, backend {where['backend']}, in units of eager PyTorch's forward and backward:",
+        f"{where['threads']} CPU threads, backend {where['backend']}, "
+        "in units of eager PyTorch's forward and backward:",
         "",
         "| | zero advantage | forward | backward | both |",
         "|---|---|---|---|---|",
