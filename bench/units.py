@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from covgrpo_kernels import linear_logprob, tiles
+from covgrpo_kernels.backward_plan import resolve_grad_tol
 from covgrpo_kernels.testing import Results, check_draw, policy_head, rms
 
 from .measure import Contender, eager_logprob, environment, exact, rounding, timed, write_json
@@ -29,16 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--grad-tol", default="0.0", help="of ours: a number or auto")
+    parser.add_argument("--zero-advantage", type=float, default=0.0, help="share of tokens without a coefficient")
     parser.add_argument("--toy", action="store_true", help="a size that tests the script")
     for name in SIZES["toy"]:
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--profile", action="store_true", help="print where one step of ours spends the device's time")
     parser.add_argument("--out", type=Path, help="JSON, written anew after every round")
     parser.set_defaults(run=run)
-
-
-def _ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
-    return linear_logprob(hidden, weight, targets, grad_tol=0.0)
 
 
 class _OnEagerTiles(Contender):
@@ -121,11 +121,11 @@ def _errors(results: Results, truth: Results) -> dict[str, float]:
     return dict(logprob_max=off, **relative)
 
 
-def _check(contender: Contender, baseline: Contender, truth: Results) -> None:
+def _check(contender: Contender, baseline: Contender, truth: Results, grad_tol: float | str) -> None:
     """Raises AssertionError where ours is wrong: then there is no timing."""
-    results = contender.results()
+    results, dtype = contender.results(), contender.hidden.dtype
     exact_ = {name: truth[name] for name in results}
-    check_draw(results, baseline.results(), exact_, rounding(truth, contender.hidden.dtype))
+    check_draw(results, baseline.results(), exact_, rounding(truth, dtype, resolve_grad_tol(grad_tol, dtype)))
 
 
 def _started(contender: Contender) -> str | None:
@@ -142,17 +142,26 @@ def run(arguments: argparse.Namespace) -> None:
     size = dict(SIZES["toy" if arguments.toy else device.type])
     size |= {name: value for name in size if (value := getattr(arguments, name))}
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    head = policy_head(0, **size)
+    grad_tol = arguments.grad_tol if arguments.grad_tol == "auto" else float(arguments.grad_tol)
+
+    function = functools.partial(linear_logprob, grad_tol=grad_tol)
+    head = policy_head(0, **size, zero_advantage=arguments.zero_advantage)
     head = {n: v.to(device, dtype) if n in ("hidden", "weight") else v.to(device) for n, v in head.items()}
 
     baseline = Contender("eager", eager_logprob, head, dtype)
-    ours = [Contender("ours", _ours, head, dtype), _OnEagerTiles("ours, eager tiles", _ours, head, dtype)]
-    ours += [_SingleKernel("ours, forward in a single kernel", _ours, head, dtype)]
+    ours = [Contender("ours", function, head, dtype), _OnEagerTiles("ours, eager tiles", function, head, dtype)]
+    ours += [_SingleKernel("ours, forward in a single kernel", function, head, dtype)]
     peers = {"TRL": _trl, "Liger": _liger, "PyTorch": _pytorch}
-    candidates = [*ours, *(Contender(name, function, head, dtype) for name, function in peers.items())]
+    candidates = [*ours, *(Contender(name, peer, head, dtype) for name, peer in peers.items())]
     contenders: list[Contender] = []
     report: dict[str, Any] = dict(
-        environment=environment(device), size=size, dtype=str(dtype).removeprefix("torch."), contenders={}, missing={}
+        environment=environment(device),
+        size=size,
+        dtype=str(dtype).removeprefix("torch."),
+        grad_tol=grad_tol,
+        zero_advantage=arguments.zero_advantage,
+        contenders={},
+        missing={},
     )
     baseline.step()
     truth = exact(baseline)
@@ -162,7 +171,7 @@ def run(arguments: argparse.Namespace) -> None:
             report["missing"][contender.name] = reason
             continue
         if contender in ours:
-            _check(contender, baseline, truth)
+            _check(contender, baseline, truth, grad_tol)
         measured = dict(errors=_errors(contender.results(), truth), peak_mib=_peak_mib(contender))
         report["contenders"][contender.name] = measured
         contender.forward.clear()
@@ -199,7 +208,9 @@ def markdown(report: dict[str, Any]) -> str:
     unit = 2 * size["tokens"] * size["depth"] * size["vocab"]
     lines = [
         f"N={size['tokens']}, D={size['depth']}, V={size['vocab']}, {report['dtype']}, "
-        f"{where.get('gpu', 'CPU')}, torch {where['torch']}; one bare product of the head takes {forward * 1e3:.2f} ms "
+        f"{where.get('gpu') or 'CPU, backend ' + where['backend']}, torch {where['torch']}, "
+        f"grad_tol={report['grad_tol']}, {report['zero_advantage']:.0%} of the tokens without advantage; "
+        f"one bare product of the head takes {forward * 1e3:.2f} ms "
         f"({unit / forward / 1e12:.2f} TFLOP/s), the two of the backward {backward * 1e3:.2f} ms.",
         "",
         "| | forward / 1 product | step / 4 products | peak MiB | max log-prob error | dhidden | dweight |",

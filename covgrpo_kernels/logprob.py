@@ -272,11 +272,11 @@ def _stream_backward(
     if own:
         height, width, size = _own_products_tile(hidden, len(chosen), weight, (need_hidden, need_weight, need_bias))
         workspace = rounded = hidden.new_empty(size, dtype=torch.uint8)
-        ops.want_large_pages(grad_weight)
     else:
         height, width = _tile(hidden, len(chosen), weight, ops.TEMPORARIES)
         workspace = hidden.new_empty(min(height, len(chosen)) * width, dtype=dtype)
         rounded = workspace if given == dtype else hidden.new_empty(len(workspace))
+    tile = dz = workspace  # views of it, where PyTorch multiplies
     rows = _Rows(hidden, None if len(chosen) == len(hidden) else chosen, height, given)
 
     # The largest coefficient to between 1/2 and 1, by an exact power of two (that float32 holds): a loss averaged
@@ -331,7 +331,7 @@ def _stream_backward(
             torch.mul(bias_sum, scale, out=grad_bias[a:b])
     if not need_hidden:
         return grad_hidden, grad_weight, grad_bias
-    del workspace, rounded, w_sum
+    del workspace, rounded, w_sum, tile, dz
     if rows.chosen is None:
         torch.mul(h_sum, scale, out=grad_hidden)
     elif h_sum is grad_hidden:

@@ -7,10 +7,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <atomic>
 #include <optional>
 #include <stdexcept>
@@ -83,18 +79,6 @@ template <class F>
 void parallel_rows(int64_t rows, int64_t columns, const F& f) {
   const int64_t at_once = larger<int64_t>(1, (1 << 14) / larger<int64_t>(1, columns));
   parallel((rows + at_once - 1) / at_once, [&](int64_t i) { f(i * at_once, smaller(rows, (i + 1) * at_once)); });
-}
-
-// Asks the system for large pages under a tensor about to be written for the first time: the gradient of a large head
-// is new memory at every step, and touching it a small page at a time takes a third as long as the bare product.
-void want_large_pages(const Tensor& t) {
-#if defined(__linux__)
-  constexpr uintptr_t PAGE = 2 << 20;
-  const auto begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + PAGE - 1) / PAGE * PAGE;
-  const auto end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.numel() * t.element_size()) / PAGE * PAGE;
-  // Where it is refused, nothing is lost but time.
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 // ---------------------------------------------------------------------------------------------- tile operations
@@ -314,7 +298,6 @@ int64_t grad_products_bytes(int64_t tokens, int64_t entries, int64_t depth, int6
 }  // namespace covgrpo
 
 STABLE_TORCH_LIBRARY(covgrpo_cpp, m) {
-  m.def("want_large_pages(Tensor tensor) -> ()");
   m.def(
       "fold(Tensor tile, Tensor(a!) maximum, Tensor(b!) total, Tensor(c!) moment, Tensor(d!) target, Tensor targets, "
       "int first, float scale, float? softcap, Tensor? bias, Tensor? temperature, bool entropy) -> ()");
@@ -341,7 +324,6 @@ STABLE_TORCH_LIBRARY(covgrpo_cpp, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(covgrpo_cpp, CPU, m) {
-  m.impl("want_large_pages", TORCH_BOX(&covgrpo::want_large_pages));
   m.impl("fold", TORCH_BOX(&covgrpo::fold));
   m.impl("grad", TORCH_BOX(&covgrpo::grad));
   m.impl("group_weights", TORCH_BOX(&covgrpo::group_weights));

@@ -13,8 +13,11 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.deep)])
 def test_peak_at_full_size(dtype):
-    """Every row live: 4096 tokens of Qwen2.5-0.5B's head, whose logits alone would be 2.4 GiB."""
-    assert peak_mib("ours", dtype, dict(tokens=4096, depth=896, vocab=151936)) < 128
+    """Every row live: 4096 tokens of Qwen2.5-0.5B's head, whose logits alone would be 2.4 GiB. The workspace, and where
+    the gradient of the hidden states is rounded, its sum."""
+    size = dict(tokens=4096, depth=896, vocab=151936)
+    rounded = 4 * size["tokens"] * size["depth"] / 2**20 if dtype == "bfloat16" else 0
+    assert peak_mib("ours", dtype, size) < 64 + rounded
 
 
 def test_vocabulary_does_not_matter():

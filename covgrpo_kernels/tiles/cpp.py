@@ -75,12 +75,6 @@ def group_weights(
     return out
 
 
-def want_large_pages(fresh: Tensor) -> None:
-    """Asks the system for large pages under memory that has yet to be written: a third of a bare product saved where it
-    is the gradient of a whole head. Without effect where the system has none."""
-    _ops.want_large_pages(fresh)
-
-
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether products of that dtype are this backend's own, on this processor."""
     return dtype in (torch.bfloat16, torch.float32) and isa() == "avx512bf16"
