@@ -195,7 +195,7 @@ struct RowGradients {
 // dL/dproducts of the slice, rounded to the format of its products.
 template <class Format>
 struct ProductGradients {
-  typename Format::Element* by_entry;  // [C, R rounded up to PANEL]
+  typename Format::Element* by_entry;  // [C, R rounded up to LANES], rows `row_stride` apart
   uint32_t* by_token;                  // [R, units of C]
   float* bias;                         // [vectors of tokens, C]
   int64_t row_stride, unit_stride;
@@ -276,8 +276,8 @@ COVGRPO_AVX512BF16 void grad_panel(const Slice<Format>& s, int64_t row, int64_t 
 }
 
 // Task `task` of A * B for all `rows` rows of A and `columns` columns of B: a block of rows with several panels, so
-// that the rows come from a near cache all but the first time. write(block, row, rows, column, columns) takes what came
-// out.
+// that the rows come from a near cache all but the first time. write(sums, place, count) takes `count` sums of a row
+// that belong at offset `place` of a contiguous [rows, columns].
 template <class Format, class Row, class Write>
 void multiply_panels(int64_t task, int64_t rows, const Row& row_of, int64_t depth, int64_t columns, const uint32_t* b,
                      const Write& write) {

@@ -85,12 +85,14 @@ def test_pooled_errors_by_instruction_set(isa, dtype, options):
 
 def test_loss_by_instruction_set(isa):
     batch = random_batch(0, groups=4, length=9, vocab=1500, dtype=torch.float32)
-    ours = covgrpo_loss(**batch, config=CovGRPOConfig(beta=0.1))
+    ours, eager = (f(**batch, config=CovGRPOConfig(beta=0.1)) for f in (covgrpo_loss, reference.covgrpo_loss))
     exact = reference.covgrpo_loss(
         **{n: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in batch.items()},
         config=CovGRPOConfig(beta=0.1),
     )
-    assert rms(ours.weights - exact.weights) <= 1e-5 * rms(exact.weights)
+    for name in ("logprobs", "weights"):
+        error, eager_error = (rms(getattr(r, name).double() - getattr(exact, name)) for r in (ours, eager))
+        assert error <= 1.1 * eager_error, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
@@ -369,14 +371,14 @@ def test_a_small_workspace_is_refused(monkeypatch):
         cpp.fold_products(hidden, weight, *arguments, workspace)
 
 
-def test_a_build_that_is_asked_for_in_vain_is_an_error(tmp_path):
+def test_a_build_that_is_asked_for_in_vain_is_an_error():
     """COVGRPO_BUILD_CPP by its values, without building: setup.py stops before it compiles."""
     root = os.path.dirname(os.path.dirname(__file__))
 
-    def setup(value, **more):
+    def setup(value):
         return subprocess.run(
             [sys.executable, "setup.py", "--quiet", "--name"], cwd=root, capture_output=True, text=True,
-            env=os.environ | dict(COVGRPO_BUILD_CPP=value) | more,
+            env=os.environ | dict(COVGRPO_BUILD_CPP=value),
         )  # fmt: skip
 
     result = setup("yes")
