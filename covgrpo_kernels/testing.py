@@ -18,6 +18,9 @@ from torch import Tensor
 
 from . import reference
 from .config import IGNORE_INDEX, CovGRPOConfig
+from .layout import flatten_tokens
+from .objective import policy_objective
+from .tiles.interface import LOG_ZERO
 
 # What a function of the head returns here: name -> tensor, gradients as "d" + input.
 Results = dict[str, Tensor]
@@ -199,6 +202,110 @@ def policy_head(seed: int, tokens: int, depth: int, vocab: int, *, zero_advantag
     advantages = torch.randn(tokens, generator=g)
     advantages[: round(zero_advantage * tokens)] = 0
     return dict(hidden=hidden, weight=weight, targets=targets, logprob_grad=advantages / tokens)
+
+
+def rl_head(
+    seed: int,
+    tokens: int,
+    depth: int,
+    vocab: int,
+    *,
+    mean_entropy: float = 0.2,
+    zero_advantage: float = 0.3,
+    padding: float = 0.1,
+) -> dict[str, Any]:
+    """A step of GRPO on a reasoning policy, as its head sees it. All float32 but the integers.
+
+    Four of five tokens are nearly certain and the rest forks (arXiv 2506.01939), more of them where ``mean_entropy``
+    (nats, 0.05 to 1.5) asks for more than forks have. A fork has a dozen candidates. Behind them stands the tail of
+    every row: a Zipf prior over the vocabulary, which hidden states and embeddings have in common, times log-normal
+    noise of the context. Targets are sampled from that policy. Sixteen groups of four responses with binary rewards;
+    in the share ``zero_advantage`` of the groups all rewards are equal. The share ``padding`` of the tokens is padding:
+    target -100, hidden states like any. Old log-probs are of a slightly older policy, so that some tokens are clipped.
+
+    Returns hidden [N, D], weight [V, D], targets, advantages, old_logprobs, group_ids, sequence_ids [N], and the
+    coefficients logprob_grad and entropy_grad [N] of CW-GRPO's loss with an entropy bonus of 1e-3.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(tokens, generator=g)
+
+    # Embeddings: one part of their own, one in common, one along which the prior lies; the size is that of real heads.
+    size, log_vocab = 0.02, math.log(max(vocab, 2))
+    common, along = torch.randn(2, depth, generator=g)
+    prior = -torch.arange(1, vocab + 1, dtype=torch.float32).log()
+    shared = 0.5 * common + (prior / (2 * log_vocab)).unsqueeze(1) * along
+    weight = torch.randn(vocab, depth, generator=g).add_(shared).mul_(size)
+    noise = torch.randn(tokens, depth, generator=g) * (1.5 / (size * math.sqrt(depth)))
+    to_prior = along * (2 * log_vocab / (size * along.square().sum()))
+
+    # Candidates from the prior, each once, gaps between their logits, and how far the best is above the tail.
+    is_fork = torch.rand(tokens, generator=g) < max(0.2, mean_entropy / 1.6)
+    frequency = prior.exp().cumsum(0)
+    draws = torch.rand(tokens, 12, generator=g) * frequency[-1]
+    candidates = torch.searchsorted(frequency, draws).clamp(max=vocab - 1)
+    again = (candidates.unsqueeze(2) == candidates.unsqueeze(1)).tril(-1).any(2)
+    steps = torch.empty(tokens, 12).exponential_(generator=g)
+    steps[:, 0] = 0
+    sure_gap = uniform(4, 14).unsqueeze(1) * (steps > 0)
+    margin = torch.where(is_fork, uniform(4, 9), uniform(7, 14)).unsqueeze(1)
+
+    def below(scale: float) -> Tensor:
+        return torch.where(is_fork.unsqueeze(1), scale * steps, sure_gap).cumsum(1).masked_fill(again, math.inf)
+
+    def entropy_of(scale: float) -> float:
+        log_p = torch.cat([-below(scale), -margin], 1).log_softmax(1)
+        h = -(log_p.exp() * log_p.clamp(min=LOG_ZERO)).sum(1) + log_p[:, -1].exp() * 0.7 * log_vocab
+        return h.mean().item()
+
+    low, high = 0.0, 20.0  # entropy falls with the scale
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if entropy_of(middle) > mean_entropy else (low, middle)
+    gaps = below(low)
+    own = weight[candidates] - size * shared[candidates]  # [N, 12, D]
+    for _ in range(4):  # the tail grows with the states, and embeddings are not quite orthogonal
+        tail = prior.logsumexp(0) + size**2 * noise.square().sum(1, keepdim=True) / 2
+        wanted = (tail + margin - gaps).where(gaps < margin, -math.inf)
+        for j in range(12):
+            off = wanted[:, j] - ((noise + to_prior) * weight[candidates[:, j]]).sum(1)
+            push = off / own[:, j].square().sum(1)
+            noise += own[:, j] * push.where(wanted[:, j].isfinite(), 0).unsqueeze(1)
+    hidden = noise + to_prior
+
+    targets = torch.zeros(tokens, dtype=torch.int64)
+    logprobs, entropies = torch.zeros(2, tokens)
+    for block in torch.arange(tokens).split(128):
+        log_p = (hidden[block] @ weight.T).log_softmax(1)
+        p = log_p.exp()
+        targets[block] = torch.multinomial(p, 1, generator=g).squeeze(1)
+        logprobs[block] = log_p.gather(1, targets[block].unsqueeze(1)).squeeze(1)
+        entropies[block] = -(p * log_p).sum(1)
+
+    # Groups, and the coefficients of the loss.
+    sequence = torch.arange(tokens) * 64 // max(tokens, 1)
+    group = sequence // 4
+    place = torch.arange(tokens) - torch.searchsorted(sequence, sequence)
+    length = torch.bincount(sequence, minlength=64)[sequence]
+    valid = place < length * (1 - padding * 2 * torch.rand(64, generator=g)[sequence])
+    rewards = torch.stack([torch.randperm(4, generator=g) < n for n in torch.randint(1, 4, (16,), generator=g)]).float()
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)
+    advantages[torch.randperm(16, generator=g)[: round(16 * zero_advantage)]] = 0
+    advantages = advantages.flatten()[sequence]
+    targets = targets.where(valid, IGNORE_INDEX)
+    old = logprobs - 0.15 * entropies.sqrt() * torch.randn(tokens, generator=g)
+    flat = flatten_tokens(
+        targets, advantages, valid, dtype=torch.float32, group_ids=group, group_size=None, sequence_ids=sequence
+    )
+    objective = policy_objective(
+        logprobs.where(valid, 0), entropies.where(valid, 0), flat, old=old.where(valid, 0), ref=None, rollout=None,
+        config=CovGRPOConfig(entropy_coef=1e-3), normalizer=None, generator=None, metrics=False,
+    )  # fmt: skip
+    return dict(
+        hidden=hidden, weight=weight, targets=targets, advantages=advantages, old_logprobs=old, group_ids=group,
+        sequence_ids=sequence, logprob_grad=objective.logprob_grad, entropy_grad=objective.entropy_grad,
+    )  # fmt: skip
 
 
 def random_batch(
