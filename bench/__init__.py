@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench CASE`."""
+"""Benchmarks: `python -m bench`; what is measured and why is in README.md beside this."""

@@ -1,20 +1,20 @@
-"""`python -m bench CASE [options]`; `python -m bench CASE --help` tells a case's options."""
+"""`python -m bench [options]` compares ours with every peer; `python -m bench COMMAND --help` tells of a command."""
 
 from __future__ import annotations
 
 import argparse
 
-from . import compiled, live_rows, roofline, tune, units
+from . import compiled, record, report, roofline, run, tune
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    cases = parser.add_subparsers(dest="case", required=True)
-    live_rows.add_arguments(cases.add_parser("live-rows", help=live_rows.__doc__))
-    roofline.add_arguments(cases.add_parser("roofline", help=roofline.__doc__.partition("\n")[0]))
-    compiled.add_arguments(cases.add_parser("compiled", help=compiled.__doc__))
-    units.add_arguments(cases.add_parser("units", help=units.__doc__))
-    tune.add_arguments(cases.add_parser("tune", help=tune.__doc__))
+    run.add_arguments(parser)
+    commands = parser.add_subparsers(dest="command")
+    for module in (record, report, roofline, compiled, tune):
+        name = module.__name__.rpartition(".")[2]
+        assert module.__doc__ is not None
+        module.add_arguments(commands.add_parser(name, help=module.__doc__.partition("\n\n")[0]))
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -2,7 +2,7 @@
 # All that a GPU has to show, in one command without a network. Each stage ends within nine minutes and writes its
 # results as it goes, so that a cut-off loses nothing.
 #
-#   bench/on_gpu.sh [--stage tests|sanitize|units|tune|all] [--out DIR] [--wheels DIR] [--rehearse]
+#   bench/on_gpu.sh [--stage bench|tests|sanitize|tune|all] [--out DIR] [--wheels DIR] [--rehearse]
 #
 # --out       where results go (bench/results/gpu)
 # --wheels    wheels to install first, into a folder of their own
@@ -32,10 +32,11 @@ if [[ -n $wheels ]]; then
   export PYTHONPATH="$site:$PYTHONPATH"
 fi
 
-limit=510 toy=() only=(-m gpu)
+limit=510 toy=() bench=(--device cuda --profile) only=(-m gpu)
 if ((rehearse)); then
   # The few tests that every backend has to pass before anything else is worth looking at.
-  toy=(--toy --repeats 1) only=(-k "test_sure_tokens_keep_their_digits and triton and float32")
+  toy=(--toy --repeats 1) bench=(--smoke --cases headline,forward --contenders "ours,ours (single kernel),eager")
+  only=(-k "test_sure_tokens_keep_their_digits and triton and float32")
   export TRITON_INTERPRET=1 COVGRPO_BACKEND=triton
 fi
 
@@ -66,8 +67,8 @@ sanitize() {
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 }
 
-units() {
-  run units "$python" -m bench units "${toy[@]}" --out "$out/units.json" --profile
+bench() {
+  run bench "$python" -m bench "${bench[@]}" --out "$out"
 }
 
 tune() {
@@ -75,8 +76,8 @@ tune() {
 }
 
 case "$stage" in
-  tests | sanitize | units | tune) "$stage" ;;
-  all) units; tests; sanitize; tune ;;
+  bench | tests | sanitize | tune) "$stage" ;;
+  all) bench; tests; sanitize; tune ;;
   *) echo "unknown stage: $stage" >&2; exit 2 ;;
 esac
 if ((${#failed[@]})); then

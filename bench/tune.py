@@ -11,11 +11,12 @@ from unittest import mock
 
 import torch
 
-from covgrpo_kernels import linear_logprob, logprob, tiles
+from covgrpo_kernels import logprob, tiles
 from covgrpo_kernels.testing import policy_head
 from covgrpo_kernels.tiles.interface import BLOCK, Coefficients, Head, State
 
-from .measure import Contender, environment, timed, write_json
+from .contenders import Ours
+from .measure import Problem, environment, step, timed, write_json
 
 SIZES = [dict(tokens=8192, depth=4096, vocab=131072), dict(tokens=16384, depth=896, vocab=151936)]
 TOY = [dict(tokens=48, depth=32, vocab=2100)]
@@ -81,19 +82,16 @@ def tune_kernels(device: torch.device, shape: tuple[int, int], repeats: int) -> 
 
 def tune_tiles(device: torch.device, size: dict[str, int], repeats: int) -> Iterator[dict[str, Any]]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    head = {n: v.to(device) for n, v in policy_head(0, **size).items()}
-    contender = Contender("ours", lambda *inputs: linear_logprob(*inputs, grad_tol=0.0), head, dtype)
+    problem, ours = Problem.of(policy_head(0, **size), dtype, device), Ours(grad_tol=0.0)
     current = logprob.largest_tile(size["depth"], device)
     for shape in dict.fromkeys([current, *SHAPES]):
         with mock.patch.object(logprob, "largest_tile", lambda depth, device, shape=shape: shape):
-            contender.step()
-            contender.forward.clear()
-            contender.backward.clear()
-            for _ in range(repeats):
-                contender.step()
+            step(ours, problem)  # compiles
+            turns = [step(ours, problem) for _ in range(repeats)]
+        forward, backward = ([getattr(turn, part) for turn in turns] for part in ("forward", "backward"))
         yield dict(
             size=size, shape=shape, current=shape == current,
-            forward=statistics.median(contender.forward), backward=statistics.median(contender.backward),
+            forward=statistics.median(forward), backward=statistics.median(backward),
         )  # fmt: skip
 
 

@@ -1,89 +1,419 @@
-"""The benchmark: it runs, writes whole files, and gives a wrong contender no timing."""
+"""The benchmark: it sees what is slow and what is wrong, and writes whole files."""
 
+import argparse
+import dataclasses
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import live_rows, measure, units
+from bench import compare, contenders, measure, record, report, run
+from bench.contenders import EAGER, Eager, Ours
+from bench.measure import Problem
 from covgrpo_kernels import reference
-from covgrpo_kernels.testing import rms, run_logprob
-from covgrpo_kernels.tiles.interface import State
+from covgrpo_kernels.testing import policy_head, rms, run_logprob
+
+CPU = torch.device("cpu")
+needs_proc = pytest.mark.skipif(not measure.can_measure_memory(CPU), reason="peak memory is read from Linux's /proc")
+
+
+def toy(dtype=torch.float32, **options):
+    return Problem.of(policy_head(0, 64, 32, 1100, zero_advantage=0.3), dtype, CPU, **options)
 
 
 def arguments(*words):
-    parser = live_rows.argparse.ArgumentParser()
-    live_rows.add_arguments(parser)
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
     return parser.parse_args(words)
 
 
-@pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16", "--grad-tol", "auto")], ids=["float32", "bfloat16"])
-def test_runs_and_reports(options, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(live_rows, "SIZE", live_rows.SMOKE)
-    monkeypatch.setattr(live_rows, "peak_mib", lambda name, dtype, size: 1.0)
-    out = tmp_path / "new" / "report.json"
-    live_rows.run(arguments("--repeats", "2", "--out", str(out), *options))
-    report = json.loads(out.read_text())
-    assert live_rows.markdown(report) == capsys.readouterr().out.strip("\n")
-    assert [len(c["backward"]) for c in report["results"]] == [2] * 4
-    assert [path.name for path in out.parent.iterdir()] == ["report.json"]
+def measured(*field, problem=None, repeats=1):
+    return compare.compare(problem or toy(), field, repeats, memory=lambda contender: False)
 
 
-def test_command_line():
-    subprocess.run([sys.executable, "-m", "bench", "live-rows", "--smoke"], check=True)
+# --------------------------------------------------------------------------------------------------- what is slow
+
+
+class Clock:
+    """Seconds pass when a contender says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 1e-6
+        return self.now
+
+
+class Paced(Eager):
+    """Takes the given seconds, one after the other: the first is that of the warm-up."""
+
+    def __init__(self, name, clock, seconds):
+        self.name, self.clock, self.seconds = name, clock, iter(seconds)
+
+    def forward(self, hidden, weight, problem):
+        self.clock.now += next(self.seconds)
+        return super().forward(hidden, weight, problem)
+
+
+NOISE = [1.0, 0.97, 1.04, 1.0, 1.02, 0.98]  # what a machine adds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(measure, "clock", clock)
+    return clock
+
+
+def test_a_fifth_slower_is_seen(clock):
+    """Although it always comes first, and although noise of a few per cent is added."""
+    slow = Paced("slow", clock, [1.2 * x for x in NOISE])
+    fast = Paced("fast", clock, NOISE[::-1])
+    point = measured(slow, fast, repeats=5)
+    first, second = compare.lines(point)
+    assert (first.name, second.name) == ("fast", "slow")
+    assert second.step / first.step == pytest.approx(1.2, rel=0.03)
+    assert not [warning for warning in compare.noise(point) if "ranked" in warning]
+    [_, shown, _] = report.cells(point)
+    assert shown[0] == "slow"
+
+
+def test_what_noise_hides_is_not_ranked(clock):
+    point = measured(Paced("a", clock, [1.02 * x for x in NOISE]), Paced("b", clock, NOISE[::-1]), repeats=5)
+    [warning] = [warning for warning in compare.noise(point) if "ranked" in warning]
+    assert {"a", "b"} <= set(warning.split())
+
+
+def test_a_noisy_machine_is_said_to_be_one(clock, monkeypatch):
+    seconds = iter([1.0, 1.3] * 10)
+    mm = torch.mm
+
+    def slow(*operands, **options):
+        clock.now += next(seconds)
+        return mm(*operands, **options)
+
+    monkeypatch.setattr(torch, "mm", slow)
+    assert any("noisy" in warning for warning in compare.noise(measured(EAGER, repeats=3)))
+
+
+def test_everybody_takes_turns(monkeypatch):
+    """And nobody always follows the same neighbour."""
+    order = []
+    step = compare.step
+    monkeypatch.setattr(compare, "step", lambda c, p: order.append(c.name) or step(c, p))
+    field = [Ours(), EAGER, contenders.LigerScaledCE()]
+    pytest.importorskip("liger_kernel")
+    measured(*field, repeats=3)
+    turns = [order[i : i + 3] for i in range(1, len(order), 3)]  # the first is the baseline
+    assert [sorted(turn) for turn in turns] == [sorted(c.name for c in field)] * 3
+    assert len({tuple(turn) for turn in turns}) == 3
+
+
+# -------------------------------------------------------------------------------------------------- what is wrong
+
+
+def planted(kind, part):
+    """One per mille off in one of its results; of ours or of a peer."""
+
+    class Wrong(kind):
+        name = "planted"
+
+        def __init__(self):
+            super().__init__()
+            self.name = "planted"
+
+        def forward(self, hidden, weight, problem):
+            def off(x, name):
+                if part == name and x.requires_grad:
+                    x = x.clone()  # the hook is on this contender's path alone
+                    x.register_hook(lambda grad: grad * 1.001)
+                return x
+
+            out = super().forward(off(hidden, "dhidden"), off(weight, "dweight"), problem)
+            return out._replace(logprob=out.logprob + 1e-3 * out.logprob.detach()) if part == "logprob" else out
+
+    return Wrong()
 
 
 @pytest.mark.parametrize("part", ["logprob", "dhidden", "dweight"])
-def test_a_wrong_contender_gets_no_timing(part, monkeypatch, capsys):
-    """One per mille off in one of its results."""
-    if part == "logprob":
-        results = State.results
-        monkeypatch.setattr(
-            State, "results", lambda self: results(self)._replace(logprob=results(self).logprob * 1.001)
-        )
-    else:
-        results = measure.Contender.results
-
-        def off(contender):
-            right = results(contender)
-            return right if contender.name == "eager" else right | {part: right[part] * 1.001}
-
-        monkeypatch.setattr(measure.Contender, "results", off)
+def test_a_fault_of_ours_is_refused(part):
     with pytest.raises(AssertionError, match=part):
-        live_rows.run(arguments("--smoke"))
-    assert "|" not in capsys.readouterr().out
+        measured(EAGER, planted(Ours, part))
 
 
-def test_the_oracle_is_the_reference():
+@pytest.mark.parametrize("part", ["logprob", "dhidden", "dweight"])
+def test_a_fault_of_a_peer_is_flagged(part):
+    point = measured(Ours(), planted(Eager, part))
+    assert point["wrong"]["planted"]["why"].startswith(part)
+    assert [line.name for line in compare.lines(point)] == ["ours"]
+
+
+def test_a_refused_run_prints_no_timing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "CONTENDERS", [planted(Ours, "dweight"), EAGER])
+    with pytest.raises(AssertionError, match="dweight"):
+        run.run(arguments("--smoke", "--cases", "headline", "--dtype", "float32", "--out", str(tmp_path)))
+    assert "headline" not in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_without_a_coefficient_have_no_gradient(monkeypatch):
+    """However small it is."""
+    step = measure.step
+
+    def off(contender, problem):
+        made = step(contender, problem)
+        if contender.ours:
+            made.results["dhidden"][problem.logprob_grad == 0] += 1e-30
+        return made
+
+    monkeypatch.setattr(compare, "step", off)
+    with pytest.raises(AssertionError, match="without a coefficient"):
+        measured(Ours())
+
+
+def test_the_peers_solve_the_same_problem():
+    """All that are installed are in class, log-probs of those that only have a loss included."""
+    field = [c for c in contenders.CONTENDERS if not c.compiles]
+    for options in ({}, dict(frozen=True), dict(softcap=3.0), dict(backward=False)):
+        point = measured(*field, problem=toy(**options))
+        assert not point["wrong"]
+        assert all("logprob" in line.errors for line in compare.lines(point))
+        assert {"ours", "ours (exact)", "eager"} <= set(point["contenders"])
+        assert set(point["contenders"]) | set(point["missing"]) == {c.name for c in field}
+    assert all(line.certificate is None for line in compare.lines(point) if not line.name.startswith("ours"))
+
+
+def test_the_certificate_stands_beside_the_error():
+    by_name = {
+        line.name: line for line in compare.lines(measured(*contenders.CONTENDERS[:2], problem=toy(torch.bfloat16)))
+    }
+    certificate = by_name["ours"].certificate
+    assert 0 < certificate["error_bound"] <= torch.finfo(torch.bfloat16).eps / 4
+    assert certificate["live_rows"] < 0.7
+    assert by_name["ours (exact)"].certificate == dict(error_bound=0.0, live_rows=pytest.approx(0.7, abs=0.01))
+
+
+class Missing(Eager):
+    name = "missing"
+
+    def forward(self, hidden, weight, problem):
+        import no_such_package  # noqa: F401
+
+
+class TooLarge(Eager):
+    name = "too large"
+
+    def forward(self, hidden, weight, problem):
+        if len(weight) > 1100:
+            raise MemoryError("of 640 KiB")
+        return super().forward(hidden, weight, problem)
+
+
+def test_what_does_not_run_is_listed_with_the_reason(monkeypatch, capsys):
+    problem = Problem.of(policy_head(0, 32, 32, 1200), torch.float32, CPU)
+    point = measured(Ours(), Missing(), TooLarge(), contenders.VerlTriton(), problem=problem)
+    assert list(point["contenders"]) == ["ours"]
+    assert "is not installed" in point["missing"]["missing"]
+    assert "640 KiB" in point["missing"]["too large"]
+    assert point["missing"]["verl (Triton)"] == "needs a GPU"
+    monkeypatch.setattr(run, "CONTENDERS", [Ours(), Missing()])
+    run.run(arguments("--smoke", "--cases", "frozen"))
+    assert "not measured: missing: is not installed" in capsys.readouterr().out
+
+
+def test_verl_is_not_imported(monkeypatch):
+    """Its package has dependencies of gigabytes. Without the distribution the reason says how to get it."""
+    measured(contenders.Verl())
+    assert "verl" not in sys.modules
+    contenders.verl_module.cache_clear()
+    error = contenders.importlib.metadata.PackageNotFoundError
+    monkeypatch.setattr(contenders.importlib.metadata, "distribution", lambda name: (_ for _ in ()).throw(error))
+    assert "pip install --no-deps verl" in measured(contenders.Verl())["missing"]["verl"]
+
+
+@pytest.mark.parametrize("options", [{}, dict(softcap=3.0, entropy=True)], ids=["plain", "all"])
+def test_the_oracle_is_the_reference(options):
     """A block of rows at a time, with a last block that is not full, is the whole batch in float64."""
-    head = live_rows.policy_head(0, **live_rows.SMOKE)
-    contender = measure.Contender("ours", measure.eager_logprob, head, torch.float32)
-    whole = run_logprob(reference.linear_logprob, **head, dtype=torch.float64)
-    for name, value in measure.exact(contender, rows=7).items():
+    head = policy_head(0, 64, 32, 1100)
+    head["entropy_grad"] = head["logprob_grad"].flip(0)
+    head["targets"][5:9] = -100
+    problem = Problem.of(head, torch.float32, CPU, **options)
+    inputs = {n: getattr(problem, n) for n in ("hidden", "weight", "targets", "logprob_grad", "entropy_grad")}
+    whole = run_logprob(reference.linear_logprob, **inputs, dtype=torch.float64, softcap=problem.softcap)
+    for name, value in measure.exact(problem, rows=7).items():
         assert rms(value - whole[name]) <= 64 * torch.finfo(torch.float64).eps * rms(whole[name]), name
 
 
-@pytest.mark.parametrize("part", ["logprob", "dhidden", "dweight"])
-def test_units_refuse_wrong_numbers_of_ours(part, monkeypatch, capsys):
-    """One per mille off in ours, on a backend that is found without a GPU; eager and the peers are as they are."""
-    monkeypatch.setattr(units, "_trl", None)
-    monkeypatch.setattr(units, "_liger", None)
-    parser = units.argparse.ArgumentParser()
-    units.add_arguments(parser)
-    toy = parser.parse_args(["--toy", "--device", "cpu", "--repeats", "1"])
-    units.run(toy)
-    table = capsys.readouterr().out
-    assert "| ours |" in table
-    assert "not measured: TRL" in table
-    results = measure.Contender.results
+# --------------------------------------------------------------------------------------------------------- memory
 
-    def off(contender):
-        right = results(contender)
-        return right | {part: right[part] * 1.001} if contender.name == "ours" else right
 
-    monkeypatch.setattr(measure.Contender, "results", off)
-    with pytest.raises(AssertionError, match=part):
-        units.run(toy)
-    assert "|" not in capsys.readouterr().out
+class Hungry(Eager):
+    name = "hungry"
+
+    def forward(self, hidden, weight, problem):
+        if len(hidden) < 64:  # not while warming up
+            torch.ones(48 << 18)  # 48 MiB, gone when the step goes on
+        return super().forward(hidden, weight, problem)
+
+
+@needs_proc
+def test_memory_that_is_gone_is_seen():
+    problem = Problem.of(policy_head(0, 32, 32, 1100), torch.float32, CPU)
+    assert measure.peak_mib(Hungry(), problem) - measure.peak_mib(EAGER, problem) == pytest.approx(48, abs=4)
+
+
+class Dies(Eager):
+    name = "dies"
+
+    def forward(self, hidden, weight, problem):
+        sys.exit(3)
+
+
+@needs_proc
+def test_a_process_that_dies_is_an_error():
+    with pytest.raises(RuntimeError, match="dies failed with exit status 3"):
+        measure.peak_mib(Dies(), toy())
+
+
+# -------------------------------------------------------------------------------------------- files and documents
+
+
+def test_command_line():
+    command = [sys.executable, "-m", "bench", "--smoke", "--cases", "forward,hard", "--contenders", "ours,eager"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert all(name in output for name in ("forward", "uniform logits", "extreme logits"))
+
+
+def test_unknown_names_are_refused():
+    for words, known in (("--cases", "headline"), ("--contenders", "eager")):
+        with pytest.raises(SystemExit, match=r"unknown .*nonsense"):
+            run.run(arguments("--smoke", words, f"{known},nonsense"))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A folder of results at toy sizes."""
+    folder = tmp_path_factory.mktemp("results")
+    cases = "headline,entropy,growth-tokens,growth-vocab"
+    run.run(
+        arguments("--smoke", "--cases", cases, "--contenders", "ours,ours (exact),eager,verl", "--out", str(folder))
+    )
+    return folder
+
+
+def test_results_are_whole_files(results):
+    names = {path.name for path in results.iterdir() if path.suffix != ".png"}
+    assert {"cpu_headline_bfloat16.json", "cpu_headline_float32.json", "cpu_entropy_bfloat16.json"} <= names
+    assert all(name.endswith(".json") for name in names)
+    made = json.loads((results / "cpu_headline_float32.json").read_text())
+    assert {"cpu", "threads", "torch", "commit", "peers"} <= set(made["environment"])
+    [point] = made["points"]
+    assert all(len(x[part]) == 1 for x in point["contenders"].values() for part in ("forward", "backward"))
+    assert {"max", "rms", "relative", "of_eager"} == set(point["contenders"]["ours"]["errors"]["dweight"])
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "report.json"
+    measure.write_json(path, dict(a=1))
+    with pytest.raises(TypeError):
+        measure.write_json(path, dict(a=object()))
+    assert json.loads(path.read_text()) == dict(a=1)
+    assert [file.name for file in path.parent.iterdir()] == ["report.json"]
+
+
+def test_report_says_the_same_twice(results):
+    reports = report.read(results)
+    plots = {path.name for path in report.plot(reports, results)}
+    assert plots == {"cpu_pareto.png", "cpu_limit.png", "cpu_growth.png"}
+    text = f"# Before\n\n{report.BEGIN}\nold figures\n{report.END}\n\nAfter.\n"
+    for figures in report.documents(reports).values():
+        once = report.updated(text, figures)
+        assert report.updated(once, figures) == once
+        assert once.startswith("# Before")
+        assert once.endswith("After.\n")
+        assert "old figures" not in once
+        shown = set(Path(name).name for name in re.findall(r"\]\(([^)]+\.png)\)", once))
+        assert shown
+        assert shown <= plots
+
+
+def test_figures_are_those_of_the_file(results):
+    made = json.loads((results / "cpu_headline_bfloat16.json").read_text())
+    [x] = [
+        (a + b)
+        for a, b in zip(*(made["points"][0]["contenders"]["ours"][p] for p in ("forward", "backward")), strict=True)
+    ]
+    for figures in report.documents(report.read(results)).values():
+        [row, *_] = [line for line in figures.splitlines() if line.startswith("| ours |")]
+        assert report.seconds(x) in row
+
+
+def test_without_results_the_documents_say_so(tmp_path):
+    assert set(report.documents(report.read(tmp_path)).values()) == {report.NOTHING}
+
+
+# ------------------------------------------------------------------------------------------------------ recordings
+
+
+@pytest.fixture
+def policy(monkeypatch):
+    """A new policy, whose responses are right or wrong at random: groups differ."""
+    pytest.importorskip("transformers")
+    from covgrpo_kernels.grpo import train
+    from covgrpo_kernels.grpo.policy import new_policy
+
+    g = torch.Generator().manual_seed(0)
+    rewards = lambda policy, batch, problems: (torch.rand(len(problems), generator=g) < 0.5).float()  # noqa: E731
+    monkeypatch.setattr(train, "reward", rewards)
+    return new_policy(64, 1, 0, CPU)
+
+
+def test_a_recording_is_replayed(policy, tmp_path, monkeypatch, capsys):
+    """Of a model that is saved and loaded as a user's would be; log-probs are those of its own logits."""
+    policy.save(tmp_path / "model")
+    file = tmp_path / "recorded.pt"
+    words = ["--prompts", "3", "--group-size", "4", "--max-new-tokens", "6", "--device", "cpu"]
+    parser = argparse.ArgumentParser()
+    record.add_arguments(parser)
+    record.run(parser.parse_args(["--model", str(tmp_path / "model"), "--out", str(file), *words]))
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+    head = record.load(file)
+    assert head["hidden"].shape[0] == head["targets"].shape[0] == head["logprob_grad"].shape[0]
+    valid = head["targets"] != -100
+    assert not head["logprob_grad"][~valid].any()
+    assert head["logprob_grad"][valid].any()
+    out = tmp_path / "results"
+    run.run(arguments("--inputs", str(file), "--contenders", "ours,eager", "--repeats", "1", "--out", str(out)))
+    assert "replay" in capsys.readouterr().out
+    [made] = [json.loads(path.read_text()) for path in out.iterdir()]
+    [point] = made["points"]
+    assert point["size"] == dict(tokens=len(valid), depth=64, vocab=len(head["weight"]))
+    assert made["what"] == file.name
+
+
+def test_a_recording_holds_what_the_model_saw(policy):
+    """The log-probs that follow from it are those that the rollout scored."""
+    from covgrpo_kernels.grpo import train
+
+    scored = []
+    logprobs = train.logprobs
+    train_logprobs = lambda *a: scored.append(logprobs(*a)) or scored[-1]  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "logprobs", train_logprobs)
+        recording = record.record(policy, None, 2, 4, 5)
+    problem = Problem.of(recording, torch.float32, CPU)
+    x = measure.step(EAGER, dataclasses.replace(problem, backward=False)).results["logprob"]
+    torch.testing.assert_close(x, scored[0].flatten(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_recording_without_coefficients_is_refused(policy, monkeypatch):
+    from covgrpo_kernels.grpo import train
+
+    monkeypatch.setattr(train, "reward", lambda policy, batch, problems: torch.zeros(len(problems)))
+    with pytest.raises(ValueError, match="equal rewards"):
+        record.record(policy, None, 2, 4, 5)

@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import inspect
 import io
-import json
 import re
 import tokenize
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 import covgrpo_kernels
-from bench.live_rows import markdown
+from bench import report
 from covgrpo_kernels import ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov, covgrpo_loss, logprob, loss
 
 try:
@@ -26,7 +25,7 @@ except ImportError:  # Python 3.10
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted(ROOT.glob("*.md"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), ROOT / "bench" / "README.md"])
 README = (ROOT / "README.md").read_text()
 SOURCES = sorted(path for folder in ("covgrpo_kernels", "bench", "tests") for path in (ROOT / folder).rglob("*.py"))
 FILES = {
@@ -280,7 +279,6 @@ def test_layers_import_only_what_is_below() -> None:
 
 
 def test_figures_are_those_of_the_benchmark() -> None:
-    """No figure in the README is typed by hand."""
-    [shown] = re.findall(r"<!-- figures: python -m bench live-rows -->\n(.*?)\n<!-- end of figures -->", README, re.S)
-    results = [ROOT / f"bench/results/live_rows_{dtype}.json" for dtype in ("bfloat16", "float32")]
-    assert shown == "\n\n".join(markdown(json.loads(path.read_text())) for path in results)
+    """None is typed by hand: the documents are what `python -m bench report` makes of the results."""
+    for document, figures in report.documents(report.read(report.RESULTS)).items():
+        assert document.read_text() == report.updated(document.read_text(), figures), document

@@ -1,0 +1,153 @@
+"""The comparison: cases, dtypes and contenders chosen, a table in the terminal, and a file of JSON for each case."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .cases import Case, Point, all_cases
+from .compare import compare, lines, noise
+from .contenders import CONTENDERS, Contender
+from .measure import environment, step, write_json
+from .record import load
+from .report import HEADER, RESULTS, cells, certificate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    everything = [case.name for case in all_cases("cpu")]
+    parser.add_argument("--cases", help=f"all, or some of {', '.join(everything)}; default: headline; --smoke: all")
+    parser.add_argument("--contenders", help="by name, commas between them; default: all that run here")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), help="default: as the case says")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each contender")
+    parser.add_argument("--size", help="N,D,V instead of the cases: RL-like inputs of your own size")
+    parser.add_argument("--inputs", type=Path, help="instead of the cases: a file that `record` wrote")
+    parser.add_argument(
+        "--smoke", action="store_true", help="toy sizes, one turn; nothing is written unless --out is given"
+    )
+    parser.add_argument("--profile", action="store_true", help="print where a step of ours spends the device's time")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the results; default: {RESULTS.parent.name}/{RESULTS.name}"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    device = torch.device(arguments.device)
+    for case in _cases(arguments, device.type):
+        for dtype in _dtypes(arguments, case, device.type):
+            report: dict[str, Any] = dict(
+                case=case.name, what=case.what, dtype=dtype, device=device.type,
+                environment=environment(device), points=[],
+            )  # fmt: skip
+            for point in case.points:
+                made = _measure(point, case, getattr(torch, dtype), device, arguments, console)
+                report["points"].append(dict(label=point.label) | made)
+                _show(console, report, report["points"][-1])
+                out = arguments.out or (None if arguments.smoke else RESULTS)
+                if out is not None:
+                    write_json(out / f"{device.type}_{case.name}_{dtype}.json", report)
+
+
+def _cases(arguments: argparse.Namespace, kind: str) -> list[Case]:
+    if arguments.inputs:
+        # The sizes are those of the file.
+        return [Case("replay", arguments.inputs.name, [Point("recorded", (0, 0, 0), partial(load, arguments.inputs))])]
+    if arguments.size:
+        n, d, v = map(int, arguments.size.split(","))
+        return [Case("custom", "a size of your own", [Point("RL-like", (n, d, v))], memory=True)]
+    cases = all_cases(kind, arguments.smoke)
+    chosen = arguments.cases or ("all" if arguments.smoke else "headline")
+    if chosen == "all":
+        return cases
+    names = chosen.split(",")
+    if unknown := set(names) - {case.name for case in cases}:
+        sys.exit(f"unknown cases: {', '.join(sorted(unknown))}")
+    return [case for case in cases if case.name in names]
+
+
+def _dtypes(arguments: argparse.Namespace, case: Case, kind: str) -> list[str]:
+    if arguments.dtype:
+        return [arguments.dtype]
+    return ["bfloat16", "float32"] if case.both_dtypes and kind == "cpu" else ["bfloat16"]
+
+
+def _contenders(arguments: argparse.Namespace, case: Case) -> list[Contender]:
+    if arguments.contenders:
+        names = [name.strip() for name in arguments.contenders.split(",")]
+        if unknown := set(names) - {c.name for c in CONTENDERS}:
+            sys.exit(
+                f"unknown contenders: {', '.join(sorted(unknown))}; there are: {', '.join(c.name for c in CONTENDERS)}"
+            )
+        return [c for c in CONTENDERS if c.name in names]
+    # A smoke run has no time to compile every case.
+    return [c for c in CONTENDERS if not (arguments.smoke and c.compiles and case.name != "headline")]
+
+
+def _measure(
+    point: Point, case: Case, dtype: torch.dtype, device: torch.device, arguments: argparse.Namespace, console: Console
+) -> dict[str, Any]:
+    start = time.monotonic()
+    problem = point.problem(dtype, device)
+    contenders = _contenders(arguments, case)
+
+    def memory(contender: Contender) -> bool:
+        if device.type == "cuda" or not arguments.smoke:
+            return device.type == "cuda" or case.memory
+        return case.memory and contender is contenders[0] and dtype == torch.bfloat16
+
+    def say(text: str) -> None:
+        if console.is_terminal:
+            status.update(f"{case.name}, {point.label}, {dtype}: {text}")
+
+    with console.status("inputs") as status:
+        made = compare(problem, contenders, 1 if arguments.smoke else arguments.repeats, memory=memory, say=say)
+    if arguments.profile:
+        _profile(contenders[0], problem)
+    return made | dict(seconds=time.monotonic() - start)
+
+
+def _profile(contender: Contender, problem: Any) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with profile(activities=kinds) as result:
+        step(contender, problem)
+    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(result.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
+
+
+def _show(console: Console, report: dict[str, Any], point: dict[str, Any]) -> None:
+    size = point["size"]
+    table = Table(
+        title=f"{report['case']}: {report['what']} ({point['label']}), N={size['tokens']}, D={size['depth']}, "
+        f"V={size['vocab']}, {report['dtype']}"
+    )
+    for i, name in enumerate(HEADER):
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+    for row in cells(point):
+        table.add_row(*row, style="bold" if row[0].startswith("ours") else None)
+    console.print(table)
+    console.print(
+        f"{point['coefficients']:.0%} of the tokens have a coefficient, mean entropy {point['mean_entropy']:.2f}; "
+        f"{point['seconds']:.0f} s for this table"
+    )
+    for line in lines(point):
+        if line.certificate and line.certificate["error_bound"]:
+            console.print(certificate(line))
+    for name, wrong in point["wrong"].items():
+        console.print(f"[red]wrong numbers, no timing:[/red] {name}: {wrong['why']}")
+    for name, why in point["missing"].items():
+        console.print(f"not measured: {name}: {why}", highlight=False)
+    for warning in noise(point):
+        console.print(f"[yellow]{warning}[/yellow]")
+    console.print()
