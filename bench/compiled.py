@@ -40,6 +40,8 @@ _TILE: Arguments = dict(targets="*i64", n_rows="i32", width="i32", first="i32")
 _PLAIN: Arguments = dict(bias=None, temperature=None, SCALE=1.0, CAP=None)
 _ALL: Arguments = dict(bias="*fp32", temperature="*fp32", SCALE=0.5, CAP=30.0)
 _STATE: Arguments = dict(maximum="*fp32", total="*fp32", moment="*fp32", target="*fp32")
+_NO_CANDIDATES: Arguments = dict(threshold=None, found=None, entries=None, logits=None, CAPACITY=0)
+_CANDIDATES: Arguments = dict(threshold="*fp32", found="*i32", entries="*i32", logits="*fp32", CAPACITY=64)
 _COEFFICIENTS: Arguments = dict(
     maximum="*fp32", log_total="*fp32", at_target="*fp32", entropy="*fp32", logprob_grad="*fp32"
 )
@@ -52,10 +54,15 @@ _FORWARD: Arguments = {
     "hidden": "*bf16", "weight": "*bf16", "targets": "*i64", "partial": "*fp32",
     **_SIZES, "UPCAST": False, "GROUP": 16,
 }  # fmt: skip
-_FOLD_ALL: Arguments = {"tile": "*fp32", **_TILE, **_ALL, **_STATE, "ENTROPY": True}
+_FOLD_ALL: Arguments = {"tile": "*fp32", **_TILE, **_ALL, **_STATE, **_CANDIDATES, "ENTROPY": True}
+_FOLD: Arguments = {"tile": "*fp32", **_TILE, **_PLAIN, **_STATE, "ENTROPY": False}
+_SPARSE: Arguments = dict(
+    values="*fp32", indices="*i64", offsets="*i64", out="*fp32", depth="i32", row_stride="i32", column_stride="i32"
+)
 
 CASES = [
-    Case("fold", "fold.fold_kernel", {"tile": "*fp32", **_TILE, **_PLAIN, **_STATE, "ENTROPY": False}, "fold"),
+    Case("fold", "fold.fold_kernel", {**_FOLD, **_NO_CANDIDATES}, "fold"),
+    Case("fold, candidates", "fold.fold_kernel", {**_FOLD, **_CANDIDATES}, "fold"),
     Case("fold, all", "fold.fold_kernel", _FOLD_ALL, "fold"),
     Case(
         "fold of float64", "fold.fold_kernel",
@@ -71,6 +78,7 @@ CASES = [
         for out in ("bf16", "fp16", "fp32")
         for options, entropy in ((_PLAIN, None), (_ALL, "*fp32"))
     ),
+    Case("sparse product", "sparse_product.sparse_product_kernel", {**_SPARSE, "matrix": "*bf16"}, "sparse"),
     Case(
         "sequence means", "group_weights.sequence_means_kernel", {**_TOKENS, "lengths": "*fp64", "means": "*fp64"},
         "weights",

@@ -1,18 +1,49 @@
-"""Which rows the backward has to visit, decided on [N] vectors before it starts (no host sync)."""
+"""What the backward does with each row, decided on [N] vectors and the kept entries before it starts (no host sync).
+
+A row is *dense*: it enters the matrix products. Or *sparse*: the entries the forward kept, those more probable than a
+floor, have their gradient each, and the rest of the row, its tail, is replaced by one distribution for all rows times
+what makes the row's sum zero. Or it is left out. Errors are bounded in the Frobenius norm, which is what rounding dZ to
+a dtype is measured in, and in which a tail of many small entries is as small as it is.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .tiles.interface import Head
+from .tiles.eager import capping
+from .tiles.interface import CAPACITY, LOG_ZERO, TAIL_ROWS, Coefficients, Head, Results
+
+
+class Kept(NamedTuple):
+    """What the forward kept of R rows."""
+
+    found: Tensor  # [R] int32 entries that reached the threshold; where they are more than K some are lost
+    entries: Tensor  # [R, K] int32
+    logits: Tensor  # [R, K]
+
+    def rows(self, chosen: Tensor) -> Kept:
+        return Kept._make(value[chosen] for value in self)
+
+
+class SparseRows(NamedTuple):
+    """dL/dproducts of R rows: of each kept entry, and of all others together."""
+
+    entries: Tensor  # [R, K + 1] int64, the target last
+    values: Tensor  # [R, K + 1]
+    used: Tensor  # [R, K + 1] bool
+    tail: Tensor  # [R]
+    mass: Tensor  # [R] probability of the others
 
 
 class BackwardPlan(NamedTuple):
-    live: Tensor  # [N] bool, rows that enter the matrix products
-    error_bound: Tensor  # [] float64, the certificate: |error in dZ|_1 <= error_bound * |dZ|_1
+    dense: Tensor  # [N] bool, rows that enter the matrix products
+    sparse: Tensor  # [N] bool, rows of which kept entries and the tail stand for all
+    tail_rows: Tensor  # [TAIL_ROWS] dense rows that the tail is made of, or [0] where nothing is sparse
+    error_bound: Tensor  # [] float64, the certificate: |error in dZ|_F <= error_bound * |dZ|_F
 
 
 def resolve_grad_tol(grad_tol: float | str, dtype: torch.dtype) -> float:
@@ -26,45 +57,134 @@ def resolve_grad_tol(grad_tol: float | str, dtype: torch.dtype) -> float:
     return float(grad_tol)
 
 
+def probability_floor(grad_tol: float) -> float:
+    """Entries less probable than this are a row's tail; 0 where there is to be none.
+
+    A tail of mass m contributes at most sqrt(m * floor) to the row's error; m is some hundredths of 1 - p in a policy's
+    batch, so that this floor spends about the tolerance. Where more than CAPACITY entries would reach it, no row would
+    be sparse."""
+    floor = 25 * grad_tol**2
+    return min(floor, 0.1) if floor >= 1e-6 else 0.0
+
+
+def sparse_rows(
+    kept: Kept,
+    results: Results,  # of R rows
+    targets: Tensor,  # [R]
+    logprob_grad: Tensor,  # [R] g
+    entropy_grad: Tensor | None,  # [R] e
+    head: Head,
+    temperature: Tensor | None,  # [R]
+    floor: float,
+) -> SparseRows:
+    coefficients = Coefficients.of(results, logprob_grad, entropy_grad)
+    found, entries, z = kept
+    entries = entries.long()
+    places = torch.arange(entries.shape[1], device=entries.device)
+    used = (
+        (places < found.unsqueeze(1)) & (z >= floors(results, floor).unsqueeze(1)) & (entries != targets.unsqueeze(1))
+    )
+    log_p = (z - results.maximum.unsqueeze(1)) - results.log_total.unsqueeze(1)
+    p = log_p.exp().where(used, 0)
+    per_p = logprob_grad.unsqueeze(1)
+    if entropy_grad is not None:
+        log_p = log_p.clamp(min=LOG_ZERO)
+        per_p = per_p + entropy_grad.unsqueeze(1) * (log_p + results.entropy.unsqueeze(1))
+    dz = torch.cat([-p * per_p, coefficients.at_target.unsqueeze(1)], 1)
+    tail = -dz.sum(1)
+    mass = (-torch.expm1(results.logprob) - p.sum(1)).clamp(min=0)
+
+    slope = torch.full_like(tail, head.scale) if temperature is None else head.scale / temperature
+    dz = dz * slope.unsqueeze(1)
+    if head.softcap is not None:
+        at_target = (results.logprob + results.log_total) + results.maximum
+        z = torch.cat([z, at_target.unsqueeze(1)], 1)
+        dz = dz * capping(z, head.softcap, None if temperature is None else temperature.unsqueeze(1))
+    used = torch.nn.functional.pad(used, (0, 1), value=True)
+    return SparseRows(
+        torch.cat([entries, targets.unsqueeze(1)], 1), dz.where(used, 0), used,
+        tail * slope, mass,
+    )  # fmt: skip
+
+
+def floors(results: Results, floor: float) -> Tensor:  # [R]
+    """The logits of entries as probable as the floor. One number for all who compare with it."""
+    return results.maximum + (results.log_total + math.log(floor))
+
+
+def tail_weights(logprob_grad: Tensor, entropy_grad: Tensor | None) -> Tensor:  # [R]
+    """How much the tails of rows matter, and by which they are mixed."""
+    return logprob_grad.abs() if entropy_grad is None else logprob_grad.abs() + entropy_grad.abs()
+
+
 def plan_backward(
-    logprob: Tensor,  # [N]
-    entropy: Tensor,  # [N]
-    lse: Tensor,  # [N]
+    results: Results,  # of N rows
+    kept: Kept,
+    targets: Tensor,  # [N]
     logprob_grad: Tensor,  # [N] g
     entropy_grad: Tensor | None,  # [N] e
     head: Head,
     temperature: Tensor | None,  # [N]
     grad_tol: float,
 ) -> BackwardPlan:
-    """Rows with g = e = 0 are out, always. Of the others, those with the smallest upper bounds on their row of
-    dZ are left out while the bounds add up to at most ``grad_tol`` times a lower bound on the whole |dZ|_1.
+    """Rows with g = e = 0 are out, always. Of the others, those with the smallest bounds on the squared error of their
+    row of dZ, as sparse ones where they can be and else left out, until the sum is ``grad_tol`` squared times a lower
+    bound on |dZ|_F squared.
 
-    A row of dL/dz has the L1 norm 2|g|(1 - p), and at most 2|e|H more from the entropy; softcap only shrinks it.
+    A row of dL/dz sums to zero and has the L1 norm 2|g|(1 - p), and at most 2|e|H more from the entropy: its L2 norm is
+    at most that over the square root of 2. In a tail of mass m every p is below the floor f, and p (|g| + |e|
+    (|log p| + H))^2 grows with p below 1/10: the sum of squares is at most m times its value at f. What stands for the
+    tail is its sum times a distribution whose sum of squares is at most its largest entry, f over the mean mass of the
+    rows it is made of. Both have one sign where there is no entropy coefficient, so that their squares add up; with one
+    twice them. Softcap only shrinks all of this.
     """
+    logprob, entropy, maximum, log_total = results
     live = logprob_grad != 0
     if entropy_grad is not None:
         live = live | (entropy_grad != 0)
+    none = torch.zeros_like(live)
+    no_rows = torch.zeros(0, dtype=torch.int64, device=live.device)
     if grad_tol == 0.0:
-        return BackwardPlan(live, torch.zeros((), dtype=torch.float64, device=logprob.device))
+        return BackwardPlan(live, none, no_rows, torch.zeros((), dtype=torch.float64, device=live.device))
 
     t = 1.0 if temperature is None else temperature
     slope = abs(head.scale) / t
     log_prob_part = -torch.expm1(logprob) * logprob_grad
-    upper = 2 * log_prob_part.abs()
-    lower = upper
+    upper = math.sqrt(2) * log_prob_part.abs()
+    at_target = log_prob_part
     if entropy_grad is not None:
-        upper = upper + 2 * entropy_grad.abs() * entropy
-        # A row sums to zero, so that its other entries weigh at least as much as the target's.
+        upper = upper + math.sqrt(2) * entropy_grad.abs() * entropy
         at_target = log_prob_part - entropy_grad * logprob.exp() * (logprob + entropy)
-        lower = 2 * at_target.abs()
     if head.softcap is not None:
-        # The target's entry alone: how much softcap shrinks the others is not known.
-        lower = lower / 2 * (1 - ((logprob + lse) * t / head.softcap).square())
-    upper = (upper * slope).where(live, 0).double()
-    total = (lower * slope).where(live, 0).double().sum()
+        at_target = at_target * (1 - ((logprob + (maximum + log_total)) * t / head.softcap).square())
+    bound = (upper * slope).double().square()
+    norm = (at_target * slope).double().square()
 
-    in_order, order = upper.sort()
-    skipped_in_order = in_order.cumsum(0) <= grad_tol * total
-    skipped = torch.zeros_like(live).scatter_(0, order, skipped_in_order)
-    error = upper.where(skipped, 0).sum()
-    return BackwardPlan(live & ~skipped, (error / total).where(error > 0, 0))
+    floor = probability_floor(grad_tol)
+    can_be_sparse, tail_rows = none, no_rows
+    if kept.entries.shape[1] and len(live) > TAIL_ROWS and floor > 0:
+        rows = sparse_rows(kept, results, targets, logprob_grad, entropy_grad, head, temperature, floor)
+        can_be_sparse = live & (kept.found <= CAPACITY) & rows.values.isfinite().all(1)
+        # With fewer there is nothing to make a tail of; and no row without a gradient, whatever it holds, may be in it.
+        can_be_sparse = can_be_sparse & (can_be_sparse.sum() > TAIL_ROWS)
+        norm = rows.values.double().square().sum(1)
+        weights = tail_weights(logprob_grad, entropy_grad)
+        # What a subtraction leaves of 1 - p is known to some roundings of it.
+        mass = rows.mass - torch.expm1(logprob) * (16 * torch.finfo(logprob.dtype).eps)
+        tail_rows = (weights * mass * slope).where(can_be_sparse, -1.0).topk(TAIL_ROWS).indices
+        mixed = weights[tail_rows]
+        largest = (floor * mixed.sum() / (mixed * mass[tail_rows]).sum()).clamp(max=1)
+        per_p = logprob_grad.abs()
+        if entropy_grad is not None:
+            per_p = per_p + entropy_grad.abs() * (entropy - math.log(floor))
+        of_tail = mass.double() * floor * (per_p * slope).double().square() + rows.tail.double().square() * largest
+        bound = (of_tail if entropy_grad is None else 2 * of_tail).where(can_be_sparse, bound)
+        bound[tail_rows] = torch.inf
+
+    bound = bound.where(live, 0)
+    total = norm.where(live, 0).sum()
+    in_order, order = bound.sort()
+    within = torch.zeros_like(live).scatter_(0, order, in_order.cumsum(0) <= grad_tol**2 * total)
+    error = bound.where(within, 0).sum()
+    sparse = live & within & can_be_sparse
+    return BackwardPlan(live & ~within, sparse, tail_rows, (error / total).sqrt().where(error > 0, 0))

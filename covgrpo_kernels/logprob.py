@@ -6,17 +6,30 @@ Four layers: the public function, the operators (fake, autograd), the chunk loop
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import tiles
-from .backward_plan import plan_backward, resolve_grad_tol
+from .backward_plan import (
+    BackwardPlan,
+    Kept,
+    SparseRows,
+    floors,
+    plan_backward,
+    probability_floor,
+    resolve_grad_tol,
+    sparse_rows,
+    tail_weights,
+)
 from .config import IGNORE_INDEX, check_flag
 from .layout import check_floating, check_integer, check_tensor
-from .tiles.interface import BLOCK, Coefficients, Head, Results, State
+from .tiles.eager import logits_, tail_probabilities
+from .tiles.interface import BLOCK, CAPACITY, Candidates, Coefficients, Head, Results, State
 
 
 class LinearLogprob(NamedTuple):
@@ -112,7 +125,7 @@ def _tile(hidden: Tensor, rows: int, weight: Tensor, temporaries: int) -> tuple[
 
 
 def _own_products_tile(
-    hidden: Tensor, rows: int, weight: Tensor, needs: tuple[bool, bool, bool] | None
+    hidden: Tensor, rows: int, weight: Tensor, needs: tuple[bool, bool, bool] | None, sparse: bool = False
 ) -> tuple[int, int, int]:
     """(rows, vocabulary entries, bytes of the workspace) for a backend that multiplies itself: of the backward that
     ``needs`` gradients of hidden, weight and bias, or of the forward, for which the head is one slice, since it keeps
@@ -130,7 +143,8 @@ def _own_products_tile(
         rounded = 0 if dtype == _accumulator_dtype(dtype) else _accumulator_dtype(dtype).itemsize  # dW
 
         def need(r: int, c: int) -> int:
-            return ops.grad_products_bytes(r, c, depth, dtype, needs) + gathered * r + rounded * c * depth
+            sums = rounded * c * depth + (4 * c * depth if sparse else 0)  # dW of dense rows, of sparse ones
+            return ops.grad_products_bytes(r, c, depth, dtype, needs) + gathered * r + sums
 
     r, c = _fitting((max(min(r, rows), 1), c), need, WORKSPACE_BYTES["cpu"], vocab, smallest=(64, 256))
     if needs is None:
@@ -138,31 +152,47 @@ def _own_products_tile(
     return r, c, ops.grad_products_bytes(r, c, depth, dtype, needs)
 
 
-def _vocabulary_slices(vocab: int, width: int, unit: int = BLOCK) -> Iterator[tuple[int, int]]:
-    """Slices of ``width``; the last ones are a multiple of ``unit`` and the rest, so that every tile is blocks."""
+def _vocabulary_slices(
+    vocab: int, width: int, unit: int = BLOCK, more: tuple[int, ...] = ()
+) -> Iterator[tuple[int, int]]:
+    """Slices of ``width``, cut at ``more`` places; the last ones are a multiple of ``unit`` and the rest, so that every
+    tile is blocks."""
     whole = vocab - vocab % unit
-    edges = [*range(0, whole, width), whole, vocab]
+    edges = sorted({*range(0, whole, width), *(cut for cut in more if cut < whole), whole, vocab})
     return ((a, b) for a, b in itertools.pairwise(edges) if a < b)
 
 
 class _Rows:
-    """Chosen rows of the [N, ...] inputs, loaded a block at a time; all rows without a copy."""
+    """Chosen rows of the [N, ...] inputs, loaded a block at a time; all rows without a copy. The state ``first`` takes
+    the place of the first chosen one."""
 
-    def __init__(self, hidden: Tensor, chosen: Tensor | None, block: int, dtype: torch.dtype) -> None:
-        self.hidden, self.chosen, self.dtype = hidden, chosen, dtype
+    def __init__(
+        self, hidden: Tensor, chosen: Tensor | None, block: int, dtype: torch.dtype, first: Tensor | None = None
+    ) -> None:
+        self.hidden, self.chosen, self.dtype, self.first = hidden, chosen, dtype, first
         self.count = len(hidden) if chosen is None else len(chosen)
         self.blocks = [slice(i, min(i + block, self.count)) for i in range(0, self.count, block)]
         self._only = self._load(self.blocks[0]) if len(self.blocks) == 1 else None
 
-    def take(self, value: Tensor) -> Tensor:
-        return value.contiguous() if self.chosen is None else value[self.chosen]
+    def take(self, value: Tensor, first: float) -> Tensor:
+        """Of [N] values; ``first`` is that of the row that is none of them, where there is one."""
+        if self.chosen is None:
+            return value.contiguous()
+        taken = value[self.chosen]
+        if self.first is not None:
+            taken[0] = first
+        return taken
 
-    def take_optional(self, value: Tensor | None) -> Tensor | None:
-        return None if value is None else self.take(value)
+    def take_optional(self, value: Tensor | None, first: float) -> Tensor | None:
+        return None if value is None else self.take(value, first)
 
     def _load(self, block: slice) -> Tensor:
-        rows = self.hidden[block] if self.chosen is None else self.hidden[self.chosen[block]]
-        return rows.to(self.dtype)
+        if self.chosen is None:
+            return self.hidden[block].to(self.dtype)
+        rows = self.hidden[self.chosen[block]].to(self.dtype)
+        if self.first is not None and block.start == 0:
+            rows[0] = self.first
+        return rows
 
     def load(self, block: slice) -> Tensor:
         return self._load(block) if self._only is None else self._only
@@ -181,7 +211,8 @@ def _stream_forward(
     head: Head,
     entropy: bool,
     ignore_index: int,
-) -> Results:  # of N rows, zeros where ignored
+    floor: float,
+) -> tuple[Results, Kept]:  # of N rows, zeros where ignored
     ops = tiles.select(hidden.device)
     valid = targets != ignore_index
     if hidden.device.type == "cpu":
@@ -207,26 +238,65 @@ def _stream_forward(
         height, width = _tile(hidden, len(hidden), weight, ops.TEMPORARIES)
         workspace = hidden.new_empty(min(height, max(count, 1)) * width, dtype=dtype)
     rows = _Rows(hidden, chosen, height, given)
-    targets, temperature = rows.take(targets), rows.take_optional(temperature)
+    targets, temperature = rows.take(targets, 0), rows.take_optional(temperature, 0)
     state = State.empty(count, dtype, hidden.device)
+    candidates = Candidates.empty(count, CAPACITY if floor else 0, dtype, hidden.device)
     if count:
-        for a, b in _vocabulary_slices(len(weight), width, 1 if own else BLOCK):
+        if floor:
+            # The normaliser is at least the target's share. Its product may be rounded otherwise in the pass.
+            z = _target_logits(rows, weight, targets, head, bias, temperature)
+            at_least = z - (0.1 + 1e-4 * z.abs())
+        for a, b in _vocabulary_slices(len(weight), width, 1 if own else BLOCK, _FIRST_LOOKS if own and floor else ()):
+            if floor:
+                so_far = state.maximum + state.total.log1p()
+                torch.add(torch.maximum(at_least, so_far), math.log(floor), out=candidates.threshold)
             w = weight[a:b].to(given)
             bias_slice = None if bias is None else bias[a:b].to(dtype).contiguous()
             for block in rows.blocks:
                 h = rows.load(block)
                 t = None if temperature is None else temperature[block]
                 arguments = (state.rows(block), targets[block], a, head, bias_slice, t, entropy)
+                noted = candidates.rows(block) if floor else None
                 if own:
-                    ops.fold_products(h, w, *arguments, workspace)
+                    ops.fold_products(h, w, *arguments, workspace, a > 0 and len(rows.blocks) == 1, noted)
                 else:
                     tile = workspace[: len(h) * (b - a)].view(len(h), b - a)
                     _mm(h, w.t(), tile)
-                    ops.fold(tile, *arguments)
-    results = state.results()
+                    ops.fold(tile, *arguments, noted)
+    results, kept = state.results(), Kept(*candidates[1:])
     if chosen is None:
-        return Results(*(r.where(valid, 0) for r in results))
-    return Results(*(r.new_zeros(len(hidden)).index_copy_(0, chosen, r) for r in results))
+        return Results(*(r.where(valid, 0) for r in results)), kept
+
+    def spread(value: Tensor) -> Tensor:
+        return value.new_zeros(len(hidden), *value.shape[1:]).index_copy_(0, chosen, value)
+
+    return Results(*map(spread, results)), Kept(*map(spread, kept))
+
+
+# Entries after which thresholds of candidates are raised, by a backend that takes the head as one slice: the frequent
+# ones, which stand first in a byte-pair vocabulary, make most of the normaliser.
+_FIRST_LOOKS = (4 * BLOCK, 32 * BLOCK)
+
+
+def _target_logits(
+    rows: _Rows,
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [R], as are the next two
+    head: Head,
+    bias: Tensor | None,  # [V]
+    temperature: Tensor | None,
+) -> Tensor:  # [R]
+    dtype = _accumulator_dtype(weight.dtype)
+    products = torch.empty(rows.count, dtype=dtype, device=weight.device)
+    step = max(1, (1 << 20) // max(weight.shape[1], 1))
+    y = targets.clamp(0, max(len(weight) - 1, 0))
+    for block in rows.blocks:
+        h = rows.load(block)
+        for i in range(0, len(h), step):
+            part = slice(block.start + i, min(block.start + i + step, block.stop))
+            products[part] = (h[i : i + step].to(dtype) * weight[y[part]].to(dtype)).sum(1)
+    of_targets = None if bias is None else bias[y].to(dtype).unsqueeze(1)
+    return logits_(products.unsqueeze(1), head, of_targets, temperature).squeeze(1)
 
 
 def _spread_rows_(gradient: Tensor, chosen: Tensor, block: int) -> None:
@@ -239,6 +309,93 @@ def _spread_rows_(gradient: Tensor, chosen: Tensor, block: int) -> None:
         gradient[chosen[i : i + len(rows)]] = rows
 
 
+class _SparsePart:
+    """The sparse rows' share of the gradients: what is kept of them, each entry by itself, and their tails, which enter
+    the products as one row before the dense ones."""
+
+    def __init__(
+        self,
+        plan: BackwardPlan,
+        chosen: Tensor,  # [S] the sparse rows
+        hidden: Tensor,  # [N, D]
+        weight: Tensor,  # [V, D]
+        targets: Tensor,  # [N], as are the next four
+        temperature: Tensor | None,
+        results: Results,
+        g: Tensor,
+        e: Tensor | None,
+        head: Head,
+        kept: Kept,
+        floor: float,
+    ) -> None:
+        self.chosen, self.hidden, self.weight, self.dtype = chosen, hidden, weight, g.dtype
+        self.ops = tiles.select(hidden.device)
+
+        def of(rows: Tensor) -> SparseRows:
+            t, e_ = (None if x is None else x[rows] for x in (temperature, e))
+            results_ = Results._make(r[rows] for r in results)
+            return sparse_rows(kept.rows(rows), results_, targets[rows], g[rows], e_, head, t, floor)
+
+        rows = of(chosen)
+        # By token, and for each by entry; by entry, and for each by token: the order of every sum is fixed.
+        token, place = rows.used.nonzero(as_tuple=True)
+        entry, value = rows.entries[token, place], rows.values[token, place]
+        order = entry.argsort(stable=True)
+        self.w_tokens, self.w_values = chosen[token[order]], value[order]
+        self.touched, counts = entry[order].unique_consecutive(return_counts=True)
+        self.w_offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        order = order[token[order].argsort(stable=True)]
+        self.h_entries, self.h_values = entry[order], value[order]
+        self.h_offsets = torch.nn.functional.pad(rows.used.sum(1).cumsum(0), (1, 0))
+
+        # The tail's row is a sum that is at most 1, so that it keeps its digits in 16 bit; times ``size`` it adds up to
+        # 1 and stands for the tail of every row, times that row's ``tails``.
+        mixed = plan.tail_rows
+        weights = tail_weights(g, e)[mixed]
+        floors_ = floors(Results._make(r[mixed] for r in results), floor)
+        share = weights / (weights.sum() * floor)
+        share = share.where(weights.sum() != 0, 0)  # a gradient of zero from outside
+        total = (share * of(mixed).mass).sum()
+        self.size = (1 / total).where(total != 0, 0)
+        self.tails = rows.tail
+        self.tail = tuple(torch.nn.functional.pad(x, (1, 0)).contiguous() for x in (share, floors_))
+        self.bias = self.tails.sum() * self.size
+        self.state = hidden.new_zeros(hidden.shape[1], dtype=self.dtype)
+        for i in range(0, len(chosen), BLOCK):
+            self.state += self.tails[i : i + BLOCK] @ hidden[chosen[i : i + BLOCK]].to(self.dtype)
+        self.state *= self.size
+
+    def of_slice(self, edges: Tensor) -> list[int]:
+        """Where the touched entries from each edge on begin."""
+        return torch.searchsorted(self.touched, edges).tolist()
+
+    def weight_rows(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """([n] entries, [n, D] their gradients) of touched entries begin to end."""
+        offsets = self.w_offsets[begin : end + 1]
+        first, last = offsets[0].item(), offsets[-1].item()
+        out = self.hidden.new_empty(end - begin, self.hidden.shape[1], dtype=self.dtype)
+        part = slice(int(first), int(last))
+        self.ops.sparse_product(self.w_values[part], self.w_tokens[part], offsets - first, self.hidden, out)
+        return self.touched[begin:end], out
+
+    @cached_property
+    def bias_rows(self) -> Tensor:
+        """[n] gradients of the bias, of all touched entries."""
+        out, ones = self.w_values.new_empty(len(self.touched), 1), self.w_values.new_ones(1, 1)
+        self.ops.sparse_product(self.w_values, torch.zeros_like(self.w_tokens), self.w_offsets, ones, out)
+        return out.squeeze(1)
+
+    def hidden_rows(self, tail_product: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """([n] rows, [n, D] their gradients), some rows at a time; ``tail_product`` [D] is the tail's row times W."""
+        of_tail = tail_product * self.size
+        for i in range(0, len(self.chosen), BLOCK):
+            offsets = self.h_offsets[i : i + BLOCK + 1]
+            part = slice(int(offsets[0]), int(offsets[-1]))
+            out = self.hidden.new_empty(len(offsets) - 1, self.hidden.shape[1], dtype=self.dtype)
+            self.ops.sparse_product(self.h_values[part], self.h_entries[part], offsets - offsets[0], self.weight, out)
+            yield self.chosen[i : i + BLOCK], out.addcmul_(self.tails[i : i + BLOCK].unsqueeze(1), of_tail)
+
+
 def _stream_backward(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
@@ -247,9 +404,11 @@ def _stream_backward(
     temperature: Tensor | None,  # [N]
     head: Head,
     results: Results,  # of the forward, N rows
+    kept: Kept,  # likewise
     logprob_grad: Tensor,  # [N]
     entropy_grad: Tensor | None,  # [N]
-    live: Tensor,  # [N] bool, of the plan
+    plan: BackwardPlan,
+    floor: float,
     needs: list[bool],  # hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N, D], [V, D], [V]; empty where not needed
     ops = tiles.select(hidden.device)
@@ -264,83 +423,130 @@ def _stream_backward(
     grad_hidden, grad_weight = output(hidden, need_hidden), output(weight, need_weight)
     grad_bias = output(bias, need_bias)
 
-    chosen = live.nonzero().squeeze(1)
+    # The largest coefficient to between 1/2 and 1, by an exact power of two (that float32 holds): a loss averaged
+    # over many tokens would have entries below what float16 can hold.
+    largest = logprob_grad.abs().amax() if len(hidden) else torch.zeros(())
+    if entropy_grad is not None and len(hidden):
+        largest = torch.maximum(largest, entropy_grad.abs().amax())
+    exponent = torch.frexp(largest).exponent.where(largest.isfinite(), 0).clamp(-100, 100)
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    g = torch.ldexp(logprob_grad, -exponent)
+    e = None if entropy_grad is None else torch.ldexp(entropy_grad, -exponent)
+
+    sparse, sparse_chosen = None, plan.sparse.nonzero().squeeze(1)
+    if len(sparse_chosen) and len(weight):
+        sparse = _SparsePart(
+            plan, sparse_chosen, hidden, weight, targets, temperature, results, g, e, head, kept, floor
+        )
+        others = plan.dense.index_fill(0, plan.tail_rows, False).nonzero().squeeze(1)
+        chosen = torch.cat([plan.tail_rows[:1], plan.tail_rows, others])  # the first is the tail's
+    else:
+        chosen = plan.dense.nonzero().squeeze(1)
     if not len(chosen) or not len(weight):
         return grad_hidden.zero_(), grad_weight.zero_(), grad_bias.zero_()
     own = ops.multiplies(hidden.dtype)
     given = hidden.dtype if own else _gemm_dtype(hidden)
     if own:
-        height, width, size = _own_products_tile(hidden, len(chosen), weight, (need_hidden, need_weight, need_bias))
+        needed = (need_hidden, need_weight, need_bias)
+        height, width, size = _own_products_tile(hidden, len(chosen), weight, needed, sparse is not None)
         workspace = rounded = hidden.new_empty(size, dtype=torch.uint8)
     else:
         height, width = _tile(hidden, len(chosen), weight, ops.TEMPORARIES)
         workspace = hidden.new_empty(min(height, len(chosen)) * width, dtype=dtype)
         rounded = workspace if given == dtype else hidden.new_empty(len(workspace))
     tile = dz = workspace  # views of it, where PyTorch multiplies
-    rows = _Rows(hidden, None if len(chosen) == len(hidden) else chosen, height, given)
+    everything = sparse is None and len(chosen) == len(hidden)
+    rows = _Rows(hidden, None if everything else chosen, height, given, None if sparse is None else sparse.state)
 
-    # The largest coefficient to between 1/2 and 1, by an exact power of two (that float32 holds): a loss averaged
-    # over many tokens would have entries below what float16 can hold.
-    largest = logprob_grad.abs().amax()
-    if entropy_grad is not None:
-        largest = torch.maximum(largest, entropy_grad.abs().amax())
-    exponent = torch.frexp(largest).exponent.where(largest.isfinite(), 0).clamp(-100, 100)
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
-    g = rows.take(torch.ldexp(logprob_grad, -exponent))
-    e = None if entropy_grad is None else rows.take(torch.ldexp(entropy_grad, -exponent))
-    coefficients = Coefficients.of(Results(*(rows.take(r) for r in results)), g, e)
-
+    # The tail's row has no gradient of its own: no target, and a probability of zero whatever its logits.
+    of_rows = Results(*(rows.take(r, math.inf if name == "maximum" else 0) for name, r in results._asdict().items()))
+    coefficients = Coefficients.of(of_rows, rows.take(g, 0), rows.take_optional(e, 0))
+    targets, temperature = rows.take(targets, -1), rows.take_optional(temperature, 1)
     w_scale = scale.item() if own else 1.0
-    targets, temperature = rows.take(targets), rows.take_optional(temperature)
     # The sum of dH is made where it stays, if it can be: in the first rows.
-    h_sum = grad_hidden if hidden.dtype == dtype else hidden.new_empty(rows.count, hidden.shape[1], dtype=dtype)
+    in_place = hidden.dtype == dtype and sparse is None
+    h_sum = (
+        grad_hidden if in_place else hidden.new_empty(rows.count if need_hidden else 0, hidden.shape[1], dtype=dtype)
+    )
     w_sum = None
     if need_weight and weight.dtype != dtype and not (own and len(rows.blocks) == 1):
         w_sum = weight.new_empty(min(width, len(weight)), weight.shape[1], dtype=dtype)
 
-    for a, b in _vocabulary_slices(len(weight), width, 1 if own else BLOCK):
+    slices = list(_vocabulary_slices(len(weight), width, 1 if own else BLOCK))
+    touched = [0] * (len(slices) + 1)
+    if sparse is not None:
+        touched = sparse.of_slice(torch.tensor([a for a, _ in slices] + [len(weight)], device=hidden.device))
+    for (a, b), (begin, end) in zip(slices, itertools.pairwise(touched), strict=True):
         w = weight[a:b].to(given)
         bias_slice = None if bias is None else bias[a:b].to(dtype).contiguous()
         w_slice = grad_weight[a:b] if w_sum is None else w_sum[: b - a]
         bias_sum = torch.zeros(b - a, dtype=dtype, device=hidden.device) if need_bias else None
+        entries, addend = sparse.weight_rows(begin, end) if sparse and need_weight and end > begin else (None, None)
         for block in rows.blocks:
             h = rows.load(block)
             t = None if temperature is None else temperature[block]
             arguments = (targets[block], a, head, bias_slice, t, coefficients.rows(block))
+            first, last = block.start == 0, block.stop == rows.count
+            with_tail = sparse if first else None
+            tail = None if with_tail is None else with_tail.tail
             if own:
-                first, last = block.start == 0, block.stop == rows.count
+                addend_rows = None
+                if entries is not None and last:
+                    addend_rows = torch.full((b - a,), -1, dtype=torch.int32)
+                    addend_rows[entries - a] = torch.arange(len(entries), dtype=torch.int32)
                 ops.grad_products(
                     h, w, *arguments, h_sum[block] if need_hidden else None,
                     w_slice if need_weight and not (first and last) else None, need_weight and not first,
                     grad_weight[a:b] if need_weight and last else None, w_scale,
                     bias_sum, workspace, a > 0 and len(rows.blocks) == 1,
+                    tail, 0.0 if with_tail is None else float(with_tail.bias), addend, addend_rows,
                 )  # fmt: skip
                 continue
             tile, dz = (x[: len(h) * (b - a)].view(len(h), b - a) for x in (workspace, rounded))
             _mm(h, w.t(), tile)
+            if tail is not None:
+                mixed = slice(0, len(tail[0]))
+                t = None if t is None else t[mixed]
+                of_tail = tail_probabilities(
+                    tile[mixed], targets[mixed], a, head, bias_slice, t, coefficients.rows(mixed), *tail
+                )
             ops.grad(tile, dz, *arguments)
-            if bias_sum is not None:
+            if tail is not None:
+                dz[0] = of_tail
+            if bias_sum is not None and with_tail is not None:
+                bias_sum += dz[1:].sum(0, dtype=dtype) + of_tail * with_tail.bias
+            elif bias_sum is not None:
                 bias_sum += dz.sum(0, dtype=dtype)
             if need_hidden:
                 _mm(dz, w, h_sum[block], add=a > 0)
             if need_weight:
                 _mm(dz.t(), h, w_slice, add=block.start > 0)
         if need_weight and not own:
+            if entries is not None and addend is not None:
+                w_slice[entries - a] += addend
             torch.mul(w_slice, scale, out=grad_weight[a:b])
         if bias_sum is not None:
+            if sparse is not None:
+                bias_sum[sparse.touched[begin:end] - a] += sparse.bias_rows[begin:end]
             torch.mul(bias_sum, scale, out=grad_bias[a:b])
     if not need_hidden:
         return grad_hidden, grad_weight, grad_bias
     del workspace, rounded, w_sum, tile, dz
-    if rows.chosen is None:
+    if everything:
         torch.mul(h_sum, scale, out=grad_hidden)
-    elif h_sum is grad_hidden:
+    elif in_place:
         h_sum[: rows.count].mul_(scale)
         _spread_rows_(grad_hidden, chosen, height)
     else:
         grad_hidden.zero_()
+        if sparse is not None:
+            for places, sums in sparse.hidden_rows(h_sum[0]):
+                grad_hidden[places] = sums.mul_(scale).to(hidden.dtype)
         for block in rows.blocks:
-            grad_hidden[chosen[block]] = h_sum[block].mul_(scale).to(hidden.dtype)
+            places, sums = chosen[block], h_sum[block].mul_(scale)
+            if sparse is not None and block.start == 0:
+                places, sums = places[1:], sums[1:]
+            grad_hidden[places] = sums.to(hidden.dtype)
     return grad_hidden, grad_weight, grad_bias
 
 
@@ -359,18 +565,26 @@ def linear_logprob_op(
     entropy: bool,
     ignore_index: int,
     grad_tol: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log-prob, entropy, maximum, log of the normaliser over the maximum), 4 x [N]."""
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(log-prob, entropy, maximum, log of the normaliser over the maximum), 4 x [N], and for a backward with that
+    tolerance what is kept of the rows: found [N] int32, entries [N, K] int32, logits [N, K]; no entries without
+    ``keep`` or where the tolerance leaves no tail."""
     with tiles.on_device(hidden.device):
-        return _stream_forward(
-            hidden, weight, bias, targets, temperature, Head(logit_scale, softcap), entropy, ignore_index
+        floor = probability_floor(grad_tol) if keep else 0.0
+        results, kept = _stream_forward(
+            hidden, weight, bias, targets, temperature, Head(logit_scale, softcap), entropy, ignore_index, floor
         )
+        return *results, *kept
 
 
 @linear_logprob_op.register_fake
 def _(hidden, weight, bias, targets, temperature, *settings):  # type: ignore[no-untyped-def]
-    dtype = _accumulator_dtype(hidden.dtype)
-    return tuple(torch.empty(targets.shape, dtype=dtype, device=hidden.device) for _ in range(4))
+    *_, grad_tol, keep = settings
+    dtype, (rows,) = _accumulator_dtype(hidden.dtype), targets.shape
+    capacity = CAPACITY if keep and probability_floor(grad_tol) else 0
+    found, entries = (hidden.new_empty(shape, dtype=torch.int32) for shape in ((rows,), (rows, capacity)))
+    return *(hidden.new_empty(rows, dtype=dtype) for _ in range(4)), found, entries, entries.to(dtype)
 
 
 @torch.library.custom_op("covgrpo::linear_logprob_backward", mutates_args=())
@@ -382,20 +596,19 @@ def linear_logprob_backward_op(
     temperature: Tensor | None,
     logit_scale: float,
     softcap: float | None,
-    logprob: Tensor,
-    entropy: Tensor,
-    maximum: Tensor,
-    log_total: Tensor,
+    results: list[Tensor],
+    kept: list[Tensor],
     logprob_grad: Tensor,
     entropy_grad: Tensor | None,
-    live: Tensor,
+    plan: list[Tensor],
+    grad_tol: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden [N, D], dweight [V, D], dbias [V]), each rounded once to its input's dtype."""
     with tiles.on_device(hidden.device):
         return _stream_backward(
-            hidden, weight, bias, targets, temperature, Head(logit_scale, softcap),
-            Results(logprob, entropy, maximum, log_total), logprob_grad, entropy_grad, live, needs,
+            hidden, weight, bias, targets, temperature, Head(logit_scale, softcap), Results(*results), Kept(*kept),
+            logprob_grad, entropy_grad, BackwardPlan(*plan), probability_floor(grad_tol), needs,
         )  # fmt: skip
 
 
@@ -411,25 +624,25 @@ def _(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, scale, softcap, ctx.entropy, ctx.ignored, ctx.grad_tol = inputs
+    *tensors, scale, softcap, ctx.entropy, ctx.ignored, ctx.grad_tol, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.head = Head(scale, softcap)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, logprob_grad, entropy_grad, _maximum_grad, _log_total_grad):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, targets, temperature, logprob, entropy, maximum, log_total = ctx.saved_tensors
-    head = ctx.head
+def _backward(ctx, logprob_grad, entropy_grad, *_):  # type: ignore[no-untyped-def]
+    hidden, weight, bias, targets, temperature, *output = ctx.saved_tensors
+    head, results, kept = ctx.head, Results(*output[:4]), Kept(*output[4:])
     valid = targets != ctx.ignored
-    g = torch.zeros_like(logprob) if logprob_grad is None else logprob_grad.where(valid, 0)
+    g = torch.zeros_like(results.logprob) if logprob_grad is None else logprob_grad.where(valid, 0)
     e = entropy_grad.where(valid, 0) if ctx.entropy and entropy_grad is not None else None
-    plan = plan_backward(logprob, entropy, maximum + log_total, g, e, head, temperature, ctx.grad_tol)
+    plan = plan_backward(results, kept, targets, g, e, head, temperature, ctx.grad_tol)
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
     grads = linear_logprob_backward_op(
         hidden, weight, bias, targets, temperature, head.scale, head.softcap,
-        logprob, entropy, maximum, log_total, g, e, plan.live, needs,
+        list(results), list(kept), g, e, list(plan), ctx.grad_tol, needs,
     )  # fmt: skip
-    return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 7
+    return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 8
 
 
 def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -578,8 +791,9 @@ def linear_logprob(
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     x = prepare_head(hidden, weight, targets, bias, temperature, logit_scale, softcap, grad_tol)
-    logprob, h, _, _ = linear_logprob_op(
+    keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x.hidden, x.weight, x.bias))
+    logprob, h, *_ = linear_logprob_op(
         x.hidden, x.weight, x.bias, x.targets, x.temperature,
-        x.head.scale, x.head.softcap, entropy, ignore_index, x.grad_tol,
+        x.head.scale, x.head.softcap, entropy, ignore_index, x.grad_tol, keep,
     )  # fmt: skip
     return LinearLogprob(logprob.reshape(targets.shape), h.reshape(targets.shape) if entropy else None)

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .backward_plan import plan_backward
+from .backward_plan import Kept, plan_backward
 from .config import IGNORE_INDEX, CovarianceWeighting, CovGRPOConfig, KLCov, check_flag
 from .layout import Segments, Tokens, check_tensor, flatten_floats, flatten_tokens, valid_tokens
 from .logprob import linear_logprob_backward_op, linear_logprob_op, positive, prepare_head
 from .objective import METRICS, policy_objective
-from .tiles.interface import Head
+from .tiles.interface import Head, Results
 from .weighting import weighting_scopes
 
 
@@ -24,7 +24,7 @@ class CovGRPOOutput(NamedTuple):
     metrics: dict[str, Tensor]  # [] each, on the device
 
 
-_METRICS = (*METRICS, "rows/live_fraction", "rows/grad_error_bound", "rows/invalid_targets")
+_METRICS = (*METRICS, "rows/live_fraction", "rows/dense_fraction", "rows/grad_error_bound", "rows/invalid_targets")
 
 
 class _Settings(NamedTuple):
@@ -81,10 +81,12 @@ class _CovGRPO(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         scored = _scored(tokens, settings)
         targets = targets.where(scored, IGNORE_INDEX)
-        x, entropy, maximum, log_total = linear_logprob_op(
+        output = linear_logprob_op(
             hidden, weight, bias, targets, temperature, head.scale, head.softcap,
-            settings.with_entropy, IGNORE_INDEX, grad_tol,
+            settings.with_entropy, IGNORE_INDEX, grad_tol, any(ctx.needs_input_grad[:3]),
         )  # fmt: skip
+        results, kept = Results(*output[:4]), Kept(*output[4:])
+        x, entropy = results.logprob, results.entropy
         objective = policy_objective(
             x, entropy, tokens,
             old=None if old is None else old.where(scored, 0), ref=ref, rollout=rollout,
@@ -92,17 +94,16 @@ class _CovGRPO(torch.autograd.Function):
             metrics=settings.metrics,
         )  # fmt: skip
         g, e = objective.logprob_grad, objective.entropy_grad
-        plan = plan_backward(x, entropy, maximum + log_total, g, e, head, temperature, grad_tol)
-        ctx.save_for_backward(
-            hidden, weight, bias, targets, temperature, x, entropy, maximum, log_total, g, e, plan.live
-        )
-        ctx.head = head
+        plan = plan_backward(results, kept, targets, g, e, head, temperature, grad_tol)
+        ctx.save_for_backward(hidden, weight, bias, targets, temperature, g, e, *results, *kept, *plan)
+        ctx.head, ctx.grad_tol = head, grad_tol
 
         logprobs = x.where(scored | ~tokens.valid, torch.nan)
         metrics = x.new_empty(0)
         if settings.metrics:
             rows = {
-                "rows/live_fraction": plan.live.sum() / tokens.valid.sum().clamp(min=1),
+                "rows/live_fraction": (plan.dense | plan.sparse).sum() / tokens.valid.sum().clamp(min=1),
+                "rows/dense_fraction": plan.dense.sum() / tokens.valid.sum().clamp(min=1),
                 "rows/grad_error_bound": plan.error_bound,
                 "rows/invalid_targets": (scored & ((targets < 0) | (targets >= len(weight)))).sum(),
             }
@@ -113,11 +114,12 @@ class _CovGRPO(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, temperature, x, entropy, maximum, log_total, g, e, live = ctx.saved_tensors
+        hidden, weight, bias, targets, temperature, g, e, *rest = ctx.saved_tensors
+        results, kept, plan = rest[:4], rest[4:7], rest[7:]
         head, needs = ctx.head, list(ctx.needs_input_grad[:3])
         grads = linear_logprob_backward_op(
             hidden, weight, bias, targets, temperature, head.scale, head.softcap,
-            x, entropy, maximum, log_total, g * loss_grad, None if e is None else e * loss_grad, live, needs,
+            results, kept, g * loss_grad, None if e is None else e * loss_grad, plan, ctx.grad_tol, needs,
         )  # fmt: skip
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 9
 

@@ -7,7 +7,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -43,6 +45,10 @@ constexpr ScalarType type_of<double>() {
 template <>
 constexpr ScalarType type_of<int64_t>() {
   return ScalarType::Long;
+}
+template <>
+constexpr ScalarType type_of<int32_t>() {
+  return ScalarType::Int;
 }
 template <>
 constexpr ScalarType type_of<bool>() {
@@ -83,6 +89,16 @@ void parallel_rows(int64_t rows, int64_t columns, const F& f) {
 
 // ---------------------------------------------------------------------------------------------- tile operations
 
+// Of R rows: threshold, count, entries, logits; or nothing.
+template <class T>
+Candidates<T> candidates_of(const std::vector<Tensor>& t, int64_t rows) {
+  if (t.empty()) return {};
+  check(t.size() == 4, "candidates are four tensors");
+  const int64_t capacity = t[2].size(1);
+  return {data<T>(t[0], rows), data<int32_t>(t[1], rows), data<int32_t>(t[2], rows * capacity),
+          data<T>(t[3], rows * capacity), capacity};
+}
+
 template <class T>
 Tile<T> tile_of(const Tensor& tile, const Tensor& targets, int64_t first, double scale, std::optional<double> softcap,
                 const OptionalTensor& bias, const OptionalTensor& temperature) {
@@ -96,23 +112,25 @@ Tile<T> tile_of(const Tensor& tile, const Tensor& targets, int64_t first, double
 template <class T>
 void fold_typed(const Tensor& tile, const Tensor& maximum, const Tensor& total, const Tensor& moment,
                 const Tensor& target, const Tensor& targets, int64_t first, double scale, std::optional<double> softcap,
-                const OptionalTensor& bias, const OptionalTensor& temperature, bool entropy) {
+                const OptionalTensor& bias, const OptionalTensor& temperature, bool entropy,
+                const std::vector<Tensor>& candidates) {
   const int64_t rows = tile.size(0);
   const FoldTile<T> t{tile_of<T>(tile, targets, first, scale, softcap, bias, temperature),
                       data<T>(maximum, rows),
                       data<T>(total, rows),
                       data<T>(moment, rows),
                       data<T>(target, rows),
-                      entropy};
+                      entropy,
+                      candidates_of<T>(candidates, rows)};
   auto* fold_range = by_isa(chosen_isa(), fold_baseline<T>, fold_avx2<T>, fold_avx512<T>);
   parallel_rows(rows, t.columns, [&](int64_t begin, int64_t end) { fold_range(t, begin, end); });
 }
 
 void fold(const Tensor& tile, const Tensor& maximum, const Tensor& total, const Tensor& moment, const Tensor& target,
           const Tensor& targets, int64_t first, double scale, std::optional<double> softcap, const OptionalTensor& bias,
-          const OptionalTensor& temperature, bool entropy) {
+          const OptionalTensor& temperature, bool entropy, const std::vector<Tensor>& candidates) {
   auto* typed = tile.scalar_type() == ScalarType::Double ? fold_typed<double> : fold_typed<float>;
-  typed(tile, maximum, total, moment, target, targets, first, scale, softcap, bias, temperature, entropy);
+  typed(tile, maximum, total, moment, target, targets, first, scale, softcap, bias, temperature, entropy, candidates);
 }
 
 template <class T>
@@ -179,6 +197,56 @@ void group_weights(const Tensor& logprobs, const Tensor& advantages, const Tenso
         covariance, deviation, std);
 }
 
+// ------------------------------------------------------------------------------------------------ sparse product
+
+float number(uint16_t bfloat16) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+template <class T>
+T number(T x) {
+  return x;
+}
+
+// out[i] = sum of values[k] * matrix[indices[k]] over k of segment i, from left to right.
+template <class T, class Element>
+void sparse_product_typed(const Tensor& values, const Tensor& indices, const Tensor& offsets, const Tensor& matrix,
+                          const Tensor& out) {
+  const int64_t count = values.numel(), segments = out.size(0), depth = out.size(1);
+  const T* value = data<T>(values, count);
+  const int64_t *index = data<int64_t>(indices, count), *offset = data<int64_t>(offsets, segments + 1);
+  T* sums = data<T>(out, segments * depth);
+  const auto* rows = static_cast<const Element*>(matrix.data_ptr());
+  const int64_t row_stride = matrix.stride(0), stride = matrix.stride(1);
+  parallel_rows(segments, depth, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* sum = sums + i * depth;
+      std::fill(sum, sum + depth, T(0));
+      for (int64_t k = offset[i]; k < offset[i + 1]; ++k) {
+        const Element* row = rows + index[k] * row_stride;
+        for (int64_t j = 0; j < depth; ++j) sum[j] += value[k] * number(row[j * stride]);
+      }
+    }
+  });
+}
+
+void sparse_product(const Tensor& values, const Tensor& indices, const Tensor& offsets, const Tensor& matrix,
+                    const Tensor& out) {
+  check(matrix.size(1) == out.size(1), "the matrix has another depth");
+  switch (matrix.scalar_type()) {
+    case ScalarType::BFloat16:
+      return sparse_product_typed<float, uint16_t>(values, indices, offsets, matrix, out);
+    case ScalarType::Float:
+      return sparse_product_typed<float, float>(values, indices, offsets, matrix, out);
+    case ScalarType::Double:
+      return sparse_product_typed<double, double>(values, indices, offsets, matrix, out);
+    default:
+      check(false, "the matrix has a dtype that has no sparse product");
+  }
+}
+
 // ------------------------------------------------------------------------------------------ products with softmax
 
 #if COVGRPO_X86
@@ -219,25 +287,35 @@ template <class Format>
 void fold_products_typed(const Tensor& hidden, const Tensor& weight, const Tensor& maximum, const Tensor& total,
                          const Tensor& moment, const Tensor& target, const Tensor& targets, int64_t first, double scale,
                          std::optional<double> softcap, const OptionalTensor& bias, const OptionalTensor& temperature,
-                         bool entropy, const Tensor& workspace) {
+                         bool entropy, const std::vector<Tensor>& candidates, const Tensor& workspace,
+                         bool packed_before) {
   const int64_t rows = hidden.size(0);
   const RunningRows out{data<float>(maximum, rows), data<float>(total, rows), data<float>(moment, rows),
-                        data<float>(target, rows), entropy};
+                        data<float>(target, rows),  entropy,                  candidates_of<float>(candidates, rows)};
   const auto slice = slice_of<Format>(hidden, weight, targets, first, scale, softcap, bias, temperature);
   const FoldWorkspace needed(rows, weight.size(0), slice.hidden.units());
   fold_products(
-      slice, out, [](int64_t tasks, const auto& f) { parallel(tasks, f); }, bytes_of(workspace, needed.bytes));
+      slice, out, [](int64_t tasks, const auto& f) { parallel(tasks, f); }, bytes_of(workspace, needed.bytes),
+      packed_before);
 }
 
 void fold_products_op(const Tensor& hidden, const Tensor& weight, const Tensor& maximum, const Tensor& total,
                       const Tensor& moment, const Tensor& target, const Tensor& targets, int64_t first, double scale,
                       std::optional<double> softcap, const OptionalTensor& bias, const OptionalTensor& temperature,
-                      bool entropy, const Tensor& workspace) {
+                      bool entropy, const std::vector<Tensor>& candidates, const Tensor& workspace,
+                      bool packed_before) {
   need_products();
   auto* typed =
       hidden.scalar_type() == ScalarType::Float ? fold_products_typed<Float32> : fold_products_typed<BFloat16>;
   typed(hidden, weight, maximum, total, moment, target, targets, first, scale, softcap, bias, temperature, entropy,
-        workspace);
+        candidates, workspace, packed_before);
+}
+
+// Weights and floors of the first rows; or nothing.
+Tail tail_of(const std::vector<Tensor>& tail, double bias, int64_t rows) {
+  if (tail.empty()) return {};
+  check(tail.size() == 2 && rows >= LANES, "a tail is two tensors, made of sixteen rows");
+  return {data<float>(tail[0], LANES), data<float>(tail[1], LANES), static_cast<float>(bias)};
 }
 
 template <class Format>
@@ -246,7 +324,9 @@ void grad_products_typed(const Tensor& hidden, const Tensor& weight, const Tenso
                          const std::vector<Tensor>& per_row, const OptionalTensor& entropy_grad,
                          const OptionalTensor& hidden_sum, bool add_to_hidden, const OptionalTensor& weight_sum,
                          bool add_to_weight, const OptionalTensor& weight_grad, double weight_scale,
-                         const OptionalTensor& bias_sum, const Tensor& workspace, bool packed_before) {
+                         const OptionalTensor& bias_sum, const std::vector<Tensor>& tail, double tail_bias,
+                         const OptionalTensor& addend, const OptionalTensor& addend_rows, const Tensor& workspace,
+                         bool packed_before) {
   const int64_t rows = hidden.size(0), depth = hidden.size(1), entries = weight.size(0);
   check(per_row.size() == 5, "grad takes five coefficients of a row");
   const RowGradients<Format> g{data<float>(per_row[0], rows),
@@ -261,7 +341,10 @@ void grad_products_typed(const Tensor& hidden, const Tensor& weight, const Tenso
                                add_to_weight,
                                elements<Format>(weight_grad, weight),
                                static_cast<float>(weight_scale),
-                               data<float>(bias_sum, entries)};
+                               data<float>(bias_sum, entries),
+                               tail_of(tail, tail_bias, rows),
+                               addend ? data<float>(*addend, addend->size(0) * depth) : nullptr,
+                               data<int32_t>(addend_rows, entries)};
   const auto slice = slice_of<Format>(hidden, weight, targets, first, scale, softcap, bias, temperature);
   const GradWorkspace needed(rows, entries, depth, Format::PER_UNIT, g.hidden, g.weight || g.weight_sum, g.bias);
   check(!add_to_weight || weight_sum.has_value(), "there is no sum to add to");
@@ -275,12 +358,15 @@ void grad_products_op(const Tensor& hidden, const Tensor& weight, const Tensor& 
                       const std::vector<Tensor>& per_row, const OptionalTensor& entropy_grad,
                       const OptionalTensor& hidden_sum, bool add_to_hidden, const OptionalTensor& weight_sum,
                       bool add_to_weight, const OptionalTensor& weight_grad, double weight_scale,
-                      const OptionalTensor& bias_sum, const Tensor& workspace, bool packed_before) {
+                      const OptionalTensor& bias_sum, const std::vector<Tensor>& tail, double tail_bias,
+                      const OptionalTensor& addend, const OptionalTensor& addend_rows, const Tensor& workspace,
+                      bool packed_before) {
   need_products();
   auto* typed =
       hidden.scalar_type() == ScalarType::Float ? grad_products_typed<Float32> : grad_products_typed<BFloat16>;
   typed(hidden, weight, targets, first, scale, softcap, bias, temperature, per_row, entropy_grad, hidden_sum,
-        add_to_hidden, weight_sum, add_to_weight, weight_grad, weight_scale, bias_sum, workspace, packed_before);
+        add_to_hidden, weight_sum, add_to_weight, weight_grad, weight_scale, bias_sum, tail, tail_bias, addend,
+        addend_rows, workspace, packed_before);
 }
 
 int64_t fold_products_bytes(int64_t tokens, int64_t entries, int64_t depth, int64_t itemsize) {
@@ -300,7 +386,8 @@ int64_t grad_products_bytes(int64_t tokens, int64_t entries, int64_t depth, int6
 STABLE_TORCH_LIBRARY(covgrpo_cpp, m) {
   m.def(
       "fold(Tensor tile, Tensor(a!) maximum, Tensor(b!) total, Tensor(c!) moment, Tensor(d!) target, Tensor targets, "
-      "int first, float scale, float? softcap, Tensor? bias, Tensor? temperature, bool entropy) -> ()");
+      "int first, float scale, float? softcap, Tensor? bias, Tensor? temperature, bool entropy, "
+      "Tensor[] candidates) -> ()");
   m.def(
       "grad(Tensor(a!) tile, Tensor targets, int first, float scale, float? softcap, Tensor? bias, "
       "Tensor? temperature, Tensor[] per_row, Tensor? entropy_grad) -> ()");
@@ -311,12 +398,15 @@ STABLE_TORCH_LIBRARY(covgrpo_cpp, m) {
   m.def(
       "fold_products(Tensor hidden, Tensor weight, Tensor(a!) maximum, Tensor(b!) total, Tensor(c!) moment, "
       "Tensor(d!) target, Tensor targets, int first, float scale, float? softcap, Tensor? bias, Tensor? temperature, "
-      "bool entropy, Tensor(e!) workspace) -> ()");
+      "bool entropy, Tensor[] candidates, Tensor(e!) workspace, bool packed_before) -> ()");
   m.def(
       "grad_products(Tensor hidden, Tensor weight, Tensor targets, int first, float scale, float? softcap, "
       "Tensor? bias, Tensor? temperature, Tensor[] per_row, Tensor? entropy_grad, Tensor(a!)? hidden_sum, "
       "bool add_to_hidden, Tensor(b!)? weight_sum, bool add_to_weight, Tensor(c!)? weight_grad, float weight_scale, "
-      "Tensor(d!)? bias_sum, Tensor(e!) workspace, bool packed_before) -> ()");
+      "Tensor(d!)? bias_sum, Tensor[] tail, float tail_bias, Tensor? addend, Tensor? addend_rows, "
+      "Tensor(e!) workspace, bool packed_before) -> ()");
+  m.def(
+      "sparse_product(Tensor values, Tensor indices, Tensor offsets, Tensor matrix, Tensor(a!) out) -> ()");
   m.def("fold_products_bytes(int tokens, int entries, int depth, int itemsize) -> int");
   m.def(
       "grad_products_bytes(int tokens, int entries, int depth, int itemsize, bool hidden, bool weight, bool bias) "
@@ -327,6 +417,7 @@ STABLE_TORCH_LIBRARY_IMPL(covgrpo_cpp, CPU, m) {
   m.impl("fold", TORCH_BOX(&covgrpo::fold));
   m.impl("grad", TORCH_BOX(&covgrpo::grad));
   m.impl("group_weights", TORCH_BOX(&covgrpo::group_weights));
+  m.impl("sparse_product", TORCH_BOX(&covgrpo::sparse_product));
 #if COVGRPO_X86
   m.impl("fold_products", TORCH_BOX(&covgrpo::fold_products_op));
   m.impl("grad_products", TORCH_BOX(&covgrpo::grad_products_op));

@@ -85,14 +85,30 @@ COVGRPO_AVX512BF16 COVGRPO_INLINE F32 logits(const Slice<Format>& s, int64_t row
 struct RunningRows {
   float *maximum, *total, *moment, *target;  // [R]
   bool entropy;
+  Candidates<float> candidates;
 };
+
+COVGRPO_AVX512BF16 COVGRPO_INLINE __mmask16 reaches(F32 z, F32 threshold) {
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(z), reinterpret_cast<__m512>(threshold), _CMP_GE_OQ);
+}
+
+// Of a block of logits of 16 tokens, `entry` the first.
+COVGRPO_AVX512BF16 __attribute__((noinline)) inline void add_candidates(int64_t entry, int64_t rows, const Lanes& lanes,
+                                                                        const float* z, F32 threshold,
+                                                                        const Candidates<float>& candidates) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (unsigned here = reaches(load(z + r * PANEL), threshold); here; here &= here - 1) {
+      const int lane = __builtin_ctz(here);
+      candidates.add(lanes.first + lane, entry + r, z[r * PANEL + lane]);
+    }
+}
 
 // Folds a block of products of 16 tokens into their statistics. Not inlined: whatever else is in the panel, the same
 // instructions make the same bits.
 template <class Format>
 COVGRPO_AVX512BF16 __attribute__((noinline)) void fold_block(const Slice<Format>& s, int64_t row, int64_t rows,
-                                                             const Lanes& lanes, float* products, bool entropy,
-                                                             Statistics<F32>& running) {
+                                                             const Lanes& lanes, float* products,
+                                                             const RunningRows& out, Statistics<F32>& running) {
   const F32 temperature = lanes.load(s.temperature, 1.0F);
   F32 top = broadcast(NO_MAX);
   for (int64_t r = 0; r < rows; ++r) {
@@ -100,8 +116,12 @@ COVGRPO_AVX512BF16 __attribute__((noinline)) void fold_block(const Slice<Format>
     store(products + r * PANEL, z);
     top = larger(z, top);
   }
+  if (out.candidates.threshold) {
+    const F32 threshold = lanes.load(out.candidates.threshold, INFINITY);
+    if (reaches(top, threshold)) add_candidates(s.first + row, rows, lanes, products, threshold, out.candidates);
+  }
   BlockSums<F32> sums;
-  for (int64_t r = 0; r < rows; ++r) sums.add(load(products + r * PANEL), top, entropy);
+  for (int64_t r = 0; r < rows; ++r) sums.add(load(products + r * PANEL), top, out.entropy);
   running.merge({top, sums.total + larger(sums.ties - 1.0F, F32{}), sums.moment});
 }
 
@@ -122,7 +142,7 @@ COVGRPO_AVX512BF16 void fold_segment(const Slice<Format>& s, int64_t segment, in
     for (int64_t p = panel; p < last_panel; ++p) {
       block_products(s, entries, rows, p, packed, products);
       for (int64_t v = p * 4; v < smaller(vectors, p * 4 + 4); ++v)
-        fold_block(s, row, rows, Lanes::of(s, p, v % 4), products + v % 4 * LANES, out.entropy, segments[v]);
+        fold_block(s, row, rows, Lanes::of(s, p, v % 4), products + v % 4 * LANES, out, segments[v]);
       for (int64_t t = p * PANEL; t < smaller(s.hidden.rows, (p + 1) * PANEL); ++t) {
         const int64_t r = s.targets[t] - s.first - row;
         if (r >= 0 && r < rows) out.target[t] = products[r * PANEL + t % PANEL];
@@ -154,15 +174,17 @@ struct FoldWorkspace {
   }
 };
 
-// parallel(tasks, f) calls f(i) for every task.
+// parallel(tasks, f) calls f(i) for every task. `packed_before`: the workspace is that of a call with the same hidden
+// states.
 template <class Format, class Parallel>
-void fold_products(const Slice<Format>& s, const RunningRows& out, const Parallel& parallel, char* workspace) {
+void fold_products(const Slice<Format>& s, const RunningRows& out, const Parallel& parallel, char* workspace,
+                   bool packed_before) {
   const int64_t panels = s.panels(), vectors = ceil_div(s.hidden.rows, LANES);
   const int64_t segments = ceil_div(s.weight.rows, SEGMENT), groups = ceil_div(panels, PANELS_AT_ONCE);
   const FoldWorkspace at(s.hidden.rows, s.weight.rows, s.hidden.units());
   auto* packed = reinterpret_cast<uint32_t*>(workspace + at.packed);
   auto* statistics = reinterpret_cast<Statistics<F32>*>(workspace + at.statistics);
-  parallel(panels, [&](int64_t p) { pack_rows(s.hidden, p, packed); });
+  if (!packed_before) parallel(panels, [&](int64_t p) { pack_rows(s.hidden, p, packed); });
   parallel(segments * groups, [&](int64_t i) {
     const int64_t segment = i / groups, panel = i % groups * PANELS_AT_ONCE;
     fold_segment(s, segment, panel, packed, out, statistics + segment * vectors);
@@ -177,6 +199,14 @@ void fold_products(const Slice<Format>& s, const RunningRows& out, const Paralle
 // apart would compete for the same few lines of the cache.
 inline int64_t apart(int64_t count, int64_t bytes) { return (ceil_div(count * bytes, 64) | 1) * 64 / bytes; }
 
+// Row 0 may stand for the tails of rows that are not here: its gradient is what the probabilities of the other fifteen
+// of its vector make of entries below their floors. `bias` is what that row counts in the sum of the bias.
+struct Tail {
+  const float* weights;  // [LANES], of the first rows; null where row 0 is one like the others
+  const float* floors;   // [LANES] logits
+  float bias;
+};
+
 // What the gradient takes of each row, and where it goes; what is null is not wanted. Sums over rows or entries are
 // written, or added to what is there. dW is scaled and rounded by the call that has the last rows of a slice.
 template <class Format>
@@ -190,6 +220,9 @@ struct RowGradients {
   typename Format::Element* weight;  // [C, D], or null where rows follow
   float scale;
   float* bias;  // [C] or null, added to
+  Tail tail;
+  const float* addend;         // rows that are added to dW before it is scaled
+  const int32_t* addend_rows;  // [C] the row of it that belongs to an entry, or -1; null where there are none
 };
 
 // dL/dproducts of the slice, rounded to the format of its products.
@@ -221,19 +254,31 @@ COVGRPO_AVX512BF16 __attribute__((noinline)) void grad_block(const Slice<Format>
     places[i] = r >= 0 && r < rows ? static_cast<int32_t>(r) : -1;
   }
   const __m512i place = _mm512_load_si512(places);
+  const bool has_tail = g.tail.weights && lanes.first == 0;
+  const F32 tail_weights = lanes.load(has_tail ? g.tail.weights : nullptr, 0);
+  const F32 floors = lanes.load(has_tail ? g.tail.floors : nullptr, 0);
 
   const auto gradient = [&](int64_t r) COVGRPO_AVX512BF16 -> F32 {
     if (r >= rows) return F32{};
     const F32 raw = load(products + r * PANEL);
     const I32 here = reinterpret_cast<I32>(
         _mm512_maskz_set1_epi32(_mm512_cmpeq_epi32_mask(place, _mm512_set1_epi32(static_cast<int>(r))), -1));
-    F32 dz = coefficients.gradient(logits(s, row + r, raw, temperature), here);
+    const F32 z = logits(s, row + r, raw, temperature);
+    F32 dz = coefficients.gradient(z, here);
+    if (has_tail) {
+      const F32 p = exponential((z - coefficients.maximum) - coefficients.log_total);
+      dz[0] = sum_of<float>(here || !(z < floors) ? F32{} : tail_weights * p);
+    }
     if (s.head.capped) {
       const F32 t = s.head.per_cap(s.bias ? raw + broadcast(s.bias[row + r]) : raw);
       dz *= 1.0F - t * t;
     }
     dz *= slope;
-    if (out.bias) out.bias[lanes.first / LANES * s.weight.rows + row + r] = sum_of<float>(dz);
+    if (out.bias) {
+      F32 counted = dz;
+      if (has_tail) counted[0] *= g.tail.bias;
+      out.bias[lanes.first / LANES * s.weight.rows + row + r] = sum_of<float>(counted);
+    }
     return dz;
   };
   for (int64_t r = 0; r < rows; r += LANES * Format::PER_UNIT) {
@@ -276,8 +321,8 @@ COVGRPO_AVX512BF16 void grad_panel(const Slice<Format>& s, int64_t row, int64_t 
 }
 
 // Task `task` of A * B for all `rows` rows of A and `columns` columns of B: a block of rows with several panels, so
-// that the rows come from a near cache all but the first time. write(sums, place, count) takes `count` sums of a row
-// that belong at offset `place` of a contiguous [rows, columns].
+// that the rows come from a near cache all but the first time. write(sums, row, column, count) takes `count` sums of a
+// row from a column on.
 template <class Format, class Row, class Write>
 void multiply_panels(int64_t task, int64_t rows, const Row& row_of, int64_t depth, int64_t columns, const uint32_t* b,
                      const Write& write) {
@@ -291,7 +336,7 @@ void multiply_panels(int64_t task, int64_t rows, const Row& row_of, int64_t dept
     const int64_t width = smaller<int64_t>(PANEL, columns - p * PANEL);
     multiply<Format>(count, in_block, depth, b + p * units * PANEL,
                      {block, PANEL, ceil_div(width, LANES) * LANES, false});
-    for (int64_t r = 0; r < count; ++r) write(block + r * PANEL, (row + r) * columns + p * PANEL, width);
+    for (int64_t r = 0; r < count; ++r) write(block + r * PANEL, row + r, p * PANEL, width);
   }
 }
 
@@ -307,11 +352,13 @@ COVGRPO_AVX512BF16 inline void write_sums(const float* sums, float* out, int64_t
 
 // The same for the last sums of dW, which are scaled and rounded.
 template <class Format>
-COVGRPO_AVX512BF16 void write_weight(const float* sums, const RowGradients<Format>& g, int64_t place, int64_t count) {
+COVGRPO_AVX512BF16 void write_weight(const float* sums, const RowGradients<Format>& g, int64_t place,
+                                     const float* addend, int64_t count) {
   for (int64_t i = 0; i < count; i += LANES) {
     const __mmask16 mask = first_lanes(count - i);
     __m512 v = _mm512_loadu_ps(sums + i);
     if (g.add_to_weight) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, g.weight_sum + place + i));
+    if (addend) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, addend + i));
     Format::store_rounded(g.weight + place + i, mask, _mm512_mul_ps(v, _mm512_set1_ps(g.scale)));
   }
 }
@@ -379,18 +426,18 @@ void grad_products(const Slice<Format>& s, const RowGradients<Format>& g, const 
 
   const auto multiply_weight = [&](int64_t task) {  // dW = dZ^T h
     const auto row_of = [&](int64_t r) { return dz.by_entry + r * dz.row_stride; };
-    const auto write = [&](const float* sums, int64_t place, int64_t count) {
-      if (g.weight)
-        write_weight(sums, g, place, count);
-      else
-        write_sums(sums, g.weight_sum + place, count, g.add_to_weight);
+    const auto write = [&](const float* sums, int64_t entry, int64_t column, int64_t count) {
+      const int64_t place = entry * depth + column;
+      if (!g.weight) return write_sums(sums, g.weight_sum + place, count, g.add_to_weight);
+      const int64_t row = g.addend_rows ? g.addend_rows[entry] : -1;
+      write_weight(sums, g, place, row < 0 ? nullptr : g.addend + row * depth + column, count);
     };
     multiply_panels<Format>(task, entries, row_of, tokens, depth, states, write);
   };
   const auto multiply_hidden = [&](int64_t task) {  // dh = dZ W
     const auto row_of = [&](int64_t r) { return dz.by_token + r * dz.unit_stride; };
-    const auto write = [&](const float* sums, int64_t place, int64_t count) {
-      write_sums(sums, g.hidden + place, count, g.add_to_hidden);
+    const auto write = [&](const float* sums, int64_t token, int64_t column, int64_t count) {
+      write_sums(sums, g.hidden + token * depth + column, count, g.add_to_hidden);
     };
     multiply_panels<Format>(task, tokens, row_of, entries, depth, head, write);
   };

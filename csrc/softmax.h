@@ -3,6 +3,7 @@
 // covgrpo_kernels/tiles/eager.py.
 #pragma once
 
+#include <atomic>
 #include <optional>
 
 #include "vectors.h"
@@ -53,6 +54,25 @@ struct Statistics {
     moment = w * (moment + gap * total) + w_b * (b.moment + gap_b * b.total) + lesser * lesser_gap;
     total = w * total + w_b * b.total + lesser;
     maximum = top;
+  }
+};
+
+// Entries of each row whose logit reaches the row's threshold, in no order. Where there are more than `capacity`, the
+// rest is counted but not kept.
+template <class T>
+struct Candidates {
+  const T* threshold;  // [R]; null where none are wanted
+  int32_t* count;      // [R]
+  int32_t* entries;    // [R, capacity]
+  T* logits;           // [R, capacity]
+  int64_t capacity;
+
+  // From any thread.
+  void add(int64_t row, int64_t entry, T logit) const {
+    const int64_t place = std::atomic_ref<int32_t>(count[row]).fetch_add(1, std::memory_order_relaxed);
+    if (place >= capacity) return;
+    entries[row * capacity + place] = static_cast<int32_t>(entry);
+    logits[row * capacity + place] = logit;
   }
 };
 

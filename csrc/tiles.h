@@ -27,6 +27,7 @@ template <class T>
 struct FoldTile : Tile<T> {
   T *maximum, *total, *moment, *target;  // [R], updated
   bool entropy;
+  Candidates<T> candidates;
 };
 
 template <class T>
@@ -79,6 +80,9 @@ COVGRPO_INLINE void fold_rows(const FoldTile<T>& tile, int64_t begin, int64_t en
       }
       if (y >= o && y < o + width) tile.target[r] = block[y - o];
       const T m = largest_of<T>(top);
+      if (tile.candidates.threshold && m >= tile.candidates.threshold[r])
+        for (int64_t c = 0; c < width; ++c)
+          if (block[c] >= tile.candidates.threshold[r]) tile.candidates.add(r, tile.first + o + c, block[c]);
       BlockSums<V> sums;
       for (int64_t c = 0; c < width; c += LANES) sums.add(load(block + c), broadcast(m), tile.entropy);
       const T ties = larger(sum_of<T>(sums.ties) - T(1), T(0));

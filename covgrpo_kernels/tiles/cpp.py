@@ -12,11 +12,16 @@ from torch import Tensor
 from .. import _cpp  # type: ignore[attr-defined]
 from ..config import CovarianceWeighting
 from ..layout import Segments
-from .interface import Coefficients, GroupWeights, Head, State
+from . import eager
+from .interface import Candidates, Coefficients, GroupWeights, Head, State
 
 TEMPORARIES = 0
 
 _ops = torch.ops.covgrpo_cpp
+
+
+def _listed(tensors: tuple[Tensor, ...] | None) -> list[Tensor]:
+    return [] if tensors is None else list(tensors)
 
 
 def isa() -> str:
@@ -34,9 +39,10 @@ def fold(
     bias: Tensor | None,  # [C]
     temperature: Tensor | None,  # [R]
     entropy: bool,
+    candidates: Candidates | None = None,  # of R rows, updated in place
 ) -> None:
     """Folds a tile of raw products into the running statistics, block after block from left to right."""
-    _ops.fold(tile, *state, targets, first, *head, bias, temperature, entropy)
+    _ops.fold(tile, *state, targets, first, *head, bias, temperature, entropy, _listed(candidates))
 
 
 def grad(
@@ -75,6 +81,19 @@ def group_weights(
     return out
 
 
+def sparse_product(
+    values: Tensor,  # [n]
+    indices: Tensor,  # [n] rows of the matrix
+    offsets: Tensor,  # [S + 1] where each segment of values begins, and the end
+    matrix: Tensor,  # [*, D]
+    out: Tensor,  # [S, D]
+) -> None:
+    """out[i] = sum of values[k] * matrix[indices[k]] over segment i, in order."""
+    if matrix.dtype == torch.float16:
+        return eager.sparse_product(values, indices, offsets, matrix, out)
+    _ops.sparse_product(values, indices, offsets, matrix, out)
+
+
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether products of that dtype are this backend's own, on this processor."""
     return dtype in (torch.bfloat16, torch.float32) and isa() == "avx512bf16"
@@ -96,10 +115,16 @@ def fold_products(
     temperature: Tensor | None,  # [R] float32
     entropy: bool,
     workspace: Tensor,  # bytes
+    packed: bool = False,
+    candidates: Candidates | None = None,  # of R rows, updated in place
 ) -> None:
     """`fold` of the products hidden @ weight.T, in blocks of BLOCK entries from left to right. The bits of a row do not
-    depend on the other rows, on the number of threads, or on where slices of the head are cut between blocks."""
-    _ops.fold_products(hidden, weight, *state, targets, first, *head, bias, temperature, entropy, workspace)
+    depend on the other rows, on the number of threads, or on where slices of the head are cut between blocks.
+    ``packed``: the workspace comes from a call with the same hidden states."""
+    _ops.fold_products(
+        hidden, weight, *state, targets, first, *head, bias, temperature, entropy,
+        _listed(candidates), workspace, packed,
+    )  # fmt: skip
 
 
 def grad_products_bytes(rows: int, entries: int, depth: int, dtype: torch.dtype, needs: tuple[bool, bool, bool]) -> int:
@@ -124,12 +149,19 @@ def grad_products(
     bias_sum: Tensor | None,  # [C] float32, added to
     workspace: Tensor,  # bytes
     packed: bool,
+    tail: tuple[Tensor, Tensor] | None = None,  # weights and floors of the first TAIL_ROWS + 1 rows
+    tail_bias: float = 0.0,
+    addend: Tensor | None = None,  # [n, D] float32, rows that belong to dL/dweight before it is scaled
+    addend_rows: Tensor | None = None,  # [C] int32, which of them belongs to an entry, or -1
 ) -> None:
     """`grad` of the products hidden @ weight.T, rounded to the dtype of hidden, and what is made of it: dL/dproducts @
     weight, its transpose @ hidden (not wanted: neither ``weight_sum`` nor ``weight_grad``), its sums over rows.
-    ``packed``: the workspace comes from a call with the same hidden states and needs."""
+    ``tail``: row 0 has no gradient of its own but what `tail_probabilities` of `eager.py` makes of the others, and
+    counts ``tail_bias`` times in the sum of the bias. ``packed``: the workspace comes from a call with the same hidden
+    states and needs."""
     *per_row, entropy_grad = coefficients
     _ops.grad_products(
         hidden, weight, targets, first, *head, bias, temperature, per_row, entropy_grad,
-        hidden_sum, first > 0, weight_sum, add_to_weight, weight_grad, weight_scale, bias_sum, workspace, packed,
+        hidden_sum, first > 0, weight_sum, add_to_weight, weight_grad, weight_scale, bias_sum,
+        _listed(tail), tail_bias, addend, addend_rows, workspace, packed,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config import CovarianceWeighting
 from ..layout import Segments
-from .interface import BLOCK, LOG_ZERO, NO_MAX, Coefficients, GroupWeights, Head, State
+from .interface import BLOCK, LOG_ZERO, NO_MAX, Candidates, Coefficients, GroupWeights, Head, State
 
 # Tiles' worth of temporaries that fold and grad make: exponentials and masks.
 TEMPORARIES = 2
@@ -18,7 +18,7 @@ def multiplies(dtype: torch.dtype) -> bool:
     return False
 
 
-def _logits_(tile: Tensor, head: Head, bias: Tensor | None, temperature: Tensor | None) -> Tensor:
+def logits_(tile: Tensor, head: Head, bias: Tensor | None, temperature: Tensor | None) -> Tensor:
     if bias is not None:
         tile.add_(bias)
     if head.softcap is not None:
@@ -44,12 +44,15 @@ def fold(
     bias: Tensor | None,  # [C]
     temperature: Tensor | None,  # [R]
     entropy: bool,
+    candidates: Candidates | None = None,  # of R rows, updated in place
 ) -> None:
     """Folds a tile of raw products into the running statistics, block after block from left to right."""
     rows, width = tile.shape
-    z = _logits_(tile, head, bias, temperature)
+    z = logits_(tile, head, bias, temperature)
     column, here = _target_column(targets, first, width)
     state.target.copy_(torch.where(here, z.gather(1, column).squeeze(1), state.target))
+    if candidates is not None:
+        _add_candidates(z, first, candidates)
 
     blocks = z.view(rows, -1, min(width, BLOCK))
     maxima = blocks.amax(-1).clamp_(min=NO_MAX)  # a block of -inf has no maximum
@@ -74,6 +77,22 @@ def fold(
         m.copy_(top)
 
 
+def _add_candidates(
+    z: Tensor,  # [R, C]
+    first: int,
+    candidates: Candidates,  # of R rows
+) -> None:
+    threshold, so_far, entries, logits = candidates
+    row, column = (z >= threshold.unsqueeze(1)).nonzero(as_tuple=True)
+    found = torch.bincount(row, minlength=len(z))
+    place = torch.arange(len(row), device=z.device) - (found.cumsum(0) - found)[row] + so_far[row]
+    kept = place < entries.shape[1]
+    row, column, place = row[kept], column[kept], place[kept]
+    entries[row, place] = (column + first).to(entries.dtype)
+    logits[row, place] = z[row, column]
+    so_far.add_(found)
+
+
 def grad(
     tile: Tensor,  # [R, C]
     out: Tensor,  # [R, C], of any floating dtype; may be the tile
@@ -88,13 +107,10 @@ def grad(
     (g (1[v = y] - p) - e p (log p + H)) * softcap' * scale / temperature."""
     *per_row, entropy_grad = coefficients
     maximum, log_total, at_target, g, entropy = (value.unsqueeze(1) for value in per_row)
-    z = _logits_(tile, head, bias, temperature)
+    z = logits_(tile, head, bias, temperature)
     slope = None
     if head.softcap is not None:
-        per_cap = z / head.softcap
-        if temperature is not None:
-            per_cap.mul_(temperature.unsqueeze(1))
-        slope = per_cap.square_().neg_().add_(1)
+        slope = capping(z, head.softcap, None if temperature is None else temperature.unsqueeze(1))
     column, here = _target_column(targets, first, z.shape[1])
     log_p = z.sub_(maximum).sub_(log_total)
     if entropy_grad is None:
@@ -113,6 +129,59 @@ def grad(
         dz.mul_(head.scale)
     if out.data_ptr() != dz.data_ptr():
         out.copy_(dz)
+
+
+def tail_probabilities(
+    tile: Tensor,  # [R, C] of raw products, kept
+    targets: Tensor,  # [R]
+    first: int,
+    head: Head,
+    bias: Tensor | None,  # [C]
+    temperature: Tensor | None,  # [R]
+    coefficients: Coefficients,  # of R rows
+    weights: Tensor,  # [R]
+    floors: Tensor,  # [R] logits
+) -> Tensor:  # [C]
+    """What the rows make of entries that are below their floors and not their targets: sum of weight * p * softcap'."""
+    column, here = _target_column(targets, first, tile.shape[1])
+    z = logits_(tile.clone(), head, bias, temperature)
+    p = ((z - coefficients.maximum.unsqueeze(1)) - coefficients.log_total.unsqueeze(1)).exp_()
+    p.masked_fill_(~(z < floors.unsqueeze(1)), 0)
+    p.scatter_(1, column, p.gather(1, column).masked_fill(here.unsqueeze(1), 0))
+    if head.softcap is not None:
+        p.mul_(capping(z, head.softcap, None if temperature is None else temperature.unsqueeze(1)))
+    return weights @ p
+
+
+def capping(logits: Tensor, softcap: float, temperature: Tensor | None) -> Tensor:
+    """The derivative of softcap, 1 - tanh^2, from what comes out of it and the temperature."""
+    per_cap = logits / softcap
+    if temperature is not None:
+        per_cap.mul_(temperature)
+    return per_cap.square_().neg_().add_(1)
+
+
+# Elements of a temporary of the sparse product.
+_AT_ONCE = 1 << 20
+
+
+def sparse_product(
+    values: Tensor,  # [n]
+    indices: Tensor,  # [n] rows of the matrix
+    offsets: Tensor,  # [S + 1] where each segment of values begins, and the end
+    matrix: Tensor,  # [*, D]
+    out: Tensor,  # [S, D]
+) -> None:
+    """out[i] = sum of values[k] * matrix[indices[k]] over segment i, in order."""
+    out.zero_()
+    segment = torch.repeat_interleave(
+        torch.arange(len(out), device=out.device), offsets.diff(), output_size=len(values)
+    )
+    step = max(1, _AT_ONCE // max(out.shape[1], 1))
+    for k in range(0, len(values), step):
+        terms = matrix[indices[k : k + step]].to(out.dtype).mul_(values[k : k + step].unsqueeze(1))
+        # Not index_add_, whose order is not fixed on a GPU.
+        out.index_put_((segment[k : k + step],), terms, accumulate=True)
 
 
 def group_weights(

@@ -3,9 +3,9 @@
 A tile is a contiguous [R, C] slice of the raw products h_t . W_v in float32 (float64 for float64 inputs), R rows
 by C vocabulary entries from ``first`` on; the operations may overwrite it. C is a multiple of BLOCK, or less than it.
 All other tensors are contiguous too.
-A backend is a module with the functions ``fold``, ``grad``, ``group_weights`` and ``multiplies`` of `eager.py` and the
-number ``TEMPORARIES``. One that multiplies some dtype itself has ``fold_products`` and ``grad_products`` of `cpp.py`
-too, which take hidden states and a slice of the head where the others take a tile.
+A backend is a module with the functions ``fold``, ``grad``, ``group_weights``, ``sparse_product`` and ``multiplies`` of
+`eager.py` and the number ``TEMPORARIES``. One that multiplies some dtype itself has ``fold_products`` and
+``grad_products`` of `cpp.py` too, which take hidden states and a slice of the head where the others take a tile.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ BLOCK = 1024
 NO_MAX = -1e30
 # Stands for the logarithm of zero: exp of it is zero in float64 too, and times zero it is zero and not NaN.
 LOG_ZERO = -1e3
+
+
+# Candidates that a row has room for. A row that has more is dense in the backward.
+CAPACITY = 64
+# Rows whose tails stand for those of all: with the row that has their place, a vector of the C++ backend.
+TAIL_ROWS = 15
 
 
 class Head(NamedTuple):
@@ -64,6 +70,26 @@ class State(NamedTuple):
         log_total = s.log1p()
         maximum = m.where(m != NO_MAX, torch.nan)
         return Results((target - maximum) - log_total, log_total + u / (1 + s), maximum, log_total)
+
+
+class Candidates(NamedTuple):
+    """Entries of R rows that the backward may need, noted while the logits are there: those that reach a threshold.
+    In any order; those beyond the capacity are counted but lost."""
+
+    threshold: Tensor  # [R] logit
+    found: Tensor  # [R] int32
+    entries: Tensor  # [R, K] int32
+    logits: Tensor  # [R, K]
+
+    @classmethod
+    def empty(cls, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Candidates:
+        found = torch.zeros(rows, dtype=torch.int32, device=device)
+        entries = torch.zeros(rows, capacity, dtype=torch.int32, device=device)
+        threshold = torch.full((rows,), -torch.inf, dtype=dtype, device=device)
+        return cls(threshold, found, entries, torch.zeros(rows, capacity, dtype=dtype, device=device))
+
+    def rows(self, block: slice) -> Candidates:
+        return Candidates._make(value[block] for value in self)
 
 
 class Coefficients(NamedTuple):

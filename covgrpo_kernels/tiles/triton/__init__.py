@@ -9,6 +9,7 @@ import triton
 from .fold import fold
 from .grad import grad
 from .group_weights import group_weights
+from .sparse_product import sparse_product
 
 # Whether kernels run on CPU tensors; settled when they are defined.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -22,4 +23,4 @@ def multiplies(dtype: torch.dtype) -> bool:
     return False
 
 
-__all__ = ["INTERPRETED", "TEMPORARIES", "fold", "grad", "group_weights", "multiplies"]
+__all__ = ["INTERPRETED", "TEMPORARIES", "fold", "grad", "group_weights", "multiplies", "sparse_product"]

@@ -19,14 +19,39 @@ def _tile(rows: int, columns: int, warps: int) -> dict[str, int]:
 
 
 # Of a program: rows and columns of the tile; for fold the columns are the block, which is fixed; tokens of a scope at
-# a time. Registers, spills and shared memory of each are gated by tests/test_compiled.py.
+# a time; columns of a sparse product. Registers, spills and shared memory of each are gated by tests/test_compiled.py.
 CONFIGS: dict[str, dict[str, dict[str, int]]] = {
-    "sm_80": {"fold": _tile(1, BLOCK, 4), "grad": _tile(1, 1024, 4), "weights": dict(B_T=1024, num_warps=8)},
-    "sm_90": {"fold": _tile(1, BLOCK, 4), "grad": _tile(1, 2048, 4), "weights": dict(B_T=1024, num_warps=8)},
-    "sm_100": {"fold": _tile(1, BLOCK, 4), "grad": _tile(1, 2048, 4), "weights": dict(B_T=1024, num_warps=8)},
-    "gfx942": {"fold": _tile(1, BLOCK, 4), "grad": _tile(1, 1024, 4), "weights": dict(B_T=1024, num_warps=8)},
+    "sm_80": {
+        "fold": _tile(1, BLOCK, 4),
+        "grad": _tile(1, 1024, 4),
+        "weights": dict(B_T=1024, num_warps=8),
+        "sparse": dict(B_D=512, num_warps=4),
+    },
+    "sm_90": {
+        "fold": _tile(1, BLOCK, 4),
+        "grad": _tile(1, 2048, 4),
+        "weights": dict(B_T=1024, num_warps=8),
+        "sparse": dict(B_D=512, num_warps=4),
+    },
+    "sm_100": {
+        "fold": _tile(1, BLOCK, 4),
+        "grad": _tile(1, 2048, 4),
+        "weights": dict(B_T=1024, num_warps=8),
+        "sparse": dict(B_D=512, num_warps=4),
+    },
+    "gfx942": {
+        "fold": _tile(1, BLOCK, 4),
+        "grad": _tile(1, 1024, 4),
+        "weights": dict(B_T=1024, num_warps=8),
+        "sparse": dict(B_D=512, num_warps=4),
+    },
     # An operation costs the interpreter the same, whatever its size.
-    "interpreter": {"fold": _tile(32, BLOCK, 1), "grad": _tile(32, 1024, 1), "weights": dict(B_T=1024, num_warps=1)},
+    "interpreter": {
+        "fold": _tile(32, BLOCK, 1),
+        "grad": _tile(32, 1024, 1),
+        "weights": dict(B_T=1024, num_warps=1),
+        "sparse": dict(B_D=1024, num_warps=1),
+    },
 }
 SEARCH = {
     "fold": [_tile(rows, BLOCK, warps) for rows in (1, 2, 4) for warps in (1, 2, 4, 8) if rows <= 2 * warps],
