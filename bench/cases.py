@@ -41,6 +41,12 @@ class Point:
     inputs: dict[str, Any] = field(default_factory=dict)  # of the generator
     options: dict[str, Any] = field(default_factory=dict)  # of the problem
 
+    @property
+    def needed_bytes(self) -> int:
+        """The head, its gradient and one block's share of it in float64, and the logits that eager code keeps."""
+        n, d, v = self.size
+        return 3 * 8 * v * d + 5 * 4 * n * v
+
     def problem(self, dtype: torch.dtype, device: torch.device) -> Problem:
         return Problem.of(self.head(0, *self.size, **self.inputs), dtype, device, **self.options)
 

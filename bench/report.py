@@ -81,7 +81,7 @@ def cells(point: Report) -> list[list[str]]:
                 f"{line.limit:.0%}",
                 "" if line.peak_mib is None else f"{line.peak_mib:.0f}",
                 f"{logprob['max']:.1e}",
-                *("" if x is None else f"{x['relative']:.1e}" for x in gradients),
+                *("" if x is None or x["relative"] is None else f"{x['relative']:.1e}" for x in gradients),
                 f"{max(of_eager):.2g}" if of_eager else "",
             ]
         )
@@ -191,9 +191,10 @@ def certificate(line: Line) -> str:
     assert line.certificate is not None
     made = {name: line.errors[name]["relative"] for name in ("dhidden", "dweight") if name in line.errors}
     true = ", ".join(f"{name} {relative:.1e}" for name, relative in made.items())
+    rows = ", ".join(f"{share:.0%} of the rows {name}" for name, share in line.certificate["rows"].items())
     return (
-        f"{line.name}: certified to leave out at most {line.certificate['error_bound']:.1e} of dL/dlogits, with "
-        f"{line.certificate['live_rows']:.0%} of the rows in the products; true errors, rounding included: {true}"
+        f"{line.name}: certified to be off by at most {line.certificate['error_bound']:.1e} of dL/dlogits, "
+        f"{rows}; true errors, rounding included: {true}"
     )
 
 
@@ -250,13 +251,14 @@ def _draw_pareto(reports: list[Report]) -> Any:
         for line in lines(report["points"][0]):
             error = max(line.errors[name]["relative"] for name in ("dhidden", "dweight"))
             axis.errorbar(
-                line.step, error, xerr=[[line.step - line.low], [line.high - line.step]], markersize=9, linestyle="",
+                line.step, error, xerr=[[line.step - line.low], [line.high - line.step]], markersize=8, linestyle="",
                 label=line.name, **_style(line.name),
             )  # fmt: skip
-        axis.set(xscale="log", yscale="log", xlabel="seconds a step", title=report["dtype"])
+        axis.set(yscale="log", xlabel="seconds a step", title=report["dtype"])
+        axis.set_xlim(left=0)
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("RMS error of dH or dW, relative")
-    axes[-1].legend(fontsize=7)
+    _legend(figure, axes)
     return figure
 
 
@@ -290,8 +292,14 @@ def _draw_growth(reports: list[Report]) -> Any:
         memory.set(xscale="log", yscale="symlog", xlabel=size, ylabel="peak MiB beyond inputs and gradients")
         for axis in (time, memory):
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=6)
+    _legend(figure, axes[0])
     return figure
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """One for all of them, since a contender may be missing in one."""
+    found = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(found.values(), found.keys(), loc="outside right center", fontsize=8)
 
 
 DRAW = {"pareto": _draw_pareto, "limit": _draw_limit, "growth": _draw_growth}

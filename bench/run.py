@@ -16,7 +16,7 @@ from rich.table import Table
 from .cases import Case, Point, all_cases
 from .compare import compare, lines, noise
 from .contenders import CONTENDERS, Contender
-from .measure import environment, step, write_json
+from .measure import environment, free_bytes, step, write_json
 from .record import load
 from .report import HEADER, RESULTS, cells, certificate
 
@@ -50,6 +50,11 @@ def run(arguments: argparse.Namespace) -> None:
                 environment=environment(device), points=[],
             )  # fmt: skip
             for point in case.points:
+                free = free_bytes(device)
+                if free is not None and free < point.needed_bytes:
+                    gib = f"{point.needed_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+                    console.print(f"{case.name}, {point.label}: left out, since it needs {gib}")
+                    continue
                 made = _measure(point, case, getattr(torch, dtype), device, arguments, console)
                 report["points"].append(dict(label=point.label) | made)
                 _show(console, report, report["points"][-1])
@@ -81,7 +86,7 @@ def _dtypes(arguments: argparse.Namespace, case: Case, kind: str) -> list[str]:
     return ["bfloat16", "float32"] if case.both_dtypes and kind == "cpu" else ["bfloat16"]
 
 
-def _contenders(arguments: argparse.Namespace, case: Case) -> list[Contender]:
+def _contenders(arguments: argparse.Namespace, case: Case, dtype: torch.dtype) -> list[Contender]:
     if arguments.contenders:
         names = [name.strip() for name in arguments.contenders.split(",")]
         if unknown := set(names) - {c.name for c in CONTENDERS}:
@@ -89,8 +94,9 @@ def _contenders(arguments: argparse.Namespace, case: Case) -> list[Contender]:
                 f"unknown contenders: {', '.join(sorted(unknown))}; there are: {', '.join(c.name for c in CONTENDERS)}"
             )
         return [c for c in CONTENDERS if c.name in names]
-    # A smoke run has no time to compile every case.
-    return [c for c in CONTENDERS if not (arguments.smoke and c.compiles and case.name != "headline")]
+    # A smoke run has no time to compile more than once.
+    once = case.name == "headline" and dtype == torch.bfloat16
+    return [c for c in CONTENDERS if once or not (arguments.smoke and c.compiles)]
 
 
 def _measure(
@@ -98,7 +104,7 @@ def _measure(
 ) -> dict[str, Any]:
     start = time.monotonic()
     problem = point.problem(dtype, device)
-    contenders = _contenders(arguments, case)
+    contenders = _contenders(arguments, case, dtype)
 
     def memory(contender: Contender) -> bool:
         if device.type == "cuda" or not arguments.smoke:
@@ -106,8 +112,9 @@ def _measure(
         return case.memory and contender is contenders[0] and dtype == torch.bfloat16
 
     def say(text: str) -> None:
-        if console.is_terminal:
-            status.update(f"{case.name}, {point.label}, {dtype}: {text}")
+        status.update(f"{case.name}, {point.label}, {dtype}: {text}")
+        if not (console.is_terminal or arguments.smoke):
+            print(f"{time.monotonic() - start:6.1f} s {text}", file=sys.stderr, flush=True)
 
     with console.status("inputs") as status:
         made = compare(problem, contenders, 1 if arguments.smoke else arguments.repeats, memory=memory, say=say)

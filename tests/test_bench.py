@@ -161,6 +161,32 @@ def test_a_refused_run_prints_no_timing(monkeypatch, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+class Tires(Eager):
+    """Right at first: a step to warm up, one that is looked at closely, and then no more."""
+
+    name = "tires"
+
+    def __init__(self):
+        self.steps = 0
+
+    def forward(self, hidden, weight, problem):
+        self.steps += 1
+        return super().forward(hidden, weight if self.steps < 3 else 1.01 * weight, problem)
+
+
+def test_later_turns_are_checked_too():
+    """Their times count as much."""
+    point = measured(Ours(), Tires(), repeats=2)
+    assert "tires" in point["wrong"]
+    assert "tires" not in point["contenders"]
+
+
+def test_ours_that_fails_is_not_a_line_of_the_table(monkeypatch):
+    monkeypatch.setattr(contenders, "linear_logprob", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("broken")))
+    with pytest.raises(RuntimeError, match="broken"):
+        measured(Ours(), EAGER)
+
+
 def test_rows_without_a_coefficient_have_no_gradient(monkeypatch):
     """However small it is."""
     step = measure.step
@@ -194,8 +220,10 @@ def test_the_certificate_stands_beside_the_error():
     }
     certificate = by_name["ours"].certificate
     assert 0 < certificate["error_bound"] <= torch.finfo(torch.bfloat16).eps / 4
-    assert certificate["live_rows"] < 0.7
-    assert by_name["ours (exact)"].certificate == dict(error_bound=0.0, live_rows=pytest.approx(0.7, abs=0.01))
+    exact = by_name["ours (exact)"].certificate
+    assert exact["error_bound"] == 0
+    # What has no coefficient is left out by both, and more by the one that may.
+    assert max(certificate["rows"].values()) < max(exact["rows"].values()) == pytest.approx(0.7, abs=0.01)
 
 
 class Missing(Eager):
@@ -287,6 +315,13 @@ def test_command_line():
     command = [sys.executable, "-m", "bench", "--smoke", "--cases", "forward,hard", "--contenders", "ours,eager"]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert all(name in output for name in ("forward", "uniform logits", "extreme logits"))
+
+
+def test_what_does_not_fit_is_left_out(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(run, "free_bytes", lambda device: 1 << 20)
+    run.run(arguments("--smoke", "--cases", "frozen", "--contenders", "ours", "--out", str(tmp_path)))
+    assert "left out, since it needs" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_names_are_refused():
@@ -401,6 +436,7 @@ def test_a_recording_holds_what_the_model_saw(policy):
     from covgrpo_kernels.grpo import train
 
     scored = []
+    policy.eos_ids = torch.arange(60)  # responses of different lengths, and padding
     logprobs = train.logprobs
     train_logprobs = lambda *a: scored.append(logprobs(*a)) or scored[-1]  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
@@ -409,6 +445,10 @@ def test_a_recording_holds_what_the_model_saw(policy):
     problem = Problem.of(recording, torch.float32, CPU)
     x = measure.step(EAGER, dataclasses.replace(problem, backward=False)).results["logprob"]
     torch.testing.assert_close(x, scored[0].flatten(), rtol=1e-5, atol=1e-5)
+    ignored = problem.targets == -100
+    assert ignored.any()
+    assert not problem.logprob_grad[ignored].any()
+    assert not recording["logprob_grad"][ignored].any()
 
 
 def test_a_recording_without_coefficients_is_refused(policy, monkeypatch):
