@@ -212,8 +212,7 @@ def noise(point: dict[str, Any]) -> list[str]:
         spread = (max(seconds) - min(seconds)) / statistics.median(seconds) if seconds else 0.0
         if spread > STEADY:
             found.append(f"noisy machine: the bare products ({part}) vary by {spread:.0%}")
-    ranked = lines(point)
-    for a, b in itertools.pairwise(ranked):
-        if b.low <= a.high:
-            found.append(f"{a.name} and {b.name} cannot be ranked on this machine today: their times overlap")
+    tied = [f"{a.name} and {b.name}" for a, b in itertools.pairwise(lines(point)) if b.low <= a.high]
+    if tied:
+        found.append(f"cannot be ranked on this machine today, since their times overlap: {', '.join(tied)}")
     return found
