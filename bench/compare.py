@@ -142,7 +142,7 @@ def _check_idle(contender: Contender, problem: Problem, results: Results) -> Non
 
 def _peer_limits(problem: Problem, sizes: dict[str, float], eager: dict[str, float]) -> dict[str, float]:
     """RMS errors beyond which a peer does not compute what was asked for: a multiple of eager's, or what comes of a
-    logit and a log-sum that are rounded to float32 one by one."""
+    logit and a log-sum that are rounded to float32 one by one, and of results in the dtype of the inputs."""
     eps = torch.finfo(torch.float32).eps
     weight = problem.weight.float().t()
     logit = max((block.float() @ weight).abs().max().item() for block in problem.hidden.split(128))
@@ -150,7 +150,8 @@ def _peer_limits(problem: Problem, sizes: dict[str, float], eager: dict[str, flo
     limits = {}
     for name, size in sizes.items():
         separate = 8 * eps * logit * (size if name.startswith("d") else 1.0)
-        limits[name] = max(PEER_CLASS * eager.get(name, 0.0), bound[name] + separate)
+        result = torch.finfo(problem.hidden.dtype).eps * size
+        limits[name] = max(PEER_CLASS * eager.get(name, 0.0), bound[name] + separate + result)
     return limits
 
 
