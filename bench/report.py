@@ -289,8 +289,13 @@ def _draw_growth(reports: list[Report]) -> Any:
             peaks = [(x, line.peak_mib) for x, line in curve if line.peak_mib is not None]
             memory.plot([x for x, _ in peaks], [peak for _, peak in peaks], **style)
         time.set(xscale="log", yscale="log", title=f"{report['case']}, {report['dtype']}", ylabel="seconds a step")
-        memory.set(xscale="log", yscale="symlog", xlabel=size, ylabel="peak MiB beyond inputs and gradients")
+        memory.set(xscale="log", xlabel=size, ylabel="peak MiB beyond inputs and gradients")
+        memory.set_yscale("symlog", linthresh=10)
+        memory.set_ylim(bottom=0)
+        sizes = [point["size"][size] for point in report["points"]]
         for axis in (time, memory):
+            axis.set_xticks(sizes, [str(x) for x in sizes])
+            axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
             axis.grid(alpha=0.3)
     _legend(figure, axes[0])
     return figure
