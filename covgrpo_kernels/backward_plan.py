@@ -15,15 +15,24 @@ import torch
 from torch import Tensor
 
 from .tiles.eager import capping
-from .tiles.interface import CAPACITY, LOG_ZERO, TAIL_ROWS, Coefficients, Head, Results
+from .tiles.interface import CAPACITY, LOG_ZERO, TAIL_ROWS, Candidates, Coefficients, Head, Results
 
 
 class Kept(NamedTuple):
     """What the forward kept of R rows."""
 
-    found: Tensor  # [R] int32 entries that reached the threshold; where they are more than K some are lost
+    found: Tensor  # [R] int32 entries that reached the threshold; where they are more than K none is kept
     entries: Tensor  # [R, K] int32
     logits: Tensor  # [R, K]
+
+    @classmethod
+    def of(cls, candidates: Candidates) -> Kept:
+        """In the order of the entries, so that sums over them have one; nothing of rows that have lost some."""
+        _, found, entries, logits = candidates
+        capacity = entries.shape[1]
+        there = torch.arange(capacity, device=found.device) < found.where(found <= capacity, 0).unsqueeze(1)
+        in_order, order = entries.where(there, torch.iinfo(entries.dtype).max).sort(1)
+        return cls(found, in_order.where(there, 0), logits.gather(1, order).where(there, 0))
 
     def rows(self, chosen: Tensor) -> Kept:
         return Kept._make(value[chosen] for value in self)
@@ -81,9 +90,8 @@ def sparse_rows(
     found, entries, z = kept
     entries = entries.long()
     places = torch.arange(entries.shape[1], device=entries.device)
-    used = (
-        (places < found.unsqueeze(1)) & (z >= floors(results, floor).unsqueeze(1)) & (entries != targets.unsqueeze(1))
-    )
+    used = places < found.where(found <= len(places), 0).unsqueeze(1)
+    used &= (z >= floors(results, floor).unsqueeze(1)) & (entries != targets.unsqueeze(1))
     log_p = (z - results.maximum.unsqueeze(1)) - results.log_total.unsqueeze(1)
     p = log_p.exp().where(used, 0)
     per_p = logprob_grad.unsqueeze(1)
@@ -165,12 +173,11 @@ def plan_backward(
     if kept.entries.shape[1] and len(live) > TAIL_ROWS and floor > 0:
         rows = sparse_rows(kept, results, targets, logprob_grad, entropy_grad, head, temperature, floor)
         can_be_sparse = live & (kept.found <= CAPACITY) & rows.values.isfinite().all(1)
-        # With fewer there is nothing to make a tail of; and no row without a gradient, whatever it holds, may be in it.
-        can_be_sparse = can_be_sparse & (can_be_sparse.sum() > TAIL_ROWS)
         norm = rows.values.double().square().sum(1)
         weights = tail_weights(logprob_grad, entropy_grad)
         # What a subtraction leaves of 1 - p is known to some roundings of it.
         mass = rows.mass - torch.expm1(logprob) * (16 * torch.finfo(logprob.dtype).eps)
+        # Where there are not so many, all of them are dense: no row without a gradient is ever in the tail.
         tail_rows = (weights * mass * slope).where(can_be_sparse, -1.0).topk(TAIL_ROWS).indices
         mixed = weights[tail_rows]
         largest = (floor * mixed.sum() / (mixed * mass[tail_rows]).sum()).clamp(max=1)

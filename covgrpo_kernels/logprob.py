@@ -263,7 +263,7 @@ def _stream_forward(
                     tile = workspace[: len(h) * (b - a)].view(len(h), b - a)
                     _mm(h, w.t(), tile)
                     ops.fold(tile, *arguments, noted)
-    results, kept = state.results(), Kept(*candidates[1:])
+    results, kept = state.results(), Kept.of(candidates)
     if chosen is None:
         return Results(*(r.where(valid, 0) for r in results)), kept
 

@@ -89,8 +89,10 @@ for kernel, names in (
     def key(rows, first, offset, width=2048):
         tile, row = torch.empty(rows, width), torch.empty(rows + offset)[offset:]
         targets = torch.zeros(rows + offset).long()[offset:]
+        found = targets.int()
         arguments = dict.fromkeys(names, row) | dict(tile=tile, out=tile, targets=targets)
         arguments |= dict(bias=None, temperature=row, n_rows=rows, width=width, first=first, SCALE=1.0, CAP=None)
+        arguments |= dict(threshold=row, found=found, entries=found, logits=row, CAPACITY=64)
         arguments |= dict(ENTROPY=True, B_R=1, B_C=1024)
         return bind(**{n: arguments[n] for n in kernel.arg_names})[1]
 

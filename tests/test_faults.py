@@ -91,12 +91,28 @@ def certificate(patch):
     test_plan.test_tolerance_is_kept_and_used(2e-3)
 
 
+def one_dlogits(patch):
+    test_plan.test_all_gradients_are_of_one_dlogits("all", torch.float64, "eager", patch)
+
+
+def above_the_floor(patch):
+    test_plan.test_every_entry_above_the_floor_is_kept(torch.float64, "eager")
+
+
+def overflow(patch):
+    test_plan.test_a_row_with_more_candidates_than_it_has_room_for_is_never_sparse()
+
+
+def loose_certificate(patch):
+    test_plan.test_tolerance_is_kept_and_used(2e-2)
+
+
 def skipping(patch):
     test_plan.test_rows_without_coefficient_enter_no_product(patch)
 
 
 FAULTS = {
-    "last chunk skipped": (many_tiles, Fault(logprob._vocabulary_slices, "whole, vocab]", "whole]")),
+    "last chunk skipped": (many_tiles, Fault(logprob._vocabulary_slices, "whole, vocab}", "whole}")),
     "-1 at the target lost": (
         sums_to_zero, Fault(eager.grad, "torch.where(here.unsqueeze(1)", "torch.where(here.unsqueeze(1) & False")
     ),
@@ -159,16 +175,30 @@ FAULTS = {
         Fault(weighting.group_weights_grad, "scopes.spread(dvariance * 2 / n)", "0 * scopes.spread(dvariance)"),
     ),
     "tolerance ignored": (
-        certificate, Fault(backward_plan.plan_backward, "<= grad_tol * total", "<= 0.05 * total")
+        certificate, Fault(backward_plan.plan_backward, "<= grad_tol**2 * total", "<= 0.05 * total")
     ),
     "tolerance not used": (
-        certificate, Fault(backward_plan.plan_backward, "<= grad_tol * total", "<= 0.0 * total")
+        certificate, Fault(backward_plan.plan_backward, "<= grad_tol**2 * total", "<= 0.0 * total")
     ),
-    "certificate without the entropy": (
-        certificate, Fault(backward_plan.plan_backward, "2 * entropy_grad.abs()", "0 * entropy_grad.abs()")
+    "sparse rows without the entropy": (
+        certificate, Fault(backward_plan.sparse_rows, "+ entropy_grad.unsqueeze(1)", "+ 0 * entropy_grad.unsqueeze(1)")
+    ),
+    "tails dropped": (certificate, Fault(logprob._SparsePart.__init__, "tails = rows.tail", "tails = 0 * rows.tail")),
+    "tail of another size": (certificate, Fault(logprob._SparsePart.__init__, "(1 / total)", "(2 / total)")),
+    "target twice in the tail": (
+        loose_certificate, Fault(eager.tail_probabilities, "p.scatter_(1, column", "p.scatter_(1, 0 * column")
+    ),
+    "dW of the slice beside": (
+        one_dlogits, Fault(logprob._SparsePart.weight_rows, "touched[begin:end]", "touched[begin:end].flip(0)")
+    ),
+    "tail not in the bias": (one_dlogits, Fault(logprob._stream_backward, "of_tail * with_tail.bias", "0 * of_tail")),
+    "thresholds too high": (above_the_floor, Fault(logprob._stream_forward, "math.log(floor)", "math.log(floor) + 2")),
+    "candidates of one tile": (above_the_floor, Fault(eager._add_candidates, "+ so_far[row]", "")),
+    "lost candidates not noticed": (
+        overflow, Fault(backward_plan.plan_backward, "kept.found <= CAPACITY", "kept.found >= 0")
     ),
     "dead rows computed": (
-        skipping, Fault(logprob._stream_backward, "live.nonzero()", "torch.ones_like(live).nonzero()")
+        skipping, Fault(logprob._stream_backward, "plan.dense.nonzero()", "torch.ones_like(plan.dense).nonzero()")
     ),
 }  # fmt: skip
 
@@ -258,7 +288,8 @@ def apply(fault: Fault, patch: pytest.MonkeyPatch) -> None:
     module = sys.modules[function.__module__]
     scope: dict = {}
     exec(compile(source.replace(fault.old, fault.new), inspect.getfile(function), "exec"), vars(module), scope)
-    holder = layout.Segments if "." in function.__qualname__ else module
+    *owner, _ = function.__qualname__.split(".")
+    holder = vars(module)[owner[0]] if owner else module
     changed = scope[function.__name__]
     patch.setattr(holder, function.__name__, changed)
     for other in list(sys.modules.values()):

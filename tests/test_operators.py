@@ -27,8 +27,10 @@ from covgrpo_kernels import (
     reference,
     tiles,
 )
+from covgrpo_kernels.backward_plan import Kept, plan_backward
 from covgrpo_kernels.layout import flatten_tokens
-from covgrpo_kernels.testing import check_draw, leaf, random_batch, random_head, rms, run_logprob
+from covgrpo_kernels.testing import check_draw, leaf, random_batch, random_head, rl_head, rms, run_logprob
+from covgrpo_kernels.tiles.interface import Head, Results
 from covgrpo_kernels.weighting import weighting_scopes
 
 pytestmark = [
@@ -169,10 +171,11 @@ def operands(name: str, dtype: torch.dtype, requires_grad: bool) -> tuple[Any, .
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_opcheck_forward(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("grad_tol", [0.0, 5e-3])
+def test_opcheck_forward(name: str, dtype: torch.dtype, grad_tol: float) -> None:
     """Schema, autograd registration, fake against real, AOT dispatch with dynamic shapes."""
     op = torch.ops.covgrpo.linear_logprob
-    arguments = (*operands(name, dtype, True), OPTIONS[name]["entropy"], -100, 0.0)
+    arguments = (*operands(name, dtype, True), OPTIONS[name]["entropy"], -100, grad_tol, True)
     torch.library.opcheck(op, arguments, rtol=0.0, atol=0.0)
 
 
@@ -182,13 +185,29 @@ def test_opcheck_forward(name: str, dtype: torch.dtype) -> None:
 def test_opcheck_backward(name: str, needs: list[bool], live: str) -> None:
     arguments = operands(name, torch.bfloat16, False)
     with torch.no_grad():
-        statistics = torch.ops.covgrpo.linear_logprob(*arguments, True, -100, 0.0)
+        output = torch.ops.covgrpo.linear_logprob(*arguments, True, -100, 0.0, True)
     valid = arguments[3] != -100
     rows = {"all": valid, "some": valid & (torch.arange(7) % 3 != 0), "none": valid & False}[live]
     g = torch.linspace(-1, 1, 7) * rows
     e = g.flip(0) * rows if OPTIONS[name]["entropy"] else None
     op = torch.ops.covgrpo.linear_logprob_backward
-    torch.library.opcheck(op, (*arguments, *statistics, g, e, rows, needs), rtol=0.0, atol=0.0)
+    plan = [rows, torch.zeros_like(rows), torch.zeros(0, dtype=torch.int64), torch.zeros((), dtype=torch.float64)]
+    torch.library.opcheck(
+        op, (*arguments, list(output[:4]), list(output[4:]), g, e, plan, 0.0, needs), rtol=0.0, atol=0.0
+    )
+
+
+def test_opcheck_backward_with_sparse_rows(backend: str) -> None:
+    head = rl_head(0, 64, 16, 600)
+    g, e = head["logprob_grad"], head["entropy_grad"]
+    arguments = (head["hidden"], head["weight"], None, head["targets"], None, 1.0, None)
+    output = torch.ops.covgrpo.linear_logprob(*arguments, True, -100, 5e-3, True)
+    results, kept = Results(*output[:4]), Kept(*output[4:])
+    plan = plan_backward(results, kept, head["targets"], g, e, Head(1.0, None), None, 5e-3)
+    assert plan.sparse.any()
+    op = torch.ops.covgrpo.linear_logprob_backward
+    given = (*arguments, list(results), list(kept), g, e, list(plan), 5e-3, [True, True, False])
+    torch.library.opcheck(op, given, rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize("kind", [CovarianceWeighting(), CovGRPOConfig.author_code().token_weighting], ids=str)
@@ -894,6 +913,7 @@ def test_metrics_against_the_reference(estimator: str, packed: bool) -> None:
         "covariance/std": c.std(correction=0),
         **{f"covariance/{n}": c.quantile(q, interpolation="nearest") for n, q in quantiles.items()},
         "rows/live_fraction": torch.ones((), dtype=torch.float64),  # entropy bonus
+        "rows/dense_fraction": torch.ones((), dtype=torch.float64),
         "rows/grad_error_bound": torch.zeros((), dtype=torch.float64),
         "rows/invalid_targets": torch.zeros((), dtype=torch.float64),
     }

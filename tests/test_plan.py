@@ -1,12 +1,14 @@
 """The backward plan: what may be left out, the certificate, and that it saves work."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from covgrpo_kernels import covgrpo_loss, linear_logprob, logprob, reference, tiles
-from covgrpo_kernels.backward_plan import Kept, plan_backward, resolve_grad_tol
+from covgrpo_kernels.backward_plan import Kept, plan_backward, probability_floor, resolve_grad_tol
 from covgrpo_kernels.config import CovGRPOConfig
 from covgrpo_kernels.testing import policy_head, random_batch, rl_head
 from covgrpo_kernels.tiles.interface import TAIL_ROWS, Head, Results
@@ -35,7 +37,7 @@ def dlogits_batch(seed, tokens, entropy, per_token, sure, vocab=150):
     logits[peaks, targets[peaks]] += 10 + 10 * torch.rand(int(peaks.sum()), generator=g_, dtype=F64)
     g = torch.randn(tokens, generator=g_, dtype=F64) * 10 ** torch.randn(tokens, generator=g_, dtype=F64)
     g[torch.rand(tokens, generator=g_) < 0.2] = 0
-    e = torch.randn(tokens, generator=g_, dtype=F64) * 0.1 if entropy else None
+    e = torch.randn(tokens, generator=g_, dtype=F64) if entropy else None
     temperature = torch.rand(tokens, generator=g_, dtype=F64) + 0.3 if per_token else None
     return logits, targets, g, e, temperature
 
@@ -123,9 +125,38 @@ def test_all_gradients_are_of_one_dlogits(settings, dtype, backend, monkeypatch)
         assert ((got - (dz.T @ left).view_as(got)).abs() <= bound + 64 * eps * bound.max()).all(), name
 
 
-def test_masked_rows_are_not_in_the_tail(backend):
-    """Whatever a row without a gradient holds: it is none of those the tail is made of."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64])
+def test_every_entry_above_the_floor_is_kept(dtype, backend):
+    """Whatever the thresholds were when it came: over several tiles, targets from sure to nearly impossible."""
+    head = rl_head(3, 96, 64, 9000)
+    hidden, weight = head["hidden"].to(dtype), head["weight"].to(dtype)
+    targets = head["targets"].where(torch.arange(96) % 8 > 0, 8999)
+    *output, found, entries, logits = logprob.linear_logprob_op(
+        hidden, weight, None, targets, None, 1.0, None, False, -100, 5e-3, True
+    )
+    results = Results(*output)
+    valid = targets != -100
+    log_p = (hidden.double() @ weight.double().T).log_softmax(1)
+    is_in = torch.zeros(96, 9000, dtype=torch.bool)
+    for t in valid.nonzero().squeeze(1).tolist():
+        kept = slice(0, int(found[t]) if found[t] <= entries.shape[1] else 0)
+        is_in[t, entries[t, kept].long()] = True
+        assert entries[t, kept].diff().gt(0).all()
+        z = (logits[t, kept].double() - results.maximum[t]) - results.log_total[t]
+        torch.testing.assert_close(z, log_p[t, entries[t, kept].long()], rtol=0.0, atol=1e-3)
+    complete = valid & (found <= entries.shape[1])
+    assert complete.sum() > 60
+    assert is_in[complete][log_p[complete] > math.log(probability_floor(5e-3)) + 1e-3].all()
+    assert is_in[complete].sum(1).float().mean() < 40
+    assert not found[~valid].any()
+
+
+@pytest.mark.parametrize("share", [0.9, 0.1])
+def test_masked_rows_are_not_in_the_tail(share, backend):
+    """Whatever a row without a gradient holds: it is none of those the tail is made of, even where there are not enough
+    others."""
     head = rl_head(0, 128, 32, 3000)
+    head["targets"] = head["targets"].where(torch.arange(128) % 10 < 10 * share, -100)
     ignored = head["targets"] == -100
     grads = []
     for value in (0.0, torch.nan):
@@ -158,13 +189,16 @@ def test_same_bits_with_any_number_of_threads(backend):
         assert torch.equal(results[0][1], other[1])
 
 
-def test_a_row_with_more_candidates_than_it_has_room_for_is_dense():
+def test_a_row_with_more_candidates_than_it_has_room_for_is_never_sparse():
     logits, targets, g, _, _ = dlogits_batch(4, 100, False, False, 1.0)
-    logits[10:13] = 0.0  # 150 entries of 0.007 each
-    g[10:13] = 1.0
-    plan, _ = planned(logits, targets, g, None, None, Head(1.0, None), 5e-3)
+    logits[10:16] = 0.0  # 150 entries of 0.007 each
+    g[10:16] = torch.tensor([1.0, 1.0, 1.0, 1e-9, 1e-9, 1e-9])
+    plan, (dz, _, _) = planned(logits, targets, g, None, None, Head(1.0, None), 5e-3)
     assert plan.dense[10:13].all()
+    assert not plan.sparse[10:16].any()
     assert plan.sparse.sum() > 40
+    exact = dense_dlogits(logits, targets, g, None, Head(1.0, None), None)
+    assert (dz - exact)[10:13].norm() <= 1e-12 * exact[10:13].norm()
 
 
 def test_frozen_sides(backend):

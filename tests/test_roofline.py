@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from bench import roofline
 from covgrpo_kernels import linear_logprob, logprob, tiles
+from covgrpo_kernels.backward_plan import plan_backward
 from covgrpo_kernels.tiles.interface import BLOCK, Head
 
 TILE = (4, BLOCK)
@@ -99,15 +100,16 @@ def test_other_bytes_are_those_of_the_loop(shape, small_tiles, monkeypatch):
     hidden, weight, targets = (x.detach() for x in inputs(*shape, torch.bfloat16))
     ones = torch.ones(len(hidden))
     settings = (hidden, weight, None, targets, None, Head(1.0, None))
-    results = logprob._stream_forward(*settings, False, -100)
+    results, kept = logprob._stream_forward(*settings, False, -100, 0.0)
     monkeypatch.setattr(logprob, "_mm", lambda *a, **k: None)
     for name in ("fold", "grad"):
         monkeypatch.setattr(tiles.eager, name, lambda *a: None)
     tokens, depth, vocab = shape
     with MatrixBytes(depth) as forward:
-        logprob._stream_forward(*settings, False, -100)
+        logprob._stream_forward(*settings, False, -100, 0.0)
+    plan = plan_backward(results, kept, targets, ones, None, Head(1.0, None), None, 0.0)
     with MatrixBytes(depth) as backward:
-        logprob._stream_backward(*settings, results, ones, None, ones.bool(), [True, True, True])
+        logprob._stream_backward(*settings, results, kept, ones, None, plan, 0.0, [True, True, True])
     step = roofline.backward(roofline.Head(depth, vocab), tokens, TILE)
     assert forward.bytes == 0
     assert backward.bytes == sum(n * o.bytes for o, n in step.items() if o.part == "other" and o.shape[1] == depth)
