@@ -52,7 +52,15 @@ class BackwardPlan(NamedTuple):
     dense: Tensor  # [N] bool, rows that enter the matrix products
     sparse: Tensor  # [N] bool, rows of which kept entries and the tail stand for all
     tail_rows: Tensor  # [TAIL_ROWS] dense rows that the tail is made of, or [0] where nothing is sparse
-    error_bound: Tensor  # [] float64, the certificate: |error in dZ|_F <= error_bound * |dZ|_F
+    error_bound: Tensor  # [] float64, the certificate: |error in dZ|_F <= error_bound * |dZ|_F; unbiased: of its RMS
+    boost: Tensor | None = None  # [N] what the coefficients of the rows are multiplied with; None: 1
+
+    def boosted(self, coefficient: Tensor) -> Tensor:
+        return coefficient if self.boost is None else coefficient * self.boost.to(coefficient.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        """What the backward's operator takes, of boosted coefficients."""
+        return [self.dense, self.sparse, self.tail_rows, self.error_bound]
 
 
 def resolve_grad_tol(grad_tol: float | str, dtype: torch.dtype) -> float:
@@ -134,6 +142,7 @@ def plan_backward(
     head: Head,
     temperature: Tensor | None,  # [N]
     grad_tol: float,
+    chance: Tensor | None = None,  # [N] uniform in [0, 1)
 ) -> BackwardPlan:
     """Rows with g = e = 0 are out, always. Of the others, those with the smallest bounds on the squared error of their
     row of dZ, as sparse ones where they can be and else left out, until the sum is ``grad_tol`` squared times a lower
@@ -145,6 +154,8 @@ def plan_backward(
     tail is its sum times a distribution whose sum of squares is at most its largest entry, f over the mean mass of the
     rows it is made of. Both have one sign where there is no entropy coefficient, so that their squares add up; with one
     twice them. Softcap only shrinks all of this.
+
+    With ``chance`` no row is sparse, and rows of a small bound are left out at random: `_keep_at_random`.
     """
     logprob, entropy, maximum, log_total = results
     live = logprob_grad != 0
@@ -168,6 +179,8 @@ def plan_backward(
     bound = (upper * slope).double().square()
     norm = (at_target * slope).double().square()
 
+    if chance is not None:
+        return _keep_at_random(live, bound.sqrt(), norm, grad_tol, chance)
     floor = probability_floor(grad_tol)
     can_be_sparse, tail_rows = none, no_rows
     if kept.entries.shape[1] and len(live) > TAIL_ROWS and floor > 0:
@@ -180,7 +193,7 @@ def plan_backward(
         # Where there are not so many, all of them are dense: no row without a gradient is ever in the tail.
         tail_rows = (weights * mass * slope).where(can_be_sparse, -1.0).topk(TAIL_ROWS).indices
         mixed = weights[tail_rows]
-        largest = (floor * mixed.sum() / (mixed * mass[tail_rows]).sum()).clamp(max=1)
+        largest = (floor * mixed.sum() / (mixed * rows.mass[tail_rows]).sum()).clamp(max=1)
         per_p = logprob_grad.abs()
         if entropy_grad is not None:
             per_p = per_p + entropy_grad.abs() * (entropy - math.log(floor))
@@ -195,3 +208,30 @@ def plan_backward(
     error = bound.where(within, 0).sum()
     sparse = live & within & can_be_sparse
     return BackwardPlan(live & ~within, sparse, tail_rows, (error / total).sqrt().where(error > 0, 0))
+
+
+def _keep_at_random(
+    live: Tensor,  # [N]
+    bound: Tensor,  # [N] float64, on the norm of the row of dZ
+    norm: Tensor,  # [N] float64, its square from below
+    grad_tol: float,
+    chance: Tensor,  # [N]
+) -> BackwardPlan:
+    """Each row is kept with a probability proportional to its bound u, min(1, u / c), and multiplied by the inverse, so
+    that the expected gradient is the exact one. Of all such choices this has the least variance, sum of u^2 (c / u - 1)
+    over rows with u < c: c is as large as ``grad_tol`` squared of |dZ|_F squared allows."""
+    u = bound.where(live, 0)
+    total = norm.where(live, 0).sum()
+    in_order = u.sort().values
+    # Between two bounds that follow each other the variance is linear in c.
+    c = (grad_tol**2 * total + in_order.square().cumsum(0)) / in_order.cumsum(0)
+    following = torch.nn.functional.pad(in_order[1:], (0, 1), value=torch.inf)
+    c = torch.minimum(c, following).where(c >= in_order, 0)
+    c = c.amax() if len(c) else c.sum()
+    probability = u / c
+    at_random = probability < 1
+    variance = (c * u - u.square()).where(at_random & (u > 0), 0).sum()
+    kept = live & ~(chance >= probability)  # a NaN is kept
+    none, no_rows = torch.zeros_like(live), torch.zeros(0, dtype=torch.int64, device=live.device)
+    boost = (1 / probability).where(at_random & kept, 1)
+    return BackwardPlan(kept, none, no_rows, (variance / total).sqrt().where(variance > 0, 0), boost)

@@ -566,10 +566,11 @@ def linear_logprob_op(
     ignore_index: int,
     grad_tol: float,
     keep: bool,
+    chance: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(log-prob, entropy, maximum, log of the normaliser over the maximum), 4 x [N], and for a backward with that
     tolerance what is kept of the rows: found [N] int32, entries [N, K] int32, logits [N, K]; no entries without
-    ``keep`` or where the tolerance leaves no tail."""
+    ``keep`` or where the tolerance leaves no tail. ``chance`` is for the backward: `plan_backward`."""
     with tiles.on_device(hidden.device):
         floor = probability_floor(grad_tol) if keep else 0.0
         results, kept = _stream_forward(
@@ -580,7 +581,7 @@ def linear_logprob_op(
 
 @linear_logprob_op.register_fake
 def _(hidden, weight, bias, targets, temperature, *settings):  # type: ignore[no-untyped-def]
-    *_, grad_tol, keep = settings
+    *_, grad_tol, keep, _chance = settings
     dtype, (rows,) = _accumulator_dtype(hidden.dtype), targets.shape
     capacity = CAPACITY if keep and probability_floor(grad_tol) else 0
     found, entries = (hidden.new_empty(shape, dtype=torch.int32) for shape in ((rows,), (rows, capacity)))
@@ -624,25 +625,26 @@ def _(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, scale, softcap, ctx.entropy, ctx.ignored, ctx.grad_tol, _ = inputs
-    ctx.save_for_backward(*tensors, *output)
+    *tensors, scale, softcap, ctx.entropy, ctx.ignored, ctx.grad_tol, _, chance = inputs
+    ctx.save_for_backward(*tensors, chance, *output)
     ctx.head = Head(scale, softcap)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, logprob_grad, entropy_grad, *_):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, targets, temperature, *output = ctx.saved_tensors
+    hidden, weight, bias, targets, temperature, chance, *output = ctx.saved_tensors
     head, results, kept = ctx.head, Results(*output[:4]), Kept(*output[4:])
     valid = targets != ctx.ignored
     g = torch.zeros_like(results.logprob) if logprob_grad is None else logprob_grad.where(valid, 0)
     e = entropy_grad.where(valid, 0) if ctx.entropy and entropy_grad is not None else None
-    plan = plan_backward(results, kept, targets, g, e, head, temperature, ctx.grad_tol)
+    plan = plan_backward(results, kept, targets, g, e, head, temperature, ctx.grad_tol, chance)
+    g, e = plan.boosted(g), None if e is None else plan.boosted(e)
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
     grads = linear_logprob_backward_op(
         hidden, weight, bias, targets, temperature, head.scale, head.softcap,
-        list(results), list(kept), g, e, list(plan), ctx.grad_tol, needs,
+        list(results), list(kept), g, e, plan.tensors(), ctx.grad_tol, needs,
     )  # fmt: skip
-    return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 8
+    return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 9
 
 
 def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -674,6 +676,25 @@ class HeadInputs(NamedTuple):
     temperature: Tensor | None  # [N] float32 or float64; None: 1
     head: Head
     grad_tol: float
+
+
+def check_generator(generator: object, device: torch.device) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if generator.device.type != device.type:
+        raise ValueError(f"generator must be on {device}, got {generator.device}")
+
+
+def draw_chance(grad_mode: str, generator: torch.Generator | None, like: Tensor) -> Tensor | None:
+    """[N] of the unbiased mode, and None of the other. Raises ValueError or TypeError, naming the argument."""
+    if grad_mode not in ("bounded", "unbiased"):
+        raise ValueError(f"grad_mode must be 'bounded' or 'unbiased', got {grad_mode!r}")
+    check_generator(generator, like.device)
+    if grad_mode == "bounded":
+        return None
+    return torch.rand(like.numel(), generator=generator, dtype=torch.float64, device=like.device)
 
 
 def positive(name: str, value: object) -> float:
@@ -759,6 +780,8 @@ def linear_logprob(
     entropy: bool = False,
     ignore_index: int = IGNORE_INDEX,
     grad_tol: float | str = "auto",
+    grad_mode: str = "bounded",
+    generator: torch.Generator | None = None,
 ) -> LinearLogprob:
     """Log-probs of the targets, and on request entropies, of softmax(softcap(scale * (h W^T + b)) / T), in nats.
 
@@ -775,9 +798,12 @@ def linear_logprob(
         softcap: s of s * tanh(z / s), before the temperature (Gemma-2).
         entropy: compute entropies too; they are differentiable.
         ignore_index: rows with this target are not computed: zeros out, no gradient, whatever they hold.
-        grad_tol: rows of small gradient are left out of the backward so long as the sum of what is left out is
-            certified to be at most this fraction of |dL/dlogits|_1. 0.0 is exact; ``"auto"`` is a quarter of
+        grad_tol: bound on the relative error of dL/dlogits in the Frobenius norm, which the backward may use to do with
+            a row's probable entries and a common tail, or without a row. 0.0 is exact; ``"auto"`` is a quarter of
             the dtype's machine epsilon.
+        grad_mode: ``"unbiased"``: instead, rows of small gradient are left out at random and the others multiplied so
+            that the expected gradient is exact; ``grad_tol`` bounds the root mean square of the error.
+        generator: of that, on the device of ``hidden``; None: torch's.
 
     Returns:
         LinearLogprob(logprob, entropy), [...] in float32 (float64 for float64 inputs); entropy is None unless
@@ -791,9 +817,11 @@ def linear_logprob(
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     x = prepare_head(hidden, weight, targets, bias, temperature, logit_scale, softcap, grad_tol)
-    keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x.hidden, x.weight, x.bias))
+    chance = draw_chance(grad_mode, generator, x.targets)
+    inputs = (x.hidden, x.weight, x.bias)
+    keep = chance is None and torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
     logprob, h, *_ = linear_logprob_op(
         x.hidden, x.weight, x.bias, x.targets, x.temperature,
-        x.head.scale, x.head.softcap, entropy, ignore_index, x.grad_tol, keep,
+        x.head.scale, x.head.softcap, entropy, ignore_index, x.grad_tol, keep, chance,
     )  # fmt: skip
     return LinearLogprob(logprob.reshape(targets.shape), h.reshape(targets.shape) if entropy else None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .backward_plan import Kept, plan_backward
 from .config import IGNORE_INDEX, CovarianceWeighting, CovGRPOConfig, KLCov, check_flag
 from .layout import Segments, Tokens, check_tensor, flatten_floats, flatten_tokens, valid_tokens
-from .logprob import linear_logprob_backward_op, linear_logprob_op, positive, prepare_head
+from .logprob import draw_chance, linear_logprob_backward_op, linear_logprob_op, positive, prepare_head
 from .objective import METRICS, policy_objective
 from .tiles.interface import Head, Results
 from .weighting import weighting_scopes
@@ -74,6 +74,7 @@ class _CovGRPO(torch.autograd.Function):
         old: Tensor | None,  # [N], zero where masked, as are the next two
         ref: Tensor | None,  # [N]
         rollout: Tensor | None,  # [N]
+        chance: Tensor | None,  # [N]
         tokens: Tokens,
         head: Head,
         grad_tol: float,
@@ -81,9 +82,10 @@ class _CovGRPO(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         scored = _scored(tokens, settings)
         targets = targets.where(scored, IGNORE_INDEX)
+        keep = chance is None and any(ctx.needs_input_grad[:3])
         output = linear_logprob_op(
             hidden, weight, bias, targets, temperature, head.scale, head.softcap,
-            settings.with_entropy, IGNORE_INDEX, grad_tol, any(ctx.needs_input_grad[:3]),
+            settings.with_entropy, IGNORE_INDEX, grad_tol, keep, chance,
         )  # fmt: skip
         results, kept = Results(*output[:4]), Kept(*output[4:])
         x, entropy = results.logprob, results.entropy
@@ -94,8 +96,9 @@ class _CovGRPO(torch.autograd.Function):
             metrics=settings.metrics,
         )  # fmt: skip
         g, e = objective.logprob_grad, objective.entropy_grad
-        plan = plan_backward(results, kept, targets, g, e, head, temperature, grad_tol)
-        ctx.save_for_backward(hidden, weight, bias, targets, temperature, g, e, *results, *kept, *plan)
+        plan = plan_backward(results, kept, targets, g, e, head, temperature, grad_tol, chance)
+        g, e = plan.boosted(g), None if e is None else plan.boosted(e)
+        ctx.save_for_backward(hidden, weight, bias, targets, temperature, g, e, *results, *kept, *plan.tensors())
         ctx.head, ctx.grad_tol = head, grad_tol
 
         logprobs = x.where(scored | ~tokens.valid, torch.nan)
@@ -121,7 +124,7 @@ class _CovGRPO(torch.autograd.Function):
             hidden, weight, bias, targets, temperature, head.scale, head.softcap,
             results, kept, g * loss_grad, None if e is None else e * loss_grad, plan, ctx.grad_tol, needs,
         )  # fmt: skip
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 9
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 10
 
 
 def covgrpo_loss(
@@ -146,6 +149,7 @@ def covgrpo_loss(
     metrics: bool = True,
     generator: torch.Generator | None = None,
     grad_tol: float | str = "auto",
+    grad_mode: str = "bounded",
 ) -> CovGRPOOutput:
     """The CW-GRPO policy loss (arXiv 2605.11538) from hidden states and the head, without the logits.
 
@@ -153,7 +157,7 @@ def covgrpo_loss(
     state that predicts ``targets[..., t]``.
 
     Args:
-        hidden, weight, bias, temperature, logit_scale, softcap, grad_tol: as `linear_logprob`.
+        hidden, weight, bias, temperature, logit_scale, softcap, grad_tol, grad_mode: as `linear_logprob`.
         targets: [B, T] or [N] integer ids of the sampled tokens; -100 masks a token too.
         advantages: [B] or [B, T]; [N] packed; floating.
         mask: as ``targets``, nonzero where a token counts. Whatever stands under zeros, NaN included, has no
@@ -170,7 +174,7 @@ def covgrpo_loss(
             denominator: pass that of all micro-batches and ranks to make accumulation exact.
         metrics: compute metrics (device tensors, no synchronisation). Without them, rows that influence nothing
             (zero advantage in the whole scope, no KL, no entropy) are not scored: their log-prob is NaN.
-        generator: for Clip-Cov's random choice, on the device of ``hidden``.
+        generator: for the random choices of Clip-Cov and of ``grad_mode="unbiased"``, on the device of ``hidden``.
 
     Returns:
         CovGRPOOutput. Only ``loss`` carries a gradient, once differentiable, in hidden, weight and bias.
@@ -194,11 +198,7 @@ def covgrpo_loss(
         raise ValueError("sequence_ids must be given for packed tokens with this config, got None")
     if config.beta != 0 and ref_logprobs is None:
         raise ValueError(f"ref_logprobs must be given where beta is {config.beta:g}, got None")
-    if generator is not None:
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-        if generator.device.type != targets.device.type:
-            raise ValueError(f"generator must be on {targets.device}, got {generator.device}")
+    chance = draw_chance(grad_mode, generator, targets)
     if normalizer is not None:
         normalizer = _checked_normalizer(normalizer, targets, dtype)
 
@@ -207,7 +207,7 @@ def covgrpo_loss(
         flatten_floats("old_logprobs", old_logprobs, targets, valid, dtype),
         flatten_floats("ref_logprobs", ref_logprobs, targets, valid, dtype),
         flatten_floats("rollout_weights", rollout_weights, targets, valid, dtype),
-        tokens, x.head, x.grad_tol, _Settings(config, normalizer, generator, metrics),
+        chance, tokens, x.head, x.grad_tol, _Settings(config, normalizer, generator, metrics),
     )  # fmt: skip
     shape = targets.shape
     return CovGRPOOutput(
@@ -243,7 +243,7 @@ class CovGRPOLoss(nn.Module):
 
     Args:
         config: see `CovGRPOConfig`; None: the paper's.
-        temperature, logit_scale, softcap, metrics, grad_tol: as `covgrpo_loss`; keywords of a call override.
+        temperature, logit_scale, softcap, metrics, grad_tol, grad_mode: as `covgrpo_loss`; keywords of a call override.
     """
 
     def __init__(
@@ -255,6 +255,7 @@ class CovGRPOLoss(nn.Module):
         softcap: float | None = None,
         metrics: bool = True,
         grad_tol: float | str = "auto",
+        grad_mode: str = "bounded",
     ) -> None:
         super().__init__()
         self.config = _checked_config(config)
@@ -264,6 +265,7 @@ class CovGRPOLoss(nn.Module):
             softcap=softcap,
             metrics=metrics,
             grad_tol=grad_tol,
+            grad_mode=grad_mode,
         )
 
     def forward(

@@ -103,6 +103,10 @@ def overflow(patch):
     test_plan.test_a_row_with_more_candidates_than_it_has_room_for_is_never_sparse()
 
 
+def unbiased(patch):
+    test_plan.test_unbiased_gradients_are_exact_on_average()
+
+
 def loose_certificate(patch):
     test_plan.test_tolerance_is_kept_and_used(2e-2)
 
@@ -196,6 +200,12 @@ FAULTS = {
     "candidates of one tile": (above_the_floor, Fault(eager._add_candidates, "+ so_far[row]", "")),
     "lost candidates not noticed": (
         overflow, Fault(backward_plan.plan_backward, "kept.found <= CAPACITY", "kept.found >= 0")
+    ),
+    "kept rows not reweighted": (
+        unbiased, Fault(backward_plan._keep_at_random, "(1 / probability)", "(0 * probability + 1)")
+    ),
+    "all but the largest left to chance": (
+        unbiased, Fault(backward_plan._keep_at_random, "c = c.amax()", "c = 4 * c.amax()")
     ),
     "dead rows computed": (
         skipping, Fault(logprob._stream_backward, "plan.dense.nonzero()", "torch.ones_like(plan.dense).nonzero()")

@@ -175,7 +175,7 @@ def operands(name: str, dtype: torch.dtype, requires_grad: bool) -> tuple[Any, .
 def test_opcheck_forward(name: str, dtype: torch.dtype, grad_tol: float) -> None:
     """Schema, autograd registration, fake against real, AOT dispatch with dynamic shapes."""
     op = torch.ops.covgrpo.linear_logprob
-    arguments = (*operands(name, dtype, True), OPTIONS[name]["entropy"], -100, grad_tol, True)
+    arguments = (*operands(name, dtype, True), OPTIONS[name]["entropy"], -100, grad_tol, True, None)
     torch.library.opcheck(op, arguments, rtol=0.0, atol=0.0)
 
 
@@ -185,7 +185,7 @@ def test_opcheck_forward(name: str, dtype: torch.dtype, grad_tol: float) -> None
 def test_opcheck_backward(name: str, needs: list[bool], live: str) -> None:
     arguments = operands(name, torch.bfloat16, False)
     with torch.no_grad():
-        output = torch.ops.covgrpo.linear_logprob(*arguments, True, -100, 0.0, True)
+        output = torch.ops.covgrpo.linear_logprob(*arguments, True, -100, 0.0, True, None)
     valid = arguments[3] != -100
     rows = {"all": valid, "some": valid & (torch.arange(7) % 3 != 0), "none": valid & False}[live]
     g = torch.linspace(-1, 1, 7) * rows
@@ -201,12 +201,12 @@ def test_opcheck_backward_with_sparse_rows(backend: str) -> None:
     head = rl_head(0, 64, 16, 600)
     g, e = head["logprob_grad"], head["entropy_grad"]
     arguments = (head["hidden"], head["weight"], None, head["targets"], None, 1.0, None)
-    output = torch.ops.covgrpo.linear_logprob(*arguments, True, -100, 5e-3, True)
+    output = torch.ops.covgrpo.linear_logprob(*arguments, True, -100, 5e-3, True, None)
     results, kept = Results(*output[:4]), Kept(*output[4:])
     plan = plan_backward(results, kept, head["targets"], g, e, Head(1.0, None), None, 5e-3)
     assert plan.sparse.any()
     op = torch.ops.covgrpo.linear_logprob_backward
-    given = (*arguments, list(results), list(kept), g, e, list(plan), 5e-3, [True, True, False])
+    given = (*arguments, list(results), list(kept), g, e, plan.tensors(), 5e-3, [True, True, False])
     torch.library.opcheck(op, given, rtol=0.0, atol=0.0)
 
 

@@ -46,12 +46,12 @@ def planned(logits, targets, g, e, temperature, head, grad_tol, weight=None, bia
     """The plan, and the gradients of hidden, weight and bias by it."""
     weight = torch.eye(logits.shape[1], dtype=logits.dtype) if weight is None else weight
     (*output,) = logprob.linear_logprob_op(
-        logits, weight, bias, targets, temperature, *head, e is not None, -100, grad_tol, True
+        logits, weight, bias, targets, temperature, *head, e is not None, -100, grad_tol, True, None
     )
     results, kept = Results(*output[:4]), Kept(*output[4:])
     plan = plan_backward(results, kept, targets, g, e, head, temperature, grad_tol)
     grads = logprob.linear_logprob_backward_op(
-        logits, weight, bias, targets, temperature, *head, output[:4], output[4:], g, e, list(plan), grad_tol,
+        logits, weight, bias, targets, temperature, *head, output[:4], output[4:], g, e, plan.tensors(), grad_tol,
         [True, True, bias is not None],
     )  # fmt: skip
     return plan, grads
@@ -132,7 +132,7 @@ def test_every_entry_above_the_floor_is_kept(dtype, backend):
     hidden, weight = head["hidden"].to(dtype), head["weight"].to(dtype)
     targets = head["targets"].where(torch.arange(96) % 8 > 0, 8999)
     *output, found, entries, logits = logprob.linear_logprob_op(
-        hidden, weight, None, targets, None, 1.0, None, False, -100, 5e-3, True
+        hidden, weight, None, targets, None, 1.0, None, False, -100, 5e-3, True, None
     )
     results = Results(*output)
     valid = targets != -100
@@ -211,6 +211,59 @@ def test_frozen_sides(backend):
         grads = torch.autograd.grad(x, [inputs[n] for n in wanted], head["logprob_grad"])
         for name, grad in zip(wanted, grads, strict=True):
             assert torch.equal(both.setdefault(name, grad), grad)
+
+
+# ------------------------------------------------------------------------------------------- the unbiased mode
+
+
+def drawn(head, seed, grad_tol):
+    hidden, weight = (head[n].clone().requires_grad_() for n in ("hidden", "weight"))
+    generator = torch.Generator().manual_seed(seed)
+    out = linear_logprob(
+        hidden, weight, head["targets"], grad_tol=grad_tol, grad_mode="unbiased", generator=generator, entropy=True
+    )
+    total = (out.logprob * head["logprob_grad"]).sum() + (out.entropy * head["entropy_grad"]).sum()
+    return torch.autograd.grad(total, (hidden, weight))
+
+
+def test_unbiased_gradients_are_exact_on_average():
+    """Over many draws the mean nears the exact gradient as the root of their number, and a draw's RMS error is within
+    the tolerance but not far below: of the head an orthogonal matrix, so that dhidden is as far off as dZ."""
+    head = rl_head(0, 96, 40, 40) | dict(weight=torch.linalg.qr(torch.randn(40, 40, dtype=F64))[0])
+    head = {n: v.double() if v.is_floating_point() else v for n, v in head.items()}
+    head["hidden"] = torch.randn(96, 40, dtype=F64, generator=torch.Generator().manual_seed(1)) * 4
+    grad_tol, count = 0.3, 400
+    exact = drawn(head, 0, 0.0)
+    draws = [drawn(head, seed, grad_tol) for seed in range(count)]
+    for i, name in enumerate(("dhidden", "dweight")):
+        off = torch.stack([d[i] - exact[i] for d in draws])
+        size, spread = exact[i].norm(), off.square().sum((1, 2)).mean().sqrt()
+        assert off.mean(0).norm() < 3 * spread / math.sqrt(count), name
+        if name == "dhidden":
+            assert grad_tol * size / 10 < spread <= 1.1 * grad_tol * size
+
+
+def test_unbiased_choices_come_from_the_generator():
+    head = rl_head(0, 96, 32, 500)
+    first, again, other = (drawn(head, seed, 0.3) for seed in (1, 1, 2))
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[1], other[1])
+
+
+def test_unbiased_mode_of_the_loss():
+    """Fewer rows, what was drawn is reported, an exact tolerance is exact; and all rows without a gradient stay out."""
+    batch = random_batch(0, groups=4, length=9, vocab=30)
+    batch["hidden"].requires_grad_()
+    kinds = [("bounded", 0.0), ("unbiased", 0.0), ("unbiased", 0.3)]
+    outs = [covgrpo_loss(**batch, grad_tol=tol, grad_mode=mode) for mode, tol in kinds]
+    grads = [torch.autograd.grad(out.loss, batch["hidden"])[0] for out in outs]
+    assert torch.equal(grads[0], grads[1])
+    assert not torch.equal(grads[0], grads[2])
+    live, bound = (
+        torch.stack([out.metrics[f"rows/{n}"] for out in outs]) for n in ("live_fraction", "grad_error_bound")
+    )
+    assert live[0] == live[1] > live[2]
+    assert 0 == bound[0] == bound[1] < bound[2] <= 0.3 * (1 + 1e-12)
 
 
 def test_inputs_are_as_asked_for():
