@@ -479,7 +479,7 @@ def verdicts(comparisons: dict[str, list[Comparison]]) -> dict[str, bool]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=50, help="of pretraining, in each of its two phases")
+    parser.add_argument("--steps", type=int, default=45, help="of pretraining, in each of its two phases")
     parser.add_argument("--seeds", type=int, default=4, help="2 at least; each on a core of its own")
     parser.add_argument("--smoke", action="store_true", help="toy sizes; nothing is written unless --out is given")
     parser.add_argument("--out", type=Path, help=f"folder; default: {RESULTS.parent.name}/{RESULTS.name}")
