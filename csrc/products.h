@@ -327,9 +327,9 @@ template <class Format, class Row, class Write>
 void multiply_panels(int64_t task, int64_t rows, const Row& row_of, int64_t depth, int64_t columns, const uint32_t* b,
                      const Write& write) {
   alignas(64) float block[BLOCK * PANEL];
-  const int64_t panels = ceil_div(columns, PANEL), groups = ceil_div(panels, PANELS_AT_ONCE);
+  const int64_t panels = ceil_div(columns, PANEL);
   const int64_t units = ceil_div(depth, Format::PER_UNIT);
-  const int64_t row = task / groups * BLOCK, first = task % groups * PANELS_AT_ONCE;
+  const int64_t blocks = ceil_div(rows, BLOCK), row = task % blocks * BLOCK, first = task / blocks * PANELS_AT_ONCE;
   const int64_t count = smaller<int64_t>(BLOCK, rows - row);
   const auto in_block = [&](int64_t r) { return row_of(row + r); };
   for (int64_t p = first; p < smaller(panels, first + PANELS_AT_ONCE); ++p) {
