@@ -609,6 +609,7 @@ def save_plot(report: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(len(phases), 5, squeeze=False)
     for row, (name, phase) in zip(axes, phases.items(), strict=True):
         for axis, curve in zip(row, (*SHOWN, *WEIGHTS), strict=True):
+            axis.set_visible(any(curve in run for run in phase["seeds"][0].values()))
             axis.set_title(f"{name}: {curve}" + (", distance to the exact run" if curve in WEIGHTS else ""))
             axis.set_xlabel("step")
             axis.grid(alpha=0.3)
