@@ -799,7 +799,7 @@ def linear_logprob(
         entropy: compute entropies too; they are differentiable.
         ignore_index: rows with this target are not computed: zeros out, no gradient, whatever they hold.
         grad_tol: bound on the relative error of dL/dlogits in the Frobenius norm, which the backward may use to do with
-            a row's probable entries and a common tail, or without a row. 0.0 is exact; ``"auto"`` is a quarter of
+            a row's probable entries and a common tail, or without a row. 0.0 is exact; ``"auto"`` is an eighth of
             the dtype's machine epsilon.
         grad_mode: ``"unbiased"``: instead, rows of small gradient are left out at random and the others multiplied so
             that the expected gradient is exact; ``grad_tol`` bounds the root mean square of the error.

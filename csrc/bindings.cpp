@@ -290,8 +290,12 @@ void fold_products_typed(const Tensor& hidden, const Tensor& weight, const Tenso
                          bool entropy, const std::vector<Tensor>& candidates, const Tensor& workspace,
                          bool packed_before) {
   const int64_t rows = hidden.size(0);
-  const RunningRows out{data<float>(maximum, rows), data<float>(total, rows), data<float>(moment, rows),
-                        data<float>(target, rows),  entropy,                  candidates_of<float>(candidates, rows)};
+  const RunningRows out{data<float>(maximum, rows),
+                        data<float>(total, rows),
+                        data<float>(moment, rows),
+                        data<float>(target, rows),
+                        entropy,
+                        candidates_of<float>(candidates, rows)};
   const auto slice = slice_of<Format>(hidden, weight, targets, first, scale, softcap, bias, temperature);
   const FoldWorkspace needed(rows, weight.size(0), slice.hidden.units());
   fold_products(
@@ -405,8 +409,7 @@ STABLE_TORCH_LIBRARY(covgrpo_cpp, m) {
       "bool add_to_hidden, Tensor(b!)? weight_sum, bool add_to_weight, Tensor(c!)? weight_grad, float weight_scale, "
       "Tensor(d!)? bias_sum, Tensor[] tail, float tail_bias, Tensor? addend, Tensor? addend_rows, "
       "Tensor(e!) workspace, bool packed_before) -> ()");
-  m.def(
-      "sparse_product(Tensor values, Tensor indices, Tensor offsets, Tensor matrix, Tensor(a!) out) -> ()");
+  m.def("sparse_product(Tensor values, Tensor indices, Tensor offsets, Tensor matrix, Tensor(a!) out) -> ()");
   m.def("fold_products_bytes(int tokens, int entries, int depth, int itemsize) -> int");
   m.def(
       "grad_products_bytes(int tokens, int entries, int depth, int itemsize, bool hidden, bool weight, bool bias) "

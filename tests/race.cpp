@@ -1,6 +1,7 @@
 // The operations that run on several threads, with threads of their own, for ThreadSanitizer: torch's pool and its
 // OpenMP are not built with it. `make sanitize` builds and runs this. Ends with 0 where every thread count gives the
 // same bits.
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <random>
@@ -70,20 +71,31 @@ std::vector<float> results(int threads) {
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(s.data()) + 63) / 64 * 64);
   };
   const Threads parallel{threads};
-  fold_products(slice, {maximum.data(), total.data(), moment.data(), target.data(), true}, parallel, aligned(storage));
+  std::vector<float> threshold(N, 12.0F), logits(N * V);
+  std::vector<int32_t> found(N), entries(N * V);
+  const Candidates<float> candidates{threshold.data(), found.data(), entries.data(), logits.data(), V};
+  fold_products(slice, {maximum.data(), total.data(), moment.data(), target.data(), true, candidates}, parallel,
+                aligned(storage), false);
 
   std::vector<float> log_total(N), dh(N * D), db(V);
   for (int64_t i = 0; i < N; ++i) log_total[i] = std::log1p(total[i]);
   std::vector<typename Format::Element> dw(V * D);
   std::vector<char> more(GradWorkspace(N, V, D, Format::PER_UNIT, true, true, true).bytes + 64);
   const RowGradients<Format> wanted{
-      maximum.data(), log_total.data(), g.data(), g.data(),  moment.data(), e.data(), dh.data(),
-      false,          nullptr,          false,    dw.data(), 2.0F,          db.data()};
+      maximum.data(), log_total.data(), g.data(), g.data(),  moment.data(), e.data(),  dh.data(),
+      false,          nullptr,          false,    dw.data(), 2.0F,          db.data(), {},
+      nullptr,        nullptr};
   grad_products(slice, wanted, parallel, aligned(more), false);
 
   std::vector<float> all;
   for (const auto* part : {&maximum, &total, &moment, &target, &dh, &db})
     all.insert(all.end(), part->begin(), part->end());
+  // Which place a candidate has depends on the threads; how many there are, and their sum in order, does not.
+  for (int64_t i = 0; i < N; ++i) {
+    std::sort(&logits[i * V], &logits[i * V] + found[i]);
+    all.push_back(static_cast<float>(found[i]));
+    for (int64_t k = 0; k < found[i]; ++k) all.push_back(logits[i * V + k]);
+  }
   for (const auto x : dw) all.push_back(static_cast<float>(x));
   return all;
 }

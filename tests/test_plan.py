@@ -115,7 +115,7 @@ def test_all_gradients_are_of_one_dlogits(settings, dtype, backend, monkeypatch)
     bias = torch.linspace(-1, 1, logits.shape[1], dtype=dtype)
     head = Head(1.5 if settings == "all" else 1.0, softcap)
     plan, (dz, dweight, dbias) = planned(logits, targets, g, e, temperature, head, 2e-2, bias=bias)
-    assert plan.sparse.sum() > 50
+    assert plan.sparse.sum() > 30
     assert plan.dense.sum() > TAIL_ROWS
     exact = dense_dlogits(logits, targets, g, e, head, temperature, bias)
     assert (dz - exact).norm() <= plan.error_bound * exact.norm() * 1.001
@@ -331,7 +331,7 @@ def test_default_tolerance_is_sparse_in_bf16_and_exact_in_effect_in_fp32():
         plans[dtype], _ = planned(
             hidden, head["targets"], head["logprob_grad"], None, None, Head(1.0, None), tolerance, weight
         )
-        assert plans[dtype].error_bound <= torch.finfo(dtype).eps / 4
+        assert plans[dtype].error_bound <= torch.finfo(dtype).eps / 8
     assert plans[torch.bfloat16].dense.sum() < 0.2 * live
     assert plans[torch.bfloat16].sparse.sum() > 0.8 * live
     assert not plans[torch.float32].sparse.any()

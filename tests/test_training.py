@@ -16,7 +16,7 @@ from covgrpo_kernels import linear_logprob
 from covgrpo_kernels.grpo.rollout import Batch
 from covgrpo_kernels.grpo.train import Rollout
 
-AUTO = torch.finfo(torch.bfloat16).eps / 4
+AUTO = torch.finfo(torch.bfloat16).eps / 8
 FLOAT32 = Variant("float32", dtype=torch.float32)
 
 
