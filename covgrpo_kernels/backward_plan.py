@@ -188,7 +188,7 @@ def plan_backward(
     if kept.entries.shape[1] and len(live) > TAIL_ROWS and floor > 0:
         rows = sparse_rows(kept, results, targets, logprob_grad, entropy_grad, head, temperature, floor)
         can_be_sparse = live & (kept.found <= CAPACITY) & rows.values.isfinite().all(1)
-        norm = rows.values.double().square().sum(1)
+        norm = torch.linalg.vector_norm(rows.values, dim=1, dtype=torch.float64).square()
         weights = tail_weights(logprob_grad, entropy_grad)
         # What a subtraction leaves of 1 - p is known to some roundings of it.
         mass = rows.mass - torch.expm1(logprob) * (16 * torch.finfo(logprob.dtype).eps)

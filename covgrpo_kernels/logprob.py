@@ -8,26 +8,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import tiles
-from .backward_plan import (
-    BackwardPlan,
-    Kept,
-    SparseRows,
-    floors,
-    plan_backward,
-    probability_floor,
-    resolve_grad_tol,
-    sparse_rows,
-    tail_weights,
-)
+from .backward_plan import BackwardPlan, Kept, plan_backward, probability_floor, resolve_grad_tol
 from .config import IGNORE_INDEX, check_flag
 from .layout import check_floating, check_integer, check_tensor
+from .sparse_part import SparsePart
 from .tiles.eager import logits_, tail_probabilities
 from .tiles.interface import BLOCK, CAPACITY, Candidates, Coefficients, Head, Results, State
 
@@ -309,93 +299,6 @@ def _spread_rows_(gradient: Tensor, chosen: Tensor, block: int) -> None:
         gradient[chosen[i : i + len(rows)]] = rows
 
 
-class _SparsePart:
-    """The sparse rows' share of the gradients: what is kept of them, each entry by itself, and their tails, which enter
-    the products as one row before the dense ones."""
-
-    def __init__(
-        self,
-        plan: BackwardPlan,
-        chosen: Tensor,  # [S] the sparse rows
-        hidden: Tensor,  # [N, D]
-        weight: Tensor,  # [V, D]
-        targets: Tensor,  # [N], as are the next four
-        temperature: Tensor | None,
-        results: Results,
-        g: Tensor,
-        e: Tensor | None,
-        head: Head,
-        kept: Kept,
-        floor: float,
-    ) -> None:
-        self.chosen, self.hidden, self.weight, self.dtype = chosen, hidden, weight, g.dtype
-        self.ops = tiles.select(hidden.device)
-
-        def of(rows: Tensor) -> SparseRows:
-            t, e_ = (None if x is None else x[rows] for x in (temperature, e))
-            results_ = Results._make(r[rows] for r in results)
-            return sparse_rows(kept.rows(rows), results_, targets[rows], g[rows], e_, head, t, floor)
-
-        rows = of(chosen)
-        # By token, and for each by entry; by entry, and for each by token: the order of every sum is fixed.
-        token, place = rows.used.nonzero(as_tuple=True)
-        entry, value = rows.entries[token, place], rows.values[token, place]
-        order = entry.argsort(stable=True)
-        self.w_tokens, self.w_values = chosen[token[order]], value[order]
-        self.touched, counts = entry[order].unique_consecutive(return_counts=True)
-        self.w_offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        order = order[token[order].argsort(stable=True)]
-        self.h_entries, self.h_values = entry[order], value[order]
-        self.h_offsets = torch.nn.functional.pad(rows.used.sum(1).cumsum(0), (1, 0))
-
-        # The tail's row is a sum that is at most 1, so that it keeps its digits in 16 bit; times ``size`` it adds up to
-        # 1 and stands for the tail of every row, times that row's ``tails``.
-        mixed = plan.tail_rows
-        weights = tail_weights(g, e)[mixed]
-        floors_ = floors(Results._make(r[mixed] for r in results), floor)
-        share = weights / (weights.sum() * floor)
-        share = share.where(weights.sum() != 0, 0)  # a gradient of zero from outside
-        total = (share * of(mixed).mass).sum()
-        self.size = (1 / total).where(total != 0, 0)
-        self.tails = rows.tail
-        self.tail = tuple(torch.nn.functional.pad(x, (1, 0)).contiguous() for x in (share, floors_))
-        self.bias = self.tails.sum() * self.size
-        self.state = hidden.new_zeros(hidden.shape[1], dtype=self.dtype)
-        for i in range(0, len(chosen), BLOCK):
-            self.state += self.tails[i : i + BLOCK] @ hidden[chosen[i : i + BLOCK]].to(self.dtype)
-        self.state *= self.size
-
-    def of_slice(self, edges: Tensor) -> list[int]:
-        """Where the touched entries from each edge on begin."""
-        return torch.searchsorted(self.touched, edges).tolist()
-
-    def weight_rows(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """([n] entries, [n, D] their gradients) of touched entries begin to end."""
-        offsets = self.w_offsets[begin : end + 1]
-        first, last = offsets[0].item(), offsets[-1].item()
-        out = self.hidden.new_empty(end - begin, self.hidden.shape[1], dtype=self.dtype)
-        part = slice(int(first), int(last))
-        self.ops.sparse_product(self.w_values[part], self.w_tokens[part], offsets - first, self.hidden, out)
-        return self.touched[begin:end], out
-
-    @cached_property
-    def bias_rows(self) -> Tensor:
-        """[n] gradients of the bias, of all touched entries."""
-        out, ones = self.w_values.new_empty(len(self.touched), 1), self.w_values.new_ones(1, 1)
-        self.ops.sparse_product(self.w_values, torch.zeros_like(self.w_tokens), self.w_offsets, ones, out)
-        return out.squeeze(1)
-
-    def hidden_rows(self, tail_product: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """([n] rows, [n, D] their gradients), some rows at a time; ``tail_product`` [D] is the tail's row times W."""
-        of_tail = tail_product * self.size
-        for i in range(0, len(self.chosen), BLOCK):
-            offsets = self.h_offsets[i : i + BLOCK + 1]
-            part = slice(int(offsets[0]), int(offsets[-1]))
-            out = self.hidden.new_empty(len(offsets) - 1, self.hidden.shape[1], dtype=self.dtype)
-            self.ops.sparse_product(self.h_values[part], self.h_entries[part], offsets - offsets[0], self.weight, out)
-            yield self.chosen[i : i + BLOCK], out.addcmul_(self.tails[i : i + BLOCK].unsqueeze(1), of_tail)
-
-
 def _stream_backward(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
@@ -435,9 +338,7 @@ def _stream_backward(
 
     sparse, sparse_chosen = None, plan.sparse.nonzero().squeeze(1)
     if len(sparse_chosen) and len(weight):
-        sparse = _SparsePart(
-            plan, sparse_chosen, hidden, weight, targets, temperature, results, g, e, head, kept, floor
-        )
+        sparse = SparsePart(plan, sparse_chosen, hidden, weight, targets, temperature, results, g, e, head, kept, floor)
         others = plan.dense.index_fill(0, plan.tail_rows, False).nonzero().squeeze(1)
         chosen = torch.cat([plan.tail_rows[:1], plan.tail_rows, others])  # the first is the tail's
     else:
@@ -473,15 +374,18 @@ def _stream_backward(
         w_sum = weight.new_empty(min(width, len(weight)), weight.shape[1], dtype=dtype)
 
     slices = list(_vocabulary_slices(len(weight), width, 1 if own else BLOCK))
-    touched = [0] * (len(slices) + 1)
+    of_slices = [(slice(0, 0), slice(0, 0))] * len(slices)
     if sparse is not None:
-        touched = sparse.of_slice(torch.tensor([a for a, _ in slices] + [len(weight)], device=hidden.device))
-    for (a, b), (begin, end) in zip(slices, itertools.pairwise(touched), strict=True):
+        of_slices = sparse.of_slices([*(a for a, _ in slices), len(weight)])
+    for (a, b), (touched, values) in zip(slices, of_slices, strict=True):
         w = weight[a:b].to(given)
         bias_slice = None if bias is None else bias[a:b].to(dtype).contiguous()
         w_slice = grad_weight[a:b] if w_sum is None else w_sum[: b - a]
         bias_sum = torch.zeros(b - a, dtype=dtype, device=hidden.device) if need_bias else None
-        entries, addend = sparse.weight_rows(begin, end) if sparse and need_weight and end > begin else (None, None)
+        entries, addend = None, None
+        if sparse is not None and touched.stop > touched.start:
+            entries = sparse.touched[touched] - a
+            addend = sparse.weight_rows(touched, values) if need_weight else None
         for block in rows.blocks:
             h = rows.load(block)
             t = None if temperature is None else temperature[block]
@@ -491,9 +395,9 @@ def _stream_backward(
             tail = None if with_tail is None else with_tail.tail
             if own:
                 addend_rows = None
-                if entries is not None and last:
+                if entries is not None and addend is not None and last:
                     addend_rows = torch.full((b - a,), -1, dtype=torch.int32)
-                    addend_rows[entries - a] = torch.arange(len(entries), dtype=torch.int32)
+                    addend_rows[entries] = torch.arange(len(entries), dtype=torch.int32)
                 ops.grad_products(
                     h, w, *arguments, h_sum[block] if need_hidden else None,
                     w_slice if need_weight and not (first and last) else None, need_weight and not first,
@@ -523,11 +427,11 @@ def _stream_backward(
                 _mm(dz.t(), h, w_slice, add=block.start > 0)
         if need_weight and not own:
             if entries is not None and addend is not None:
-                w_slice[entries - a] += addend
+                w_slice[entries] += addend
             torch.mul(w_slice, scale, out=grad_weight[a:b])
         if bias_sum is not None:
-            if sparse is not None:
-                bias_sum[sparse.touched[begin:end] - a] += sparse.bias_rows[begin:end]
+            if sparse is not None and entries is not None:
+                bias_sum[entries] += sparse.bias_rows[touched]
             torch.mul(bias_sum, scale, out=grad_bias[a:b])
     if not need_hidden:
         return grad_hidden, grad_weight, grad_bias

@@ -22,7 +22,7 @@ import test_plan
 import test_weights
 import torch
 
-from covgrpo_kernels import backward_plan, layout, logprob, objective, tiles, weighting
+from covgrpo_kernels import backward_plan, layout, logprob, objective, sparse_part, tiles, weighting
 from covgrpo_kernels.tiles import eager
 from covgrpo_kernels.tiles.interface import BLOCK
 
@@ -187,13 +187,13 @@ FAULTS = {
     "sparse rows without the entropy": (
         certificate, Fault(backward_plan.sparse_rows, "+ entropy_grad.unsqueeze(1)", "+ 0 * entropy_grad.unsqueeze(1)")
     ),
-    "tails dropped": (certificate, Fault(logprob._SparsePart.__init__, "tails = rows.tail", "tails = 0 * rows.tail")),
-    "tail of another size": (certificate, Fault(logprob._SparsePart.__init__, "(1 / total)", "(2 / total)")),
+    "tails dropped": (certificate, Fault(sparse_part.SparsePart.__init__, "= rows.tail", "= 0 * rows.tail")),
+    "tail of another size": (certificate, Fault(sparse_part.SparsePart.__init__, "(1 / total)", "(2 / total)")),
     "target twice in the tail": (
         loose_certificate, Fault(eager.tail_probabilities, "p.scatter_(1, column", "p.scatter_(1, 0 * column")
     ),
     "dW of the slice beside": (
-        one_dlogits, Fault(logprob._SparsePart.weight_rows, "touched[begin:end]", "touched[begin:end].flip(0)")
+        one_dlogits, Fault(logprob._stream_backward, "sparse.touched[touched] -", "sparse.touched[touched].flip(0) -")
     ),
     "tail not in the bias": (one_dlogits, Fault(logprob._stream_backward, "of_tail * with_tail.bias", "0 * of_tail")),
     "thresholds too high": (above_the_floor, Fault(logprob._stream_forward, "math.log(floor)", "math.log(floor) + 2")),
@@ -335,7 +335,37 @@ UNIFORM, SURE = (
     "test_logprob.py::test_sure_tokens_keep_their_digits",
 )
 GROUPS = "test_weights.py::test_equals_the_reference[cpp-{}]"
+ONE_DLOGITS = "test_plan.py::test_all_gradients_are_of_one_dlogits[cpp-all-dtype0]"
+ABOVE = "test_plan.py::test_every_entry_above_the_floor_is_kept"
 CPP_FAULTS = {
+    "candidates of the lane beside": (
+        f"{ABOVE}[cpp-dtype0]",
+        CppFault("products.h", "candidates.add(lanes.first + lane,", "candidates.add(lanes.first + (lane ^ 1),"),
+    ),
+    "candidates of a tile numbered from zero": (
+        f"{ABOVE}[portable-dtype1]",
+        CppFault("tiles.h", "candidates.add(r, tile.first + o + c", "candidates.add(r, o + c"),
+    ),
+    "target in the tail": (
+        "test_plan.py::test_tail_of_the_backends_own_products",
+        CppFault("products.h", "here || !(z < floors)", "!(z < floors)"),
+    ),
+    "probable entries in the tail": (
+        "test_plan.py::test_tail_of_the_backends_own_products",
+        CppFault("products.h", "here || !(z < floors)", "here"),
+    ),
+    "tail counted once in the bias": (
+        ONE_DLOGITS,
+        CppFault("products.h", "if (has_tail) counted[0] *= g.tail.bias;", ""),
+    ),
+    "addend of another row": (
+        ONE_DLOGITS,
+        CppFault("products.h", "g.addend + row * depth", "g.addend + 0 * depth"),
+    ),
+    "sparse sums not from zero": (
+        "test_plan.py::test_sparse_product",
+        CppFault("bindings.cpp", "std::fill(sum, sum + depth, T(0));", ""),
+    ),
     "chains not added": (
         "test_cpp.py::test_pooled_errors_of_long_sums",
         CppFault("gemm.h", "if (out.add) sum", "if (false) sum"),

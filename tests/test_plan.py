@@ -151,6 +151,44 @@ def test_every_entry_above_the_floor_is_kept(dtype, backend):
     assert not found[~valid].any()
 
 
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_tail_of_the_backends_own_products(backend):
+    """The row that a fused product puts in place of the tails adds up to one, and rows of dZ to zero, also of those that
+    are nearly all tail: an entry that should not be in it would be a share of such a row. Targets are below the floor in
+    some rows of the tail. (Its sum is known from differences to 1 - p, to some 1e-5 here.)"""
+    logits, targets, g, _, _ = dlogits_batch(8, 300, False, False, 0.9, vocab=60)
+    rare = torch.arange(300) % 5 == 0
+    targets, g = targets.where(~rare, logits.argmin(1)), g.where(~rare, 10 * g)
+    plan, (dz, _, _) = planned(logits.float(), targets, g.float(), None, None, Head(1.0, None), 2e-2)
+    assert plan.sparse.sum() > 30
+    assert rare[plan.tail_rows].any()
+    size = dz.double().abs().sum(1)
+    off = dz.double().sum(1).abs()[plan.sparse]
+    assert (off <= 1e-4 * size[plan.sparse]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64])
+def test_sparse_product(dtype, backend):
+    """Segments of any length, none included; a matrix of any strides; more than one sum at a time."""
+    g_ = torch.Generator().manual_seed(0)
+    accumulator = torch.promote_types(dtype, torch.float32)
+    lengths = torch.tensor([3, 0, 1, 40, 0, 7])
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    values = torch.randn(51, generator=g_, dtype=F64).to(accumulator)
+    indices = torch.randint(0, 90, (51,), generator=g_)
+    for matrix in (
+        torch.randn(90, 130, generator=g_, dtype=F64),
+        torch.randn(140, 90, generator=g_, dtype=F64).T[:, 5:],
+    ):
+        m = matrix.to(dtype) if matrix.is_contiguous() else matrix.T.to(dtype).T
+        out = torch.full((6, m.shape[1]), torch.nan, dtype=accumulator)
+        tiles.select(torch.device("cpu")).sparse_product(values, indices, offsets, m, out)
+        terms = values.double().unsqueeze(1) * m.double()[indices]
+        rows = torch.repeat_interleave(torch.arange(6), lengths)
+        exact, size = (torch.zeros(6, m.shape[1], dtype=F64).index_add_(0, rows, t) for t in (terms, terms.abs()))
+        assert ((out - exact).abs() <= 8 * torch.finfo(accumulator).eps * size).all()
+
+
 @pytest.mark.parametrize("share", [0.9, 0.1])
 def test_masked_rows_are_not_in_the_tail(share, backend):
     """Whatever a row without a gradient holds: it is none of those the tail is made of, even where there are not enough
