@@ -150,6 +150,8 @@ WRONG_HEAD = {
     "grad_tol nan": (dict(grad_tol=NAN), ValueError, "grad_tol"),
     "grad_tol bool": (dict(grad_tol=False), TypeError, "grad_tol"),
     "grad_tol tensor": (dict(grad_tol=torch.zeros(())), TypeError, "grad_tol"),
+    "grad_mode": (dict(grad_mode="exact"), ValueError, "grad_mode"),
+    "generator": (dict(generator=0), TypeError, "generator"),
 }
 
 

@@ -153,9 +153,9 @@ def test_every_entry_above_the_floor_is_kept(dtype, backend):
 
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 def test_tail_of_the_backends_own_products(backend):
-    """The row that a fused product puts in place of the tails adds up to one, and rows of dZ to zero, also of those that
-    are nearly all tail: an entry that should not be in it would be a share of such a row. Targets are below the floor in
-    some rows of the tail. (Its sum is known from differences to 1 - p, to some 1e-5 here.)"""
+    """The row that a fused product puts in place of the tails adds up to one, and rows of dZ to zero, also of those
+    that are nearly all tail: an entry that should not be in it would be a share of such a row. Targets are below the
+    floor in some rows of the tail. (Its sum is known from differences to 1 - p, to some 1e-5 here.)"""
     logits, targets, g, _, _ = dlogits_batch(8, 300, False, False, 0.9, vocab=60)
     rare = torch.arange(300) % 5 == 0
     targets, g = targets.where(~rare, logits.argmin(1)), g.where(~rare, 10 * g)
