@@ -28,4 +28,4 @@ from covgrpo_kernels.tiles import cpp
 assert covgrpo_kernels.__file__.startswith('$work'), covgrpo_kernels.__file__
 print(cpp._cpp.__file__, cpp.isa())"
 "$python" -m pytest -q -p no:cacheprovider --rootdir "$root" "$root/tests/test_cpp.py" "$root/tests/test_logprob.py" \
-  "$root/tests/test_weights.py" -k "(test_cpp or cpp or portable) and not in_vain and not by_instruction_set"
+  "$root/tests/test_weights.py" "$root/tests/test_plan.py" -k "(test_cpp or cpp or portable) and not in_vain and not by_instruction_set"
