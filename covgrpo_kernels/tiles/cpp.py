@@ -89,7 +89,7 @@ def sparse_product(
     out: Tensor,  # [S, D]
 ) -> None:
     """out[i] = sum of values[k] * matrix[indices[k]] over segment i, in order."""
-    if matrix.dtype == torch.float16:
+    if matrix.dtype == torch.float16:  # which C++ has no type for
         return eager.sparse_product(values, indices, offsets, matrix, out)
     _ops.sparse_product(values, indices, offsets, matrix, out)
 
