@@ -1,6 +1,7 @@
 """Policy losses for RL of language models, from hidden states and the head, without the logits."""
 
 from .config import ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov
+from .distributed import GroupMoments
 from .logprob import LinearLogprob, linear_logprob
 from .loss import CovGRPOLoss, CovGRPOOutput, covgrpo_loss
 from .weighting import covariance_weights
@@ -11,6 +12,7 @@ __all__ = [
     "CovGRPOLoss",
     "CovGRPOOutput",
     "CovarianceWeighting",
+    "GroupMoments",
     "KLCov",
     "LinearLogprob",
     "covariance_weights",

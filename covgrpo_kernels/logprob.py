@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import tiles
 from .backward_plan import BackwardPlan, Kept, plan_backward, probability_floor, resolve_grad_tol
+from .collectives import all_sum, check_process_group
 from .config import IGNORE_INDEX, check_flag
+from .distributed import VocabularySlice, merge_results
 from .layout import check_floating, check_integer, check_tensor
 from .sparse_part import SparsePart
 from .tiles.eager import logits_, tail_probabilities
@@ -206,9 +209,7 @@ def _stream_forward(
     ops = tiles.select(hidden.device)
     valid = targets != ignore_index
     if hidden.device.type == "cpu":
-        bad = valid & ((targets < 0) | (targets >= len(weight)))
-        if bad.any():
-            raise ValueError(f"targets must be in [0, {len(weight)}) or {ignore_index}, got {targets[bad][0].item()}")
+        _check_targets(targets, valid, len(weight), ignore_index)
         if temperature is not None:
             bad = valid & ~((temperature > 0) & temperature.isfinite())
             if bad.any():
@@ -263,6 +264,12 @@ def _stream_forward(
     return Results(*map(spread, results)), Kept(*map(spread, kept))
 
 
+def _check_targets(targets: Tensor, valid: Tensor, vocab: int, ignore_index: int) -> None:
+    bad = valid & ((targets < 0) | (targets >= vocab))
+    if bad.any():
+        raise ValueError(f"targets must be in [0, {vocab}) or {ignore_index}, got {targets[bad][0].item()}")
+
+
 # Entries after which thresholds of candidates are raised, by a backend that takes the head as one slice: the frequent
 # ones, which stand first in a byte-pair vocabulary, make most of the normaliser.
 _FIRST_LOOKS = (4 * BLOCK, 32 * BLOCK)
@@ -313,17 +320,19 @@ def _stream_backward(
     plan: BackwardPlan,
     floor: float,
     needs: list[bool],  # hidden, weight, bias
+    partial: bool = False,  # the gradient of hidden is a part of a sum, not yet rounded to its dtype
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N, D], [V, D], [V]; empty where not needed
     ops = tiles.select(hidden.device)
     need_hidden, need_weight, need_bias = needs[0], needs[1], needs[2] and bias is not None
     dtype = _accumulator_dtype(hidden.dtype)
 
-    def output(value: Tensor | None, needed: bool) -> Tensor:
+    def output(value: Tensor | None, needed: bool, dtype: torch.dtype = hidden.dtype) -> Tensor:
         if value is None or not needed:
-            return hidden.new_empty(0)
-        return torch.empty_like(value, memory_format=torch.contiguous_format)
+            return hidden.new_empty(0, dtype=dtype)
+        return torch.empty_like(value, dtype=dtype, memory_format=torch.contiguous_format)
 
-    grad_hidden, grad_weight = output(hidden, need_hidden), output(weight, need_weight)
+    grad_hidden = output(hidden, need_hidden, dtype if partial else hidden.dtype)
+    grad_weight = output(weight, need_weight)
     grad_bias = output(bias, need_bias)
 
     # The largest coefficient to between 1/2 and 1, by an exact power of two (that float32 holds): a loss averaged
@@ -365,7 +374,7 @@ def _stream_backward(
     targets, temperature = rows.take(targets, -1), rows.take_optional(temperature, 1)
     w_scale = scale.item() if own else 1.0
     # The sum of dH is made where it stays, if it can be: in the first rows.
-    in_place = hidden.dtype == dtype and sparse is None
+    in_place = grad_hidden.dtype == dtype and sparse is None
     h_sum = (
         grad_hidden if in_place else hidden.new_empty(rows.count if need_hidden else 0, hidden.shape[1], dtype=dtype)
     )
@@ -445,12 +454,12 @@ def _stream_backward(
         grad_hidden.zero_()
         if sparse is not None:
             for places, sums in sparse.hidden_rows(h_sum[0]):
-                grad_hidden[places] = sums.mul_(scale).to(hidden.dtype)
+                grad_hidden[places] = sums.mul_(scale).to(grad_hidden.dtype)
         for block in rows.blocks:
             places, sums = chosen[block], h_sum[block].mul_(scale)
             if sparse is not None and block.start == 0:
                 places, sums = places[1:], sums[1:]
-            grad_hidden[places] = sums.to(hidden.dtype)
+            grad_hidden[places] = sums.to(grad_hidden.dtype)
     return grad_hidden, grad_weight, grad_bias
 
 
@@ -508,23 +517,26 @@ def linear_logprob_backward_op(
     plan: list[Tensor],
     grad_tol: float,
     needs: list[bool],
+    partial: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dhidden [N, D], dweight [V, D], dbias [V]), each rounded once to its input's dtype."""
+    """(dhidden [N, D], dweight [V, D], dbias [V]), each rounded once to its input's dtype; dhidden, where ``partial``,
+    not at all."""
     with tiles.on_device(hidden.device):
         return _stream_backward(
             hidden, weight, bias, targets, temperature, Head(logit_scale, softcap), Results(*results), Kept(*kept),
-            logprob_grad, entropy_grad, BackwardPlan(*plan), probability_floor(grad_tol), needs,
+            logprob_grad, entropy_grad, BackwardPlan(*plan), probability_floor(grad_tol), needs, partial,
         )  # fmt: skip
 
 
 @linear_logprob_backward_op.register_fake
 def _(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
-    needs = rest[-1]
+    needs, partial = rest[10], rest[11] if len(rest) > 11 else False
     inputs = (hidden, weight, hidden if bias is None else bias)
     wanted = (needs[0], needs[1], needs[2] and bias is not None)
+    dtypes = (_accumulator_dtype(hidden.dtype) if partial else hidden.dtype, hidden.dtype, hidden.dtype)
     return tuple(
-        torch.empty(x.shape if want else (0,), dtype=x.dtype if want else hidden.dtype, device=x.device)
-        for x, want in zip(inputs, wanted, strict=True)
+        torch.empty(x.shape if want else (0,), dtype=dtype, device=x.device)
+        for x, want, dtype in zip(inputs, wanted, dtypes, strict=True)
     )
 
 
@@ -562,6 +574,115 @@ linear_logprob_op.register_autograd(_backward, setup_context=_save_for_backward)
 linear_logprob_backward_op.register_autograd(_refuse_double_backward)
 
 
+# --------------------------------------------------------------------------------- a head spread over ranks
+
+
+def run_forward(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D], V of this rank
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N]
+    temperature: Tensor | None,  # [N]
+    head: Head,
+    entropy: bool,
+    ignore_index: int,
+    grad_tol: float,
+    keep: bool,
+    chance: Tensor | None,  # [N]
+    vocabulary: VocabularySlice | None,
+) -> tuple[Results, Kept, Tensor]:
+    """Of the whole vocabulary, and the targets as `run_backward` takes them."""
+    if vocabulary is None:
+        output = linear_logprob_op(
+            hidden, weight, bias, targets, temperature, *head, entropy, ignore_index, grad_tol, keep, chance
+        )
+        return Results(*output[:4]), Kept(*output[4:]), targets
+    valid = targets != ignore_index
+    if hidden.device.type == "cpu":
+        _check_targets(targets, valid, vocabulary.total, ignore_index)
+    local = targets - vocabulary.first
+    here = valid & (local >= 0) & (local < len(weight))
+    # A row whose target is elsewhere gets some target: its statistics do not depend on it. Without ``keep``: what a row
+    # of the whole vocabulary leaves out sums to zero, what a slice of it leaves out does not.
+    some = local.where(here, 0).where(valid, ignore_index) if len(weight) else torch.full_like(targets, ignore_index)
+    output = linear_logprob_op(
+        hidden, weight, bias, some, temperature, *head, entropy, ignore_index, grad_tol, False, chance
+    )
+    results, kept = Results(*output[:4]), Kept(*output[4:])
+    if not len(weight):
+        results = results._replace(maximum=torch.full_like(results.maximum, torch.nan))
+    merged = merge_results(results, here, vocabulary.group)
+    return Results(*(r.where(valid, 0) for r in merged)), kept, local.where(here, -1)
+
+
+def run_backward(
+    hidden: Tensor,  # [N, D], as the next seven of `run_forward`
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor | None,
+    head: Head,
+    results: Results,
+    kept: Kept,
+    logprob_grad: Tensor,  # [N]
+    entropy_grad: Tensor | None,  # [N]
+    plan: BackwardPlan,
+    grad_tol: float,
+    needs: list[bool],  # hidden, weight, bias
+    vocabulary: VocabularySlice | None,
+) -> tuple[Tensor | None, ...]:  # [N, D], [V, D], [V]; None where not needed
+    """Gradients of this rank's slice of the head, and the whole gradient of the hidden states, which all ranks have."""
+    hidden_grad, *head_grads = linear_logprob_backward_op(
+        hidden, weight, bias, targets, temperature, *head, list(results), list(kept), logprob_grad, entropy_grad,
+        plan.tensors(), grad_tol, needs, vocabulary is not None,
+    )  # fmt: skip
+    if vocabulary is not None and needs[0]:
+        hidden_grad = all_sum(hidden_grad, vocabulary.group).to(hidden.dtype)
+    return tuple(x if need else None for x, need in zip((hidden_grad, *head_grads), needs, strict=True))
+
+
+class _SlicedLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: Tensor | None,
+        chance: Tensor | None,
+        head: Head,
+        entropy: bool,
+        ignore_index: int,
+        grad_tol: float,
+        vocabulary: VocabularySlice,
+    ) -> tuple[Tensor, Tensor]:
+        results, kept, local = run_forward(
+            hidden, weight, bias, targets, temperature, head, entropy, ignore_index, grad_tol, False, chance, vocabulary
+        )
+        valid = targets != ignore_index
+        ctx.save_for_backward(hidden, weight, bias, local, temperature, chance, valid, *results, *kept)
+        ctx.head, ctx.entropy, ctx.grad_tol, ctx.vocabulary = head, entropy, grad_tol, vocabulary
+        ctx.set_materialize_grads(False)
+        return results.logprob, results.entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, logprob_grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, temperature, chance, valid, *output = ctx.saved_tensors
+        results, kept = Results(*output[:4]), Kept(*output[4:])
+        g = torch.zeros_like(results.logprob) if logprob_grad is None else logprob_grad.where(valid, 0)
+        e = entropy_grad.where(valid, 0) if ctx.entropy and entropy_grad is not None else None
+        plan = plan_backward(results, kept, targets, g, e, ctx.head, temperature, ctx.grad_tol, chance)
+        g, e = plan.boosted(g), None if e is None else plan.boosted(e)
+        needs = list(ctx.needs_input_grad[:3])
+        grads = run_backward(
+            hidden, weight, bias, targets, temperature, ctx.head, results, kept, g, e, plan, ctx.grad_tol, needs,
+            ctx.vocabulary,
+        )  # fmt: skip
+        return *grads, *[None] * 8
+
+
 # --------------------------------------------------------------------------------------- the public function
 
 
@@ -580,6 +701,7 @@ class HeadInputs(NamedTuple):
     temperature: Tensor | None  # [N] float32 or float64; None: 1
     head: Head
     grad_tol: float
+    vocabulary: VocabularySlice | None
 
 
 def check_generator(generator: object, device: torch.device) -> None:
@@ -591,14 +713,20 @@ def check_generator(generator: object, device: torch.device) -> None:
         raise ValueError(f"generator must be on {device}, got {generator.device}")
 
 
-def draw_chance(grad_mode: str, generator: torch.Generator | None, like: Tensor) -> Tensor | None:
-    """[N] of the unbiased mode, and None of the other. Raises ValueError or TypeError, naming the argument."""
+def draw_chance(
+    grad_mode: str, generator: torch.Generator | None, like: Tensor, vocabulary: VocabularySlice | None = None
+) -> Tensor | None:
+    """[N] of the unbiased mode, the same on all ranks of a head, and None of the other. Raises ValueError or TypeError,
+    naming the argument."""
     if grad_mode not in ("bounded", "unbiased"):
         raise ValueError(f"grad_mode must be 'bounded' or 'unbiased', got {grad_mode!r}")
     check_generator(generator, like.device)
     if grad_mode == "bounded":
         return None
-    return torch.rand(like.numel(), generator=generator, dtype=torch.float64, device=like.device)
+    chance = torch.rand(like.numel(), generator=generator, dtype=torch.float64, device=like.device)
+    if vocabulary is not None:
+        dist.broadcast(chance, group=vocabulary.group, group_src=0)
+    return chance
 
 
 def positive(name: str, value: object) -> float:
@@ -618,9 +746,17 @@ def prepare_head(
     logit_scale: float,
     softcap: float | None,
     grad_tol: float | str,
+    vocab_group: dist.ProcessGroup | None,
 ) -> HeadInputs:
     """Checks what `linear_logprob` and `covgrpo_loss` share, applies autocast, flattens. Raises ValueError or
     TypeError naming the argument."""
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if hasattr(value, "full_tensor"):  # without the import, which takes half a second
+            raise TypeError(
+                f"{name} must be a plain tensor, got a DTensor: run the loss within the forward of the wrapped model "
+                "(covgrpo_kernels.integrations.transformers.patch_model), or give value.to_local() of a head that is "
+                "sharded over its entries, and its mesh's group as vocab_group"
+            )
     check_floating("hidden", check_tensor("hidden", hidden))
     check_floating("weight", check_tensor("weight", weight, hidden))
     check_integer("targets", check_tensor("targets", targets, hidden))
@@ -661,6 +797,7 @@ def prepare_head(
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != hidden.dtype:
             raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
+    tolerance, group = resolve_grad_tol(grad_tol, hidden.dtype), check_process_group("vocab_group", vocab_group)
     return HeadInputs(
         hidden.reshape(-1, hidden.shape[-1]) if hidden.shape[-1] else hidden.reshape(targets.numel(), 0),
         weight,
@@ -668,7 +805,8 @@ def prepare_head(
         targets.reshape(-1).long(),
         row_temperature,
         head,
-        resolve_grad_tol(grad_tol, hidden.dtype),
+        tolerance,
+        None if group is None else VocabularySlice.of(weight, group),
     )
 
 
@@ -686,6 +824,7 @@ def linear_logprob(
     grad_tol: float | str = "auto",
     grad_mode: str = "bounded",
     generator: torch.Generator | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> LinearLogprob:
     """Log-probs of the targets, and on request entropies, of softmax(softcap(scale * (h W^T + b)) / T), in nats.
 
@@ -708,6 +847,10 @@ def linear_logprob(
         grad_mode: ``"unbiased"``: instead, rows of small gradient are left out at random and the others multiplied so
             that the expected gradient is exact; ``grad_tol`` bounds the root mean square of the error.
         generator: of that, on the device of ``hidden``; None: torch's.
+        vocab_group: ranks that share the head (Megatron's tensor parallelism): each gives the same hidden states and
+            targets, and its slice of weight and bias, consecutive ones of any sizes in the order of the ranks. Outputs
+            and the gradient of the hidden states are the whole ones, those of weight and bias the slice's. All ranks
+            run forward and backward. No rows are sparse then: sparse ones need whole rows.
 
     Returns:
         LinearLogprob(logprob, entropy), [...] in float32 (float64 for float64 inputs); entropy is None unless
@@ -720,8 +863,11 @@ def linear_logprob(
     check_flag("entropy", entropy)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    x = prepare_head(hidden, weight, targets, bias, temperature, logit_scale, softcap, grad_tol)
-    chance = draw_chance(grad_mode, generator, x.targets)
+    x = prepare_head(hidden, weight, targets, bias, temperature, logit_scale, softcap, grad_tol, vocab_group)
+    chance = draw_chance(grad_mode, generator, x.targets, x.vocabulary)
+    if x.vocabulary is not None:
+        logprob, h = _SlicedLogprob.apply(*x[:5], chance, x.head, entropy, ignore_index, x.grad_tol, x.vocabulary)
+        return LinearLogprob(logprob.reshape(targets.shape), h.reshape(targets.shape) if entropy else None)
     inputs = (x.hidden, x.weight, x.bias)
     keep = chance is None and torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
     logprob, h, *_ = linear_logprob_op(

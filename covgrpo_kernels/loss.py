@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from .backward_plan import Kept, plan_backward
+from .backward_plan import BackwardPlan, Kept, plan_backward
+from .collectives import check_process_group
 from .config import IGNORE_INDEX, CovarianceWeighting, CovGRPOConfig, KLCov, check_flag
+from .distributed import GroupMoments, VocabularySlice
 from .layout import Segments, Tokens, check_tensor, flatten_floats, flatten_tokens, valid_tokens
-from .logprob import draw_chance, linear_logprob_backward_op, linear_logprob_op, positive, prepare_head
+from .logprob import draw_chance, positive, prepare_head, run_backward, run_forward
 from .objective import METRICS, policy_objective
-from .tiles.interface import Head, Results
-from .weighting import weighting_scopes
+from .tiles.interface import Head, Moments, Results
+from .weighting import weighting_scopes, with_moments
 
 
 class CovGRPOOutput(NamedTuple):
@@ -32,6 +35,8 @@ class _Settings(NamedTuple):
     normalizer: float | Tensor | None
     generator: torch.Generator | None
     metrics: bool
+    moments: Moments | None
+    vocabulary: VocabularySlice | None
 
     @property
     def with_entropy(self) -> bool:
@@ -83,32 +88,32 @@ class _CovGRPO(torch.autograd.Function):
         scored = _scored(tokens, settings)
         targets = targets.where(scored, IGNORE_INDEX)
         keep = chance is None and any(ctx.needs_input_grad[:3])
-        output = linear_logprob_op(
-            hidden, weight, bias, targets, temperature, head.scale, head.softcap,
-            settings.with_entropy, IGNORE_INDEX, grad_tol, keep, chance,
+        results, kept, local_targets = run_forward(
+            hidden, weight, bias, targets, temperature, head,
+            settings.with_entropy, IGNORE_INDEX, grad_tol, keep, chance, settings.vocabulary,
         )  # fmt: skip
-        results, kept = Results(*output[:4]), Kept(*output[4:])
         x, entropy = results.logprob, results.entropy
         objective = policy_objective(
             x, entropy, tokens,
             old=None if old is None else old.where(scored, 0), ref=ref, rollout=rollout,
             config=settings.config, normalizer=settings.normalizer, generator=settings.generator,
-            metrics=settings.metrics,
+            metrics=settings.metrics, moments=settings.moments,
         )  # fmt: skip
         g, e = objective.logprob_grad, objective.entropy_grad
         plan = plan_backward(results, kept, targets, g, e, head, temperature, grad_tol, chance)
         g, e = plan.boosted(g), None if e is None else plan.boosted(e)
-        ctx.save_for_backward(hidden, weight, bias, targets, temperature, g, e, *results, *kept, *plan.tensors())
-        ctx.head, ctx.grad_tol = head, grad_tol
+        ctx.save_for_backward(hidden, weight, bias, local_targets, temperature, g, e, *results, *kept, *plan.tensors())
+        ctx.head, ctx.grad_tol, ctx.vocabulary = head, grad_tol, settings.vocabulary
 
         logprobs = x.where(scored | ~tokens.valid, torch.nan)
         metrics = x.new_empty(0)
         if settings.metrics:
+            vocab = len(weight) if settings.vocabulary is None else settings.vocabulary.total
             rows = {
                 "rows/live_fraction": (plan.dense | plan.sparse).sum() / tokens.valid.sum().clamp(min=1),
                 "rows/dense_fraction": plan.dense.sum() / tokens.valid.sum().clamp(min=1),
                 "rows/grad_error_bound": plan.error_bound,
-                "rows/invalid_targets": (scored & ((targets < 0) | (targets >= len(weight)))).sum(),
+                "rows/invalid_targets": (scored & ((targets < 0) | (targets >= vocab))).sum(),
             }
             by_name = objective.metrics | rows
             metrics = torch.stack([by_name[name].to(x.dtype) for name in _METRICS])
@@ -118,13 +123,13 @@ class _CovGRPO(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, temperature, g, e, *rest = ctx.saved_tensors
-        results, kept, plan = rest[:4], rest[4:7], rest[7:]
-        head, needs = ctx.head, list(ctx.needs_input_grad[:3])
-        grads = linear_logprob_backward_op(
-            hidden, weight, bias, targets, temperature, head.scale, head.softcap,
-            results, kept, g * loss_grad, None if e is None else e * loss_grad, plan, ctx.grad_tol, needs,
+        results, kept, plan = Results(*rest[:4]), Kept(*rest[4:7]), BackwardPlan(*rest[7:])
+        grads = run_backward(
+            hidden, weight, bias, targets, temperature, ctx.head, results, kept,
+            g * loss_grad, None if e is None else e * loss_grad, plan, ctx.grad_tol,
+            list(ctx.needs_input_grad[:3]), ctx.vocabulary,
         )  # fmt: skip
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 10
+        return *grads, *[None] * 10
 
 
 def covgrpo_loss(
@@ -150,6 +155,10 @@ def covgrpo_loss(
     generator: torch.Generator | None = None,
     grad_tol: float | str = "auto",
     grad_mode: str = "bounded",
+    moments: GroupMoments | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> CovGRPOOutput:
     """The CW-GRPO policy loss (arXiv 2605.11538) from hidden states and the head, without the logits.
 
@@ -157,13 +166,13 @@ def covgrpo_loss(
     state that predicts ``targets[..., t]``.
 
     Args:
-        hidden, weight, bias, temperature, logit_scale, softcap, grad_tol, grad_mode: as `linear_logprob`.
+        hidden, weight, bias, temperature, logit_scale, softcap, grad_tol, grad_mode, vocab_group: as `linear_logprob`.
         targets: [B, T] or [N] integer ids of the sampled tokens; -100 masks a token too.
         advantages: [B] or [B, T]; [N] packed; floating.
         mask: as ``targets``, nonzero where a token counts. Whatever stands under zeros, NaN included, has no
             influence. None: all do but those with target -100.
         group_ids: integers, [B] or as ``targets``: which prompt a response answers. A group must be whole
-            within the call.
+            within the call, unless ``process_group`` or ``moments`` are given.
         group_size: instead, responses per prompt, where rows of one group follow each other.
         sequence_ids: integers as ``targets``: which response a packed token is of.
         old_logprobs: as ``targets``, of the policy that sampled; None: the current ones, ratio 1.
@@ -175,6 +184,15 @@ def covgrpo_loss(
         metrics: compute metrics (device tensors, no synchronisation). Without them, rows that influence nothing
             (zero advantage in the whole scope, no KL, no entropy) are not scored: their log-prob is NaN.
         generator: for the random choices of Clip-Cov and of ``grad_mode="unbiased"``, on the device of ``hidden``.
+        moments: statistics of groups that are spread over micro-batches, of the same weighting; ``group_ids`` are
+            then those of the whole batch. `GroupMoments`.
+        process_group: ranks over which the batch is spread, all of which make this call. Weights and the denominator
+            are those of the whole batch and the losses of the ranks add up to its loss: under DDP and FSDP, which
+            average gradients, multiply by the number of ranks. Equal ``group_ids`` are the same group; with
+            ``group_size`` the rows of the ranks follow each other. Metrics, and the choices of Clip-Cov and KL-Cov,
+            are the rank's own.
+        sequence_group: ranks over which each response is spread (sequence parallelism), a part of ``process_group`` or
+            all of it: equal ``sequence_ids``, or without them rows, are then parts of one response.
 
     Returns:
         CovGRPOOutput. Only ``loss`` carries a gradient, once differentiable, in hidden, weight and bias.
@@ -185,20 +203,23 @@ def covgrpo_loss(
     """
     config = _checked_config(config)
     check_flag("metrics", metrics)
-    x = prepare_head(hidden, weight, targets, bias, temperature, logit_scale, softcap, grad_tol)
+    x = prepare_head(hidden, weight, targets, bias, temperature, logit_scale, softcap, grad_tol, vocab_group)
     valid = valid_tokens("targets", targets, mask) & (x.targets != IGNORE_INDEX)
     dtype = torch.promote_types(x.hidden.dtype, torch.float32)
     tokens = flatten_tokens(
         targets, advantages, valid, dtype=dtype,
         group_ids=group_ids, group_size=group_size, sequence_ids=sequence_ids,
+        process_group=check_process_group("process_group", process_group),
+        sequence_group=check_process_group("sequence_group", sequence_group),
     )  # fmt: skip
+    tokens, group_moments = with_moments(tokens, moments, config.token_weighting, group_ids, targets)
     if isinstance(config.token_weighting, CovarianceWeighting):
         weighting_scopes(tokens, config.token_weighting)
     if tokens.sequences is None and (config.loss_type in ("grpo", "dr_grpo") or config.importance_level == "sequence"):
         raise ValueError("sequence_ids must be given for packed tokens with this config, got None")
     if config.beta != 0 and ref_logprobs is None:
         raise ValueError(f"ref_logprobs must be given where beta is {config.beta:g}, got None")
-    chance = draw_chance(grad_mode, generator, targets)
+    chance = draw_chance(grad_mode, generator, targets, x.vocabulary)
     if normalizer is not None:
         normalizer = _checked_normalizer(normalizer, targets, dtype)
 
@@ -207,7 +228,8 @@ def covgrpo_loss(
         flatten_floats("old_logprobs", old_logprobs, targets, valid, dtype),
         flatten_floats("ref_logprobs", ref_logprobs, targets, valid, dtype),
         flatten_floats("rollout_weights", rollout_weights, targets, valid, dtype),
-        chance, tokens, x.head, x.grad_tol, _Settings(config, normalizer, generator, metrics),
+        chance, tokens, x.head, x.grad_tol,
+        _Settings(config, normalizer, generator, metrics, group_moments, x.vocabulary),
     )  # fmt: skip
     shape = targets.shape
     return CovGRPOOutput(

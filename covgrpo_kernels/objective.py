@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .config import ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov
 from .layout import Segments, Tokens
+from .tiles.interface import Moments
 from .weighting import batch_covariance, clip_cov_choice, group_weights, group_weights_grad, kl_cov_choice
 
 COVARIANCE_QUANTILES = {"q01": 0.01, "q20": 0.2, "q50": 0.5, "q80": 0.8, "q99": 0.99}
@@ -36,23 +37,23 @@ def _count(valid: Tensor, segments: Segments, dtype: torch.dtype) -> Tensor:  # 
 
 
 def _token_shares(
-    valid: Tensor,
-    sequences: Segments | None,
+    tokens: Tokens,
     config: CovGRPOConfig,
     normalizer: float | Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # [N]
     """What a token's loss is multiplied with before the sum over all tokens."""
+    valid, sequences = tokens.valid, tokens.sequences
     if config.loss_type in ("grpo", "dr_grpo"):
         assert sequences is not None
-        lengths = _count(valid, sequences, dtype)
-        total = (lengths > 0).sum().clamp(min=1) if normalizer is None else normalizer
+        total = tokens.count_sequences().clamp(min=1) if normalizer is None else normalizer
         if config.loss_type == "grpo":
+            lengths = _count(valid, sequences, dtype)
             return torch.where(valid, 1 / (sequences.spread(lengths.clamp(min=1)) * total), 0)
         assert config.max_completion_length is not None
         total = total * config.max_completion_length
     else:
-        total = valid.sum().clamp(min=1) if normalizer is None else normalizer
+        total = tokens.count_valid().clamp(min=1) if normalizer is None else normalizer
     return valid.to(dtype) / total
 
 
@@ -68,10 +69,11 @@ def policy_objective(
     normalizer: float | Tensor | None,
     generator: torch.Generator | None,
     metrics: bool,
+    moments: Moments | None = None,
 ) -> Objective:
     valid, a0, sequences = tokens.valid, tokens.advantages, tokens.sequences
     kind = config.token_weighting
-    share = _token_shares(valid, sequences, config, normalizer, x.dtype)
+    share = _token_shares(tokens, config, normalizer, x.dtype)
     zero = torch.zeros_like(x)
 
     log_ratio = zero if old is None else x - old
@@ -92,7 +94,7 @@ def policy_objective(
     covariance: Tensor | None = None
     weights_grad = None
     if isinstance(kind, CovarianceWeighting):
-        weighted, scopes = group_weights(x, tokens, kind)
+        weighted, scopes = group_weights(x, tokens, kind, moments)
         weights, covariance = weighted.weights.to(x.dtype), weighted.covariance
         if kind.differentiate_weights:
             weights_grad = partial(group_weights_grad, result=weighted, scopes=scopes, tokens=tokens, weighting=kind)

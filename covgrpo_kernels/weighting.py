@@ -6,12 +6,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import tiles
+from .collectives import check_process_group
 from .config import ClipCov, CovarianceWeighting, KLCov
-from .layout import Segments, Tokens, check_floating, check_tensor, flatten_tokens, valid_tokens
-from .tiles.interface import GroupWeights
+from .distributed import GroupMoments
+from .layout import Segments, Tokens, check_floating, check_tensor, flatten, flatten_tokens, valid_tokens
+from .tiles import eager
+from .tiles.interface import GroupWeights, Moments
 
 
 def weighting_scopes(tokens: Tokens, weighting: CovarianceWeighting) -> Segments:
@@ -20,7 +24,7 @@ def weighting_scopes(tokens: Tokens, weighting: CovarianceWeighting) -> Segments
     if needs_sequences and tokens.sequences is None:
         raise ValueError("sequence_ids must be given for packed tokens with this weighting, got None")
     if weighting.scope == "batch":
-        return Segments.whole(len(tokens.valid), tokens.valid.device)
+        return Segments.whole(len(tokens.valid), tokens.valid.device, tokens.process_group)
     if tokens.groups is None:
         raise ValueError("group_ids or group_size must be given for a weighting of scope 'group', got neither")
     return tokens.groups
@@ -61,8 +65,15 @@ def group_weights(
     logprobs: Tensor,  # [N], zero where masked
     tokens: Tokens,
     weighting: CovarianceWeighting,
+    moments: Moments | None = None,
 ) -> tuple[GroupWeights, Segments]:
+    """Of each token, and the scopes that statistics were taken over, or that ``moments`` are of."""
     scopes = weighting_scopes(tokens, weighting)
+    batch = (logprobs, tokens.advantages, tokens.valid, scopes, tokens.sequences, weighting)
+    if moments is not None:
+        return eager.weights_of_moments(*batch, moments), scopes
+    if any(part is not None and part.process_group is not None for part in (scopes, tokens.sequences)):
+        return eager.group_weights(*batch), scopes  # the kernels take no part in collectives
     values = group_weights_op(
         logprobs, tokens.advantages, tokens.valid, scopes.tensors(),
         [] if tokens.sequences is None else tokens.sequences.tensors(),
@@ -103,10 +114,35 @@ def group_weights_grad(
     return (ddx - centred.spread(centred.sum(ddx) / lengths)).where(valid, 0)
 
 
+def with_moments(
+    tokens: Tokens,
+    moments: GroupMoments | None,
+    weighting: CovarianceWeighting | ClipCov | KLCov | None,
+    group_ids: Tensor | None,
+    like: Tensor,  # [B, T] or [N]
+) -> tuple[Tokens, Moments | None]:
+    """The tokens with their groups as the moments number them, and the moments. Raises TypeError or ValueError, naming
+    the argument, for moments of something else."""
+    if moments is None:
+        return tokens, None
+    if not isinstance(moments, GroupMoments):
+        raise TypeError(f"moments must be GroupMoments, got {type(moments).__name__}")
+    if weighting != moments.weighting:
+        raise ValueError(f"moments must be of the weighting {weighting}, got {moments.weighting}")
+    if tokens.process_group is not None:
+        raise ValueError("process_group must be None where moments are given, which know all ranks by `reduce`")
+    if moments.weighting.scope == "group":
+        if group_ids is None:
+            raise ValueError("group_ids must be given where moments are, got None")
+        ids = flatten("group_ids", group_ids, like.shape).long()
+        tokens = tokens._replace(groups=moments.scopes(ids, tokens.valid))
+    return tokens, moments.values()
+
+
 def batch_covariance(logprobs: Tensor, tokens: Tokens) -> Tensor:  # [N] float64
-    """(x - mean x)(A - mean A) over all valid tokens (arXiv 2505.22617 eq. 8)."""
-    weighting = CovarianceWeighting(scope="batch")
-    return group_weights(logprobs, tokens, weighting)[0].covariance
+    """(x - mean x)(A - mean A) over all valid tokens of the call, on each rank its own (arXiv 2505.22617 eq. 8)."""
+    weighting, tokens = CovarianceWeighting(scope="batch"), tokens._replace(process_group=None)
+    return group_weights(logprobs, tokens._replace(sequences=None), weighting)[0].covariance
 
 
 def clip_cov_choice(
@@ -135,8 +171,10 @@ def kl_cov_choice(covariance: Tensor, valid: Tensor, weighting: KLCov) -> Tensor
 
 class _CovarianceWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, tokens: Tokens, weighting: CovarianceWeighting) -> Tensor:
-        result, ctx.scopes = group_weights(logprobs, tokens, weighting)
+    def forward(
+        ctx: Any, logprobs: Tensor, tokens: Tokens, weighting: CovarianceWeighting, moments: Moments | None
+    ) -> Tensor:
+        result, ctx.scopes = group_weights(logprobs, tokens, weighting, moments)
         ctx.save_for_backward(*result)
         ctx.tokens, ctx.weighting = tokens, weighting
         return result.weights.to(logprobs.dtype)
@@ -146,7 +184,7 @@ class _CovarianceWeights(torch.autograd.Function):
     def backward(ctx: Any, weights_grad: Tensor) -> tuple[Tensor | None, ...]:
         result = GroupWeights(*ctx.saved_tensors)
         grad = group_weights_grad(weights_grad, result, ctx.scopes, ctx.tokens, ctx.weighting)
-        return grad.to(weights_grad.dtype), None, None
+        return grad.to(weights_grad.dtype), None, None, None
 
 
 def covariance_weights(
@@ -158,6 +196,9 @@ def covariance_weights(
     group_size: int | None = None,
     sequence_ids: Tensor | None = None,
     weighting: CovarianceWeighting | None = None,
+    moments: GroupMoments | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """W_t = n softmax(-c_t^2 / (2 s2)) over each scope: the token weights of CW-GRPO (arXiv 2605.11538), for a
     trainer that keeps its own loss: multiply the token's advantage by its weight.
@@ -171,6 +212,8 @@ def covariance_weights(
         group_size: instead, responses per prompt, where rows of one group follow each other.
         sequence_ids: integers [N] for packed tokens, where the weighting needs sequences.
         weighting: which reading of the paper; the default is `CovarianceWeighting()`.
+        moments, process_group, sequence_group: as `covgrpo_loss`. With differentiated weights the gradient is that of
+            the sum over the ranks, which all have to run the backward.
 
     Returns:
         Weights of ``logprobs``' shape in its dtype (float32 for 16-bit ones), zero where masked, 1 in scopes
@@ -189,8 +232,11 @@ def covariance_weights(
     tokens = flatten_tokens(
         logprobs, advantages, valid, dtype=dtype,
         group_ids=group_ids, group_size=group_size, sequence_ids=sequence_ids,
+        process_group=check_process_group("process_group", process_group),
+        sequence_group=check_process_group("sequence_group", sequence_group),
     )  # fmt: skip
+    tokens, values = with_moments(tokens, moments, weighting, group_ids, logprobs)
     x = logprobs.reshape(-1).to(dtype).where(valid, 0)
     if not weighting.differentiate_weights:
         x = x.detach()
-    return _CovarianceWeights.apply(x, tokens, weighting).reshape(logprobs.shape)
+    return _CovarianceWeights.apply(x, tokens, weighting, values).reshape(logprobs.shape)

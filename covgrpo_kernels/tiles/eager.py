@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config import CovarianceWeighting
 from ..layout import Segments
-from .interface import BLOCK, LOG_ZERO, NO_MAX, Candidates, Coefficients, GroupWeights, Head, State
+from .interface import BLOCK, LOG_ZERO, NO_MAX, Candidates, Coefficients, GroupWeights, Head, Moments, State
 
 # Tiles' worth of temporaries that fold and grad make: exponentials and masks.
 TEMPORARIES = 2
@@ -193,17 +193,23 @@ def group_weights(
     weighting: CovarianceWeighting,
 ) -> GroupWeights:
     """Gaussian covariance weights of every scope (arXiv 2605.11538), two-pass, in float64."""
+    moments = scope_moments(logprobs, advantages, valid, scopes, sequences, weighting)
+    return weights_of_moments(logprobs, advantages, valid, scopes, sequences, weighting, moments)
+
+
+def scope_moments(
+    logprobs: Tensor,  # [N], as the next four of `group_weights`
+    advantages: Tensor,
+    valid: Tensor,
+    scopes: Segments,
+    sequences: Segments | None,
+    weighting: CovarianceWeighting,
+) -> Moments:
     eps = torch.finfo(logprobs.dtype).eps
     x, a = logprobs.double(), advantages.double()
     ones = valid.double()
     n = scopes.sum(ones)
     n_or_1 = n.clamp(min=1)
-
-    if weighting.centering == "scope":
-        mean_x = scopes.spread(scopes.sum(x) / n_or_1)
-    else:
-        assert sequences is not None
-        mean_x = sequences.spread(sequences.sum(x) / sequences.sum(ones).clamp(min=1))
     if weighting.advantage_centering == "token":
         mean_a = scopes.sum(a) / n_or_1
     else:
@@ -212,8 +218,8 @@ def group_weights(
         share = ones / sequences.spread(sequences.sum(ones).clamp(min=1))
         responses = scopes.sum(share)
         mean_a = scopes.sum(a * share) / responses.where(responses > 0, 1)
-    da = (a - scopes.spread(mean_a)).where(valid, 0)
-    c = ((x - mean_x) * da).where(valid, 0)
+    mean_x = scopes.sum(x) / n_or_1
+    c, _ = _covariances(x, a, valid, scopes, sequences, weighting, mean_x, mean_a)
 
     dc = (c - scopes.spread(scopes.sum(c) / n_or_1)).where(valid, 0)
     variance = scopes.sum(dc.square()) / n_or_1
@@ -221,11 +227,48 @@ def group_weights(
     noise = 8 * eps * scopes.max(x.abs(), 0.0) * scopes.max(a.abs(), 0.0)
     std = variance.sqrt().masked_fill(variance <= noise.square(), 0)
 
-    bandwidth = scopes.spread(std + weighting.bandwidth_eps)
-    q = (-c.square() / (2 * bandwidth.square())).masked_fill(scopes.spread(std) == 0, 0)
-    q_max = scopes.spread(scopes.max(q.where(valid, -torch.inf), -torch.inf))
-    kernel = (q - q_max).exp().where(valid, 0)
+    q = _exponents(c, std, scopes, weighting)
+    peak = scopes.max(q.where(valid, -torch.inf), -torch.inf)
+    total = scopes.sum((q - scopes.spread(peak)).exp().where(valid, 0))
     goal = n if weighting.normalizer == "valid" else scopes.sum(torch.ones_like(ones))
-    total = scopes.sum(kernel)
-    weights = (kernel * scopes.spread(goal / total.where(n > 0, 1))).where(valid, 0)
-    return GroupWeights(weights, c, da, std)
+    return Moments(mean_x, mean_a, std, peak, goal / total.where(n > 0, 1))
+
+
+def weights_of_moments(
+    logprobs: Tensor,  # [N], as the next four of `group_weights`
+    advantages: Tensor,
+    valid: Tensor,
+    scopes: Segments,
+    sequences: Segments | None,
+    weighting: CovarianceWeighting,
+    moments: Moments,  # of the scopes
+) -> GroupWeights:
+    mean_x, mean_a, std, peak, factor = moments
+    x, a = logprobs.double(), advantages.double()
+    c, da = _covariances(x, a, valid, scopes, sequences, weighting, mean_x, mean_a)
+    kernel = (_exponents(c, std, scopes, weighting) - scopes.spread(peak)).exp().where(valid, 0)
+    return GroupWeights((kernel * scopes.spread(factor)).where(valid, 0), c, da, std)
+
+
+def _covariances(
+    x: Tensor,  # [N]
+    a: Tensor,  # [N]
+    valid: Tensor,  # [N] bool
+    scopes: Segments,
+    sequences: Segments | None,
+    weighting: CovarianceWeighting,
+    mean_x: Tensor,  # [S]
+    mean_a: Tensor,  # [S]
+) -> tuple[Tensor, Tensor]:  # [N] c, [N] deviations of a
+    if weighting.centering == "scope":
+        centre = scopes.spread(mean_x)
+    else:
+        assert sequences is not None
+        centre = sequences.spread(sequences.sum(x) / sequences.sum(valid.double()).clamp(min=1))
+    da = (a - scopes.spread(mean_a)).where(valid, 0)
+    return ((x - centre) * da).where(valid, 0), da
+
+
+def _exponents(c: Tensor, std: Tensor, scopes: Segments, weighting: CovarianceWeighting) -> Tensor:  # [N]
+    bandwidth = scopes.spread(std + weighting.bandwidth_eps)
+    return (-c.square() / (2 * bandwidth.square())).masked_fill(scopes.spread(std) == 0, 0)

@@ -114,6 +114,16 @@ class Coefficients(NamedTuple):
         return Coefficients._make(None if value is None else value[block] for value in self)
 
 
+class Moments(NamedTuple):
+    """What the weight of a token is made of besides its own log-prob and advantage, of S scopes, float64."""
+
+    logprob: Tensor  # [S] mean
+    advantage: Tensor  # [S] mean
+    std: Tensor  # [S] of the covariances; zero where it is zero within rounding
+    peak: Tensor  # [S] largest exponent of the Gaussian
+    factor: Tensor  # [S] what weights add up to over the sum of exp(exponent - peak)
+
+
 class GroupWeights(NamedTuple):
     """All float64: these are a few numbers per token, and differences of log-probs are what they are made of."""
 

@@ -1,0 +1,51 @@
+"""What ranks tell each other. Every collective is called by all ranks of its group, whatever they hold."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def check_process_group(name: str, group: object) -> dist.ProcessGroup | None:
+    """Raises TypeError, naming the argument, for what is no process group that this process belongs to."""
+    if group is None or (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        return group
+    raise TypeError(
+        f"{name} must be a torch.distributed.ProcessGroup that this rank belongs to, got {type(group).__name__}"
+    )
+
+
+def all_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if group is None:
+        return value
+    value = value.contiguous().clone()
+    dist.all_reduce(value, dist.ReduceOp.SUM, group)
+    return value
+
+
+def all_max(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if group is None:
+        return value
+    value = value.contiguous().clone()
+    dist.all_reduce(value, dist.ReduceOp.MAX, group)
+    return value
+
+
+def all_counts(count: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
+    """The number of each rank, in their order. Waits for the device."""
+    mine = torch.tensor([count], dtype=torch.int64, device=device)
+    counts = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(counts, mine, group)
+    return torch.cat(counts).tolist()
+
+
+def all_ids(ids: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[G] every id that any rank has, ascending, the same on all. Waits for the device."""
+    mine = ids.long().unique()
+    counts = all_counts(len(mine), ids.device, group)
+    padded = mine.new_zeros(max(counts))
+    padded[: len(mine)] = mine
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded, group)
+    return torch.cat([each[:n] for each, n in zip(gathered, counts, strict=True)]).unique()
