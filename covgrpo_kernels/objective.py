@@ -160,9 +160,9 @@ def policy_objective(
             "loss/policy": policy_loss,
             "loss/kl": kl_loss,
             "loss/entropy": entropy_loss,
-            **_token_metrics(valid, entropy, kl, ratio, weights),
+            **_token_metrics(valid, entropy, kl, ratio),
             **_clip_metrics(valid, clipped, bounded, ratio),
-            **_covariance_metrics(x, tokens, covariance),
+            **weighting_metrics(weights, _group_covariance(x, tokens) if covariance is None else covariance, valid),
         }
     return Objective(
         policy_loss + kl_loss + entropy_loss,
@@ -183,18 +183,12 @@ def _extreme(value: Tensor, valid: Tensor, sign: float) -> Tensor:
     return (sign * padded.amax()).where(valid.any(), 0)
 
 
-def _token_metrics(valid: Tensor, entropy: Tensor, kl: Tensor, ratio: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    n = valid.sum().clamp(min=1)
+def _token_metrics(valid: Tensor, entropy: Tensor, kl: Tensor, ratio: Tensor) -> dict[str, Tensor]:
     return {
         "entropy": _mean(entropy, valid),
         "kl": _mean(kl, valid),
         "ratio/mean": _mean(ratio, valid),
         "ratio/max": _extreme(ratio, valid, 1.0),
-        "weight/mean": _mean(weights, valid),
-        "weight/min": _extreme(weights, valid, -1.0),
-        "weight/max": _extreme(weights, valid, 1.0),
-        # (sum W)^2 / sum W^2, as a share of the tokens.
-        "weight/ess": weights.sum().square() / (weights.square().sum() * n).clamp(min=torch.finfo(weights.dtype).tiny),
     }
 
 
@@ -206,21 +200,32 @@ def _clip_metrics(valid: Tensor, clipped: Tensor, bounded: Tensor, ratio: Tensor
     }
 
 
-def _covariance_metrics(x: Tensor, tokens: Tokens, covariance: Tensor | None) -> dict[str, Tensor]:
-    """Of the covariance the weighting looks at; without one, per group where groups are known."""
-    if covariance is None:
-        scope = "batch" if tokens.groups is None else "group"
-        covariance = group_weights(x, tokens, CovarianceWeighting(scope=scope))[0].covariance
-    valid = tokens.valid
+def _group_covariance(x: Tensor, tokens: Tokens) -> Tensor:  # [N]
+    """Where the weighting looks at none: per group where groups are known, else over the batch."""
+    scope = "batch" if tokens.groups is None else "group"
+    return group_weights(x, tokens, CovarianceWeighting(scope=scope))[0].covariance
+
+
+def weighting_metrics(
+    weights: Tensor,  # [N], zero where masked
+    covariance: Tensor,  # [N]
+    valid: Tensor,  # [N] bool
+) -> dict[str, Tensor]:
+    """What the weights and the covariances under them are like over the valid tokens."""
     n = valid.sum()
     mean = _mean(covariance, valid)
     last = (n - 1).clamp(min=0)
     nearest = torch.stack([(last * q).round().long() for q in COVARIANCE_QUANTILES.values()])
     in_order = torch.cat([covariance.where(valid, torch.inf), covariance.new_full((1,), torch.inf)]).sort().values
     quantiles = in_order.gather(0, nearest).where(n > 0, 0)
+    squares = (weights.square().sum() * n.clamp(min=1)).clamp(min=torch.finfo(weights.dtype).tiny)
     metrics = {
+        "weight/mean": _mean(weights, valid),
+        "weight/min": _extreme(weights, valid, -1.0),
+        "weight/max": _extreme(weights, valid, 1.0),
+        "weight/ess": weights.sum().square() / squares,  # (sum W)^2 / sum W^2, as a share of the tokens
         "covariance/mean": mean,
         "covariance/std": _mean((covariance - mean).square(), valid).sqrt(),
         **{f"covariance/{name}": q for name, q in zip(COVARIANCE_QUANTILES, quantiles.unbind(), strict=True)},
     }
-    return {name: value.to(x.dtype) for name, value in metrics.items()}
+    return {name: value.to(weights.dtype) for name, value in metrics.items()}
