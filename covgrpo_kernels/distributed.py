@@ -120,7 +120,7 @@ class GroupMoments:
         x, a, valid, ids, sequence = self._batch
         group = self._process_group
         every = ids.unique() if group is None else all_ids(ids, group)
-        scopes = Segments.of(torch.searchsorted(every, ids), len(every), group)
+        scopes = Segments.of(torch.searchsorted(every, ids.contiguous()), len(every), group)
         moments = eager.scope_moments(x, a, valid, scopes, Segments.of_ids(sequence), self.weighting)
         return every, Moments._make(pad(value, (0, 1), value=torch.nan) for value in moments)
 
@@ -131,7 +131,7 @@ class GroupMoments:
         """Which of the values tokens [N] have. Raises ValueError on a CPU for a group that is not there; on a GPU its
         weights are NaN."""
         ids = self._table[0]
-        place = torch.searchsorted(ids, group_ids)
+        place = torch.searchsorted(ids, group_ids.contiguous())
         found = ids.new_zeros(len(group_ids), dtype=torch.bool)
         if len(ids):
             found = ids[place.clamp(max=len(ids) - 1)] == group_ids
@@ -180,7 +180,7 @@ def merge_results(
     rest = others.sum(0, keepdim=True)
     log_share = distance - rest.log1p()
     share = log_share.exp()
-    mixed = (share * (entropy - log_share)).where(share > 0, 0).sum(0)
+    mixed = (share * (entropy - log_share)).where(share != 0, 0).sum(0)
     of_target = (logprob + distance).where(here_ > 0, 0).sum(0) - rest.log1p().squeeze(0)
     of_target = of_target.where((here_ > 0).any(0), torch.nan)
     return Results(of_target, mixed, top.squeeze(0), (top_total + rest.log1p()).squeeze(0))

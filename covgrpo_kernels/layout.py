@@ -40,7 +40,7 @@ class Segments(NamedTuple):
         which have to agree on the numbers, it is."""
         if process_group is not None:
             every = all_ids(ids, process_group)
-            return cls.of(torch.searchsorted(every, ids.long()), len(every), process_group)
+            return cls.of(torch.searchsorted(every, ids.long().contiguous()), len(every), process_group)
         order = ids.argsort(stable=True)
         in_order = ids[order]
         dense = torch.zeros_like(order)
