@@ -304,8 +304,8 @@ def test_unknown_head_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tokenizer = byte_tokenizer()
     random_model("granite", tokenizer).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    head = Policy.head.fget
-    monkeypatch.setattr(Policy, "head", property(lambda self: head(self) | {"logit_scale": 1.0}))
+    options = dict(logit_scale=1.0, softcap=None)
+    monkeypatch.setattr("covgrpo_kernels.integrations.transformers.head_options", lambda model: options)
     with pytest.raises(ValueError, match="granite"):
         load_policy(str(tmp_path), CPU)
 

@@ -20,7 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from .. import linear_logprob
+from ..integrations.transformers import check_logits, head_options
 
 
 @dataclass
@@ -60,14 +60,11 @@ class Policy:
     @property
     def head(self) -> dict[str, Any]:
         """How hidden states become logits, as `linear_logprob` and `covgrpo_loss` take it."""
-        lm_head, config = self.model.get_output_embeddings(), self.model.config
+        lm_head = self.model.get_output_embeddings()
         return dict(
             weight=lm_head.weight.to(self.dtype),
             bias=None if getattr(lm_head, "bias", None) is None else lm_head.bias.to(self.dtype),
-            # Cohere multiplies its logits, Granite divides them, Gemma 2 caps them.
-            logit_scale=float(getattr(config, "logit_scale", None) or 1)
-            / float(getattr(config, "logits_scaling", None) or 1),
-            softcap=getattr(config, "final_logit_softcapping", None),
+            **head_options(self.model),
         )
 
     def logits(self, hidden: Tensor) -> Tensor:  # [B, D] -> [B, V]
@@ -113,7 +110,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def load_policy(name: str, device: torch.device) -> Policy:
     """A causal LM by folder or name. Raises ValueError where it cannot be loaded or its head is not what
-    `Policy.head` says."""
+    `head_options` says."""
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -121,9 +118,8 @@ def load_policy(name: str, device: torch.device) -> Policy:
         raise ValueError(f"model {name} cannot be loaded: {error}") from error
     if device.type == "cuda" and model.config.model_type == "qwen2":
         _patch_with_liger(model)
-    policy = Policy(model, tokenizer, device)
-    _check_head(policy)
-    return policy
+    check_logits(model)
+    return Policy(model, tokenizer, device)
 
 
 def _patch_with_liger(model: PreTrainedModel) -> None:
@@ -133,20 +129,3 @@ def _patch_with_liger(model: PreTrainedModel) -> None:
     except ImportError:
         return
     apply_liger_kernel_to_qwen2(cross_entropy=False, fused_linear_cross_entropy=False, model=model)
-
-
-@torch.no_grad()
-def _check_head(policy: Policy) -> None:
-    # An architecture that does something else to its logits would otherwise train on wrong log-probs.
-    lm_head = policy.model.get_output_embeddings()
-    head = policy.head | dict(weight=lm_head.weight, bias=getattr(lm_head, "bias", None))
-    tokens = torch.arange(min(8, len(lm_head.weight)), device=policy.device).unsqueeze(0)
-    hidden = policy.backbone(tokens, use_cache=False).last_hidden_state[0]
-    logits = policy.model(tokens, use_cache=False).logits[0]
-    want, targets = logits.log_softmax(-1).max(-1)
-    got = linear_logprob(hidden, targets=targets, **head).logprob
-    if not torch.allclose(got, want, rtol=0, atol=1e-3 * max(1.0, float(logits.abs().max()))):
-        raise ValueError(
-            f"a {policy.model.config.model_type} model does something to its logits that is not known here: "
-            "its log-probs are not those of its hidden states and lm_head"
-        )
