@@ -112,10 +112,12 @@ def _forward(model: Any, *args: Any, return_logprobs: bool = False, head: Any = 
             raise ValueError(f"{name} must have shape {list(hidden.shape[:-1])}, got {list(targets.shape)}")
         if shift_labels is None:
             hidden, targets = hidden[:, :-1], targets[:, 1:]
-        return linear_logprob(hidden, weight, targets.to(hidden.device), **how, **options)
+        outputs = linear_logprob(hidden, weight, targets.to(hidden.device), **how, **options)
+        # Views would lose FSDP's hook on them to an operation in place.
+        return [None if output is None else output.clone() for output in outputs]
 
-    result, outputs = _run_with_head(model, logprobs, args, kwargs)
-    return LogprobOutput(result.logprob, result.entropy, getattr(outputs, "aux_loss", None))
+    (logprob, entropy), outputs = _run_with_head(model, logprobs, args, kwargs)
+    return LogprobOutput(logprob, entropy, getattr(outputs, "aux_loss", None))
 
 
 def _run_with_head(
