@@ -1,0 +1,237 @@
+"""`CovGRPOTrainer`: TRL's GRPOTrainer, its advantages weighted by the covariance, its log-probs without logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+
+from ..backward_plan import resolve_grad_tol
+from ..config import IGNORE_INDEX, CovarianceWeighting, CovGRPOConfig, check_flag
+from ..layout import flatten_tokens, valid_tokens
+from ..objective import weighting_metrics
+from ..weighting import group_weights
+from .transformers import patch_model
+
+# What TRL hands to its scoring function beside the tokens, as `_generate_and_score_completions` names it.
+_MULTIMODAL = (
+    *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles"),
+    *("image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
+)
+
+
+class CovGRPOTrainer(GRPOTrainer):
+    """`trl.GRPOTrainer` (TRL 1.14 to 1.16) whose advantages are multiplied by the covariance weights of their tokens
+    (arXiv 2605.11538), and which never builds the logits of a training batch.
+
+    A script that trains with GRPOTrainer changes the line that imports it::
+
+        from covgrpo_kernels.integrations.trl import CovGRPOTrainer as GRPOTrainer
+
+    TRL's own loss runs on the weighted advantages, so that all its loss types and options mean what they did.
+
+    A token is compared with all tokens of all completions of its prompt (tool output and padding left out), exactly,
+    although TRL spreads these over ranks and shuffles them over micro-batches. Which log-probs the weights come from:
+
+    - Where TRL keeps old log-probs (a generation serves more than one optimiser step, or vLLM samples): from these,
+      once for each generation.
+    - Where it keeps none, the policy is the same from the generation to the loss. With ``steps_per_generation=1`` a
+      loss sees all completions of its prompts, over all ranks, and the weights come from its own log-probs. Else the
+      generation is scored once by the policy without gradient, which costs one more forward pass a completion.
+
+    TRL's log gets the metrics ``weight/*`` and ``covariance/*`` of `covgrpo_loss`, over the tokens of all ranks.
+
+    Args:
+        *args, **kwargs: as GRPOTrainer takes them.
+        weighting: "covariance", "none" (or None), or a `CovarianceWeighting` whose weights are not differentiated.
+            Scope "batch" is the batch of a generation.
+        fused_head: log-probs by `linear_logprob`, through `patch_model`; inputs with images go TRL's way. False leaves
+            all to TRL. With TRL 1.14 it also takes the place of ``use_liger_kernel``'s path, whose kernels for layers
+            stay.
+        grad_tol: as `linear_logprob` takes it: "auto" or a number, 0 for exact gradients.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name; with ``fused_head`` also a model that `patch_model` refuses.
+    """
+
+    args: Any
+    model: Any
+    num_generations: int
+    num_generations_eval: int
+
+    def __init__(
+        self,
+        *args: Any,
+        weighting: str | CovarianceWeighting | None = "covariance",
+        fused_head: bool = True,
+        grad_tol: float | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        self._weighting = _checked_weighting(weighting)
+        check_flag("fused_head", fused_head)
+        resolve_grad_tol(grad_tol, torch.float32)
+        self._fused_head = fused_head
+        # Inputs of the loss that is being computed, where its own log-probs are to weight their advantages.
+        self._unweighted: dict[str, Any] | None = None
+        super().__init__(*args, **kwargs)
+        if not fused_head:
+            return
+        if getattr(self, "use_liger_kernel", False):
+            self.use_liger_kernel = False
+            # It would replace the patched forward when training starts.
+            self.args.liger_kernel_config = (self.args.liger_kernel_config or {}) | {
+                "fused_linear_cross_entropy": False
+            }
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                patch_model(self.accelerator.unwrap_model(model), temperature=self.temperature, grad_tol=grad_tol)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self._weighting is None:
+            return output
+        training = self.model.training
+        # As for TRL's advantages: the ranks' rows follow each other, and so do a prompt's completions.
+        completion_ids = output["completion_ids"]
+        rows = torch.arange(len(completion_ids), device=completion_ids.device)
+        rows += self.accelerator.process_index * len(rows)
+        output["group_ids"] = rows // (self.num_generations if training else self.num_generations_eval)
+
+        logprobs = output.get("old_per_token_logps")
+        if logprobs is None and training and self.args.steps_per_generation > 1:
+            images: dict[str, Any] = {name: output[name] for name in _MULTIMODAL if name in output}
+            with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+                logprobs, *_ = self._get_per_token_logps_and_entropies(
+                    self.model,
+                    torch.cat([output["prompt_ids"], completion_ids], dim=1),
+                    torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+                    completion_ids.size(1),
+                    batch_size=self.args.per_device_train_batch_size,
+                    **images,
+                )
+        if logprobs is not None:
+            self._weight_advantages(output, logprobs)
+        return output
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if "group_ids" in inputs:
+            self._unweighted = inputs = dict(inputs)  # TRL uses the buffered ones again
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,  # [B, P + T]
+        attention_mask: Tensor,  # [B, P + T]
+        logits_to_keep: int,  # T
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # [B, T], [B, T], []
+        flags: dict[str, Any] = dict(
+            batch_size=batch_size, compute_entropy=compute_entropy, compute_aux_loss=compute_aux_loss
+        )
+        if self._fused_head and all(value is None for value in multimodal.values()):
+            result = self._score(model, input_ids, attention_mask, logits_to_keep, **flags)
+        else:
+            result = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, **flags, **multimodal
+            )
+        if self._unweighted is not None:
+            # The loss looks at its advantages after it has got its log-probs.
+            inputs, self._unweighted = self._unweighted, None
+            self._weight_advantages(inputs, result[0].detach())
+        return result
+
+    def _score(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *,
+        batch_size: int | None,
+        compute_entropy: bool,
+        compute_aux_loss: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What TRL's function returns, of tokens alone."""
+        router = {"output_router_logits": True} if compute_aux_loss else {}
+        lm_head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        size = batch_size or max(len(input_ids), 1)
+        batches = []
+        for ids, attention in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            labels = ids.masked_fill(attention == 0, IGNORE_INDEX)
+            labels[:, :-logits_to_keep] = IGNORE_INDEX
+            inputs = dict(input_ids=ids, attention_mask=attention, labels=labels, **router)
+            with self.accelerator.autocast(), _outside_autocast(lm_head, self.args.cast_lm_head_to_fp32):
+                batches.append(model(**inputs, return_logprobs=True, entropy=compute_entropy))
+        return (
+            torch.cat([batch.logprobs[:, -logits_to_keep:] for batch in batches]),
+            torch.cat([batch.entropy[:, -logits_to_keep:] for batch in batches]) if compute_entropy else None,
+            torch.stack([batch.aux_loss for batch in batches]).mean() if compute_aux_loss else None,
+        )
+
+    @torch.no_grad()
+    def _weight_advantages(self, inputs: dict[str, Any], logprobs: Tensor) -> None:  # [B, T]
+        """Replaces the advantages [B] by those of tokens [B, T], and the group ids by nothing."""
+        assert self._weighting is not None
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        dtype = torch.promote_types(logprobs.dtype, torch.float32)
+        valid = valid_tokens("logprobs", logprobs, mask)
+        tokens = flatten_tokens(
+            logprobs, inputs["advantages"], valid, dtype=dtype,
+            group_ids=inputs.pop("group_ids"), group_size=None, sequence_ids=None,
+            process_group=dist.group.WORLD if self.accelerator.num_processes > 1 else None,
+        )  # fmt: skip
+        result, _ = group_weights(logprobs.reshape(-1).to(dtype).where(valid, 0), tokens, self._weighting)
+        weights = result.weights.to(dtype)
+        inputs["advantages"] = inputs["advantages"].unsqueeze(1) * weights.reshape(logprobs.shape)
+
+        # Of all ranks' tokens: quantiles cannot be merged.
+        columns = torch.stack([weights, result.covariance.to(dtype), valid.to(dtype)], dim=1)
+        columns = self.accelerator.gather(self.accelerator.pad_across_processes(columns, dim=0))
+        weights, covariance, valid = columns.unbind(1)
+        mode = "train" if self.model.training else "eval"
+        for name, value in weighting_metrics(weights, covariance, valid != 0).items():
+            self._metrics[mode][name].append(value.item())
+
+
+def _checked_weighting(weighting: object) -> CovarianceWeighting | None:
+    kind = CovGRPOConfig(weighting="none" if weighting is None else weighting).token_weighting  # type: ignore[arg-type]
+    if kind is None:
+        return None
+    if not isinstance(kind, CovarianceWeighting) or kind.differentiate_weights:
+        raise ValueError(
+            "weighting must be 'covariance', 'none' or a CovarianceWeighting without differentiate_weights: TRL's loss "
+            f"takes what can be multiplied to an advantage, got {weighting!r}"
+        )
+    return kind
+
+
+@contextmanager
+def _outside_autocast(module: nn.Module, enabled: bool) -> Iterator[None]:
+    """Calls of the module run without autocast: TRL's ``cast_lm_head_to_fp32``."""
+    if not enabled:
+        yield
+        return
+    stack = ExitStack()
+
+    def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        stack.enter_context(torch.autocast(args[0].device.type, enabled=False))
+
+    def leave(*_: Any) -> None:
+        stack.close()
+
+    hooks = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
