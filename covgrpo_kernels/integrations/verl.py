@@ -1,0 +1,101 @@
+"""verl 0.9: an advantage estimator and a policy loss, both named ``covgrpo``, in verl's registries once this module is
+imported. verl imports it in the trainer and in every worker with
+
+    actor_rollout_ref.model.external_lib=covgrpo_kernels.integrations.verl
+
+and then one of the two is chosen, not both, since each weighs the advantages:
+
+- ``algorithm.adv_estimator=covgrpo``: the weights of CW-GRPO (arXiv 2605.11538) as they are meant, over whole groups,
+  computed once a step where verl has the batch in one place, from the log-probs before the update (``old_log_probs``).
+  Every policy loss of verl's then works on the weighted advantages.
+- ``actor_rollout_ref.actor.policy_loss.loss_mode=covgrpo``: weights from the policy as it is at every micro-batch, as
+  verl's ``clip_cov`` and ``kl_cov``. Its workers know no groups, so the scope is the micro-batch, and the weights
+  depend on how a batch is cut. They are those of the group where a micro-batch is one group.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from verl import DataProto
+from verl.trainer.ppo import ray_trainer
+from verl.trainer.ppo.core_algos import (
+    ADV_ESTIMATOR_REGISTRY,
+    compute_grpo_outcome_advantage,
+    compute_policy_loss_vanilla,
+    register_adv_est,
+    register_policy_loss,
+)
+from verl.utils import as_torch_index
+
+from .. import CovarianceWeighting, covariance_weights
+
+NAME = "covgrpo"
+
+
+@register_adv_est(NAME)
+def compute_covgrpo_advantage(
+    token_level_rewards: Tensor,  # [B, T]
+    response_mask: Tensor,  # [B, T]
+    index: np.ndarray,  # [B] uid of the prompt, any labels in any order
+    old_log_probs: Tensor,  # [B, T]
+    config: Mapping[str, Any] | None = None,  # verl's `algorithm`
+    **_: Any,
+) -> tuple[Tensor, Tensor]:  # [B, T], [B, T]
+    """verl's GRPO advantages times their covariance weights; the returns are the advantages without weights.
+
+    ``config["norm_adv_by_std_in_grpo"]`` (True) is passed on. As for all of verl's estimators but ``grpo``, where a
+    session has several outputs each counts as a response. Raises TypeError without ``old_log_probs`` or ``index``.
+    """
+    advantages, _returns = compute_grpo_outcome_advantage(
+        token_level_rewards, response_mask, index,
+        norm_adv_by_std_in_grpo=True if config is None else config.get("norm_adv_by_std_in_grpo", True),
+    )  # fmt: skip
+    groups = as_torch_index(index, device=old_log_probs.device)
+    return advantages * covariance_weights(old_log_probs, advantages, response_mask, group_ids=groups), advantages
+
+
+@register_policy_loss(NAME)
+def compute_policy_loss_covgrpo(
+    old_log_prob: Tensor,  # [B, T]
+    log_prob: Tensor,  # [B, T]
+    advantages: Tensor,  # [B, T]
+    response_mask: Tensor,  # [B, T]
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,  # verl's ActorConfig
+    rollout_is_weights: Tensor | None = None,  # [B, T]
+) -> tuple[Tensor, dict[str, Any]]:  # [], metrics
+    """verl's ``vanilla`` loss on advantages times the covariance weights of this micro-batch. The weights carry no
+    gradient."""
+    weights = covariance_weights(log_prob, advantages, response_mask, weighting=CovarianceWeighting(scope="batch"))
+    return compute_policy_loss_vanilla(
+        old_log_prob, log_prob, weights * advantages, response_mask, loss_agg_mode, config, rollout_is_weights
+    )
+
+
+def _hand_over_log_probs() -> None:
+    """verl's ``compute_advantage`` holds the log-probs but gives them to estimators of its own only. So it is wrapped,
+    in every module of verl's that has it by now: for the duration of a call the registered estimator has them."""
+    original = ray_trainer.compute_advantage
+
+    @functools.wraps(original)
+    def compute_advantage(data: DataProto, *args: Any, **kwargs: Any) -> DataProto:
+        log_probs = data.batch.get("old_log_probs", None)
+        if log_probs is not None:
+            ADV_ESTIMATOR_REGISTRY[NAME] = functools.partial(compute_covgrpo_advantage, old_log_probs=log_probs)
+        try:
+            return original(data, *args, **kwargs)
+        finally:
+            ADV_ESTIMATOR_REGISTRY[NAME] = compute_covgrpo_advantage
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("verl.") and vars(module).get("compute_advantage") is original:
+            module.compute_advantage = compute_advantage  # type: ignore[attr-defined]
+
+
+_hand_over_log_probs()
