@@ -2,19 +2,25 @@
 cut anywhere. Every worker makes the whole batch from a seed and takes its part; nothing is sent but what is tested."""
 
 import random
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 from processes import processes
+from test_faults import Fault, apply
 
 from covgrpo_kernels import (
     CovarianceWeighting,
     CovGRPOConfig,
     GroupMoments,
+    collectives,
     covariance_weights,
     covgrpo_loss,
+    distributed,
+    layout,
     linear_logprob,
+    logprob,
     reference,
     tiles,
 )  # fmt: skip
@@ -226,10 +232,11 @@ def test_two_kinds_of_parallelism_at_once(inner):
 # --- the vocabulary over ranks -----------------------------------------------------------------------------
 
 
-def sliced_logprob(dtype, backend, seed):
-    """Errors of a slice's results in that dtype, with the head cut in uneven slices."""
-    torch.manual_seed(0)
+def sliced_logprob(dtype, backend, seed, capped=True):
+    """In that dtype, with the head cut in uneven slices."""
     h, w, y, options = confident_head(seed)
+    if not capped:
+        options |= dict(temperature=1.0, softcap=None)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     edges = [*[0, 1100, 1100 + 513, 4000][:ranks], len(w)]
     here = slice(edges[rank], edges[rank + 1])
@@ -247,7 +254,7 @@ def confident_head(seed):
     h = torch.randn(256, 24, generator=g, dtype=F64)
     w = torch.randn(5000, 24, generator=g, dtype=F64)
     y = torch.randint(0, 5000, (256,), generator=g)
-    h[::2] += 1.2 * w[y[::2]]
+    h[::2] += torch.linspace(0.5, 3.0, 128, dtype=F64).unsqueeze(1) * w[y[::2]]
     h, w = h.bfloat16().double(), w.bfloat16().double()
     options = dict(
         bias=torch.randn(5000, generator=g, dtype=F64).bfloat16().double(), temperature=0.9, softcap=50.0,
@@ -272,6 +279,32 @@ def test_slices_are_as_exact_as_the_whole(dtype, backend):
         exact, eager = (run_logprob(reference.linear_logprob, h, w, y, bias, dtype=d, **options) for d in (F64, dtype))
         book.add(ours, eager, exact)
     book.check(dtype)
+
+
+def test_sure_tokens_keep_their_digits_where_slices_are_merged():
+    """log p of -1e-9 and less: its relative error, and that of the entropy, is the error of the logits, no more."""
+    h, w, y, options = confident_head(0)
+    plain = {n: options[n] for n in ("logprob_grad", "entropy_grad", "bias")}
+    exact = run_logprob(reference.linear_logprob, h, w, y, dtype=F64, **plain)
+    sure = exact["logprob"] > -1e-6
+    assert sure.sum() > 20
+    assert exact["logprob"][sure].max() > -1e-9
+    got = processes(4).run(sliced_logprob, torch.float32, "eager", 0, False)[0]
+    logits = 8 * torch.finfo(torch.float32).eps * (h.abs() @ w.abs().T + options["bias"].abs()).amax()
+    for name in ("logprob", "entropy"):
+        off = (got[name] / exact[name] - 1)[sure].abs()
+        assert off.max() <= logits, (name, off.max(), logits)
+
+
+def test_gradient_of_hidden_states_is_rounded_once():
+    """As exact over four ranks as on one."""
+    h, w, y, options = confident_head(0)
+    exact = run_logprob(reference.linear_logprob, h, w, y, dtype=F64, **options)["dhidden"]
+    got = processes(4).run(sliced_logprob, torch.bfloat16, "eager", 0)[0]["dhidden"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(tiles.VARIABLE, "eager")
+        alone = run_logprob(linear_logprob, h, w, y, dtype=torch.bfloat16, grad_tol=0.0, entropy=True, **options)
+    assert rms(got - exact) <= 1.01 * rms(alone["dhidden"] - exact)
 
 
 def unbiased_slices():
@@ -316,9 +349,9 @@ def slices_of_nothing():
 
 
 def test_what_is_wrong_in_a_slice_is_seen_on_every_rank():
-    for logprob, entropy, message in processes(2).run(slices_of_nothing):
-        assert logprob[1] == 0 == entropy[1]
-        assert logprob[2:].isnan().all()
+    for x, entropy, message in processes(2).run(slices_of_nothing):
+        assert x[1] == 0 == entropy[1]
+        assert x[2:].isnan().all()
         assert entropy[0].isnan()
         assert message == "targets must be in [0, 5000) or -100, got 5000"
 
@@ -509,3 +542,79 @@ def sharded_head():
 
 def test_a_head_that_is_a_dtensor():
     assert max(processes(2).run(sharded_head)) <= 1e-12
+
+
+# --- deliberate faults -------------------------------------------------------------------------------------
+
+
+def with_fault(name, function, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        apply(FAULTS[name][1], patch)
+        return function(*arguments)
+
+
+of_size = processes
+
+
+class FaultyProcesses:
+    """Processes in which the fault is there."""
+
+    def __init__(self, size, name):
+        self.size, self.name = size, name
+
+    def run(self, function, *arguments):
+        return of_size(self.size).run(with_fault, self.name, function, *arguments)
+
+
+def two(cut):
+    return lambda: test_every_cut_equals_the_reference(cut, 2)
+
+
+FAULTS = {
+    "sums of a rank": (two(rows_anywhere), Fault(collectives.all_sum, "dist.all_reduce", "str")),
+    "maxima of a rank": (two(rows_by_id), Fault(collectives.all_max, "dist.all_reduce", "str")),
+    "groups of a rank": (two(rows_anywhere), Fault(layout.flatten_tokens, "(before + torch", "(0 * before + torch")),
+    "responses counted by every rank": (two(columns), Fault(layout.Tokens.count_sequences, "// shared", "")),
+    "responses of a rank": (
+        two(packed_tokens), Fault(layout.flatten_tokens, "reshape(-1), sequence_group", "reshape(-1)")
+    ),
+    "denominator of a rank": (
+        two(packed_responses), Fault(layout.Tokens.count_valid, ", self.process_group", ", None")
+    ),
+    "target of the slice beside": (two(vocabulary), Fault(logprob.run_forward, "- vocabulary.first", "")),
+    "gradient of a slice": (
+        two(vocabulary), Fault(logprob.run_backward, "all_sum(hidden_grad, vocabulary.group)", "hidden_grad")
+    ),
+    "gradient rounded before it is summed": (
+        test_gradient_of_hidden_states_is_rounded_once,
+        Fault(logprob.run_backward, "needs, vocabulary is not None", "needs, False"),
+    ),
+    "largest slice twice": (two(vocabulary), Fault(distributed.merge_results, ".scatter(0, lead, 0)", "")),
+    "entropy without that of the slices": (
+        two(vocabulary), Fault(distributed.merge_results, "(entropy - log_share)", "(entropy - 0 * log_share)")
+    ),
+    "the largest entry in the sum": (
+        test_sure_tokens_keep_their_digits_where_slices_are_merged,
+        Fault(distributed.merge_results, "others.sum(0, keepdim=True)", "distance.exp().sum(0, keepdim=True) - 1"),
+    ),
+    "dice of every rank": (
+        test_ranks_of_a_head_leave_out_the_same_rows, Fault(logprob.draw_chance, "dist.broadcast", "dict")
+    ),
+    "responses of another micro-batch": (
+        lambda: test_micro_batches_equal_the_whole("numel by response"),
+        Fault(distributed.GroupMoments.merge, "part.sequences + first", "part.sequences"),
+    ),
+    "moments of a rank": (
+        test_micro_batches_over_ranks_equal_the_whole,
+        Fault(distributed.GroupMoments.reduce, "self.weighting, process_group)", "self.weighting)"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_turns_these_tests_red(name, monkeypatch):
+    check, fault = FAULTS[name]
+    monkeypatch.setattr(sys.modules[__name__], "processes", lambda size: FaultyProcesses(size, name))
+    apply(fault, monkeypatch)  # for what needs no other process
+    with pytest.raises(AssertionError):
+        check()

@@ -152,8 +152,7 @@ FAULTS = {
     "weights from the wrong group": (
         weights,
         Fault(
-            eager.group_weights, "scopes.spread(goal / total.where(n > 0, 1))",
-            "scopes.spread((goal / total.where(n > 0, 1)).roll(1))",
+            eager.weights_of_moments, "scopes.spread(factor)", "scopes.spread(factor.roll(1))",
         ),
     ),
     "means of the wrong group": (
@@ -164,11 +163,11 @@ FAULTS = {
         Fault(objective._token_shares, "lengths = _count(valid, ", "lengths = _count(torch.ones_like(valid), "),
     ),
     "empty sequences counted": (
-        losses, Fault(objective._token_shares, "(lengths > 0).sum()", "torch.tensor(len(lengths))")
+        losses, Fault(layout.Tokens.count_sequences, "> 0).sum()", ">= 0).sum()")
     ),
-    "noise taken for variance": (no_variance, Fault(eager.group_weights, "variance <= noise.square()", "variance < 0")),
+    "noise taken for variance": (no_variance, Fault(eager.scope_moments, "variance <= noise.square()", "variance < 0")),
     "NaN weight under the mask": (
-        poisoned, Fault(eager.group_weights, ".where(n > 0, 1))).where(valid, 0)", ".where(n > 0, 1)))")
+        poisoned, Fault(eager.weights_of_moments, "scopes.spread(factor)).where(valid, 0)", "scopes.spread(factor))")
     ),
     "clip on the wrong side": (
         losses, Fault(objective.policy_objective, "within * a < ratio * a", "within * a > ratio * a")
