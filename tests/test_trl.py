@@ -1,0 +1,514 @@
+"""`CovGRPOTrainer` beside TRL's own GRPOTrainer, both in short real runs on the CPU: a Qwen2 from a config, sampled by
+transformers, rewarded by a function. What both see and make is recorded around TRL's methods, which run as they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+trl = pytest.importorskip("trl")
+transformers = pytest.importorskip("transformers")
+
+from datasets import Dataset  # noqa: E402
+from processes import processes  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+from covgrpo_kernels import ClipCov, CovarianceWeighting, linear_logprob, reference  # noqa: E402
+from covgrpo_kernels.grpo.policy import byte_tokenizer  # noqa: E402
+from covgrpo_kernels.integrations import transformers as patched  # noqa: E402
+from covgrpo_kernels.integrations.trl import CovGRPOTrainer  # noqa: E402
+from covgrpo_kernels.objective import weighting_metrics  # noqa: E402
+from covgrpo_kernels.testing import check_draw, rms  # noqa: E402
+
+GROUP = 4  # completions of a prompt
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+SCHEDULES: dict[str, dict[str, int]] = {
+    "one loss": {},
+    "accumulated": dict(gradient_accumulation_steps=2),  # no old log-probs; groups are shuffled over two micro-batches
+    "old": dict(steps_per_generation=2),  # old log-probs; likewise
+    "twice": dict(num_iterations=2),  # old log-probs of whole groups
+    "twice accumulated": dict(gradient_accumulation_steps=2, steps_per_generation=1, num_iterations=2),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": dict(model="tied"),
+    "lora": dict(peft=True),
+    "lora and reference": dict(peft=True, beta=0.1),
+    "reference": dict(beta=0.1),
+    "corrected reference": dict(beta=0.1, use_bias_correction_kl=True, model="tied"),
+    "sequence": dict(importance_sampling_level="sequence"),
+    "high entropy": dict(top_entropy_quantile=0.4),
+    "entropy bonus": dict(entropy_coef=0.02),
+    "truncated": dict(mask_truncated_completions=True, max_completion_length=24),
+    "float32 head": dict(cast_lm_head_to_fp32=True),
+    "cold": dict(temperature=0.6),
+    "experts": dict(model="experts"),
+    "scaled": dict(model="scaled"),
+    "off-policy mask": dict(off_policy_mask_threshold=0.01, delta=1.5),
+}
+
+
+def save_models(folder: Path) -> None:
+    size = dict(
+        vocab_size=len(byte_tokenizer()), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        initializer_range=0.2,
+    )  # fmt: skip
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16)
+    configs = {
+        "untied": transformers.Qwen2Config(**size, tie_word_embeddings=False),
+        "tied": transformers.Qwen2Config(**size, tie_word_embeddings=True),
+        "experts": transformers.Qwen3MoeConfig(**size, **experts, tie_word_embeddings=False),
+        "scaled": transformers.GraniteConfig(**size, logits_scaling=3.0, tie_word_embeddings=False),
+    }
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder)
+    return folder
+
+
+def reward(completions: list[str], prompts: list[str], **columns: Any) -> list[float]:
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+def new_trainer(trainer_class: type, models: Path, options: dict[str, Any], **ours: Any) -> Any:
+    """Everything that is not in ``options`` is fixed; only some twenty tokens are sampled, the end one of them."""
+    options = dict(options)
+    name, peft = options.pop("model", "untied"), options.pop("peft", False)
+    more = {key: options.pop(key) for key in ("rollout_func",) if key in options}
+    settings: dict[str, Any] = dict(
+        per_device_train_batch_size=GROUP, per_device_eval_batch_size=GROUP, num_generations=GROUP,
+        max_completion_length=10, max_steps=3, learning_rate=0.3, optim="sgd", max_grad_norm=0.0, bf16=False,
+        generation_kwargs=dict(suppress_tokens=[0, *range(24, len(byte_tokenizer()))]),
+        use_cpu=True, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    tasks = Dataset.from_dict({"prompt": [f"{i}*{j}=" for i in range(3, 13) for j in range(8, 12)]})
+    if peft:
+        from peft import LoraConfig
+
+        # The second matrix of an adapter begins as zeros, and so do the gradients of the first.
+        more["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    trainer = trainer_class(
+        model=str(models / name), reward_funcs=reward, train_dataset=tasks, eval_dataset=tasks.select(range(4)),
+        args=trl.GRPOConfig(str(models / "run"), **(settings | options)), processing_class=byte_tokenizer(),
+        **more, **ours,
+    )  # fmt: skip
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    return trainer
+
+
+# ------------------------------------------------------------------------------------------- the same as GRPOTrainer
+
+
+@dataclass
+class Run(TrainerCallback):
+    """What a trainer makes at each step; with ``start`` every step begins from those parameters."""
+
+    start: Run | None = None
+    losses: list[Tensor] = field(default_factory=list)  # of each micro-batch
+    completions: list[Tensor] = field(default_factory=list)
+    grads: list[dict[str, Tensor]] = field(default_factory=list)  # of each step
+    parameters: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        if self.start is not None:
+            model.load_state_dict(self.start.parameters[len(self.parameters)])
+        self.parameters.append({name: value.clone() for name, value in model.state_dict().items()})
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def exact_scores(
+    model: nn.Module,
+    input_ids: Tensor,  # [B, P + T]
+    attention_mask: Tensor,
+    logits_to_keep: int,  # T
+    temperature: float,
+    compute_aux_loss: bool = False,
+    **ignored: Any,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What TRL's scoring function returns, by the model's own forward and the reference."""
+    more = {"output_router_logits": True} if compute_aux_loss else {}
+    out = model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False, **more)
+    labels = input_ids.masked_fill(attention_mask == 0, -100)[:, -logits_to_keep:]
+    logprobs, entropy = reference.linear_logprob(
+        out.hidden_states[-1][:, -logits_to_keep - 1 : -1], model.get_output_embeddings().weight, labels,
+        temperature=temperature, logit_scale=1 / getattr(model.config, "logits_scaling", 1.0),
+    )  # fmt: skip
+    return logprobs, entropy, getattr(out, "aux_loss", None)
+
+
+def exact_copy(model: nn.Module) -> nn.Module:
+    """In float64, with its own forwards in place of those that trainers put in."""
+    exact = copy.deepcopy(model).double()
+    base = exact.get_base_model() if hasattr(exact, "get_base_model") else exact
+    for module in (base, base.lm_head):
+        vars(module).pop("forward", None)
+    base.get_input_embeddings()._forward_hooks.clear()  # to float32, of cast_lm_head_to_fp32
+    base.set_experts_implementation("eager")  # others know no float64
+    return exact
+
+
+class Exact:
+    """TRL's losses of a run in float64: its `_compute_loss` on exact log-probs, old and reference ones too."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.losses: list[Tensor] = []
+        self.grads: list[dict[str, Tensor]] = []
+        self.trainer, self.generate = trainer, trainer._generate_and_score_completions
+        trainer._generate_and_score_completions = self.with_exact_scores
+
+    @torch.no_grad()
+    def with_exact_scores(self, inputs: Any) -> dict[str, Any]:
+        batch = self.generate(inputs)
+        tokens = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        for key in {"old_per_token_logps", "ref_per_token_logps"} & batch.keys():
+            is_own = key.startswith("old") or self.trainer.ref_model is None
+            model = exact_copy(self.trainer.model if is_own else self.trainer.ref_model)
+            without = nullcontext() if key.startswith("old") or not is_own else model.disable_adapter()
+            with without:
+                scores = exact_scores(model, tokens, mask, batch["completion_ids"].size(1), self.trainer.temperature)
+            batch[f"exact_{key}"] = scores[0]
+        return batch
+
+    def add(self, loss: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any], is_first: bool) -> None:
+        """Of a micro-batch; its gradients are added to those of the step."""
+        exact, trainer = exact_copy(trainer_model(model)), self.trainer
+        inputs = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in inputs.items()}
+        inputs |= {n.removeprefix("exact_"): x for n, x in inputs.items() if n.startswith("exact_")}
+
+        def scores(*args: Any, **kwargs: Any) -> Any:
+            return exact_scores(*args, temperature=trainer.temperature, **kwargs)
+
+        with mock.patch.object(trainer, "_get_per_token_logps_and_entropies", scores):
+            value = loss(exact, inputs)
+        value.backward()
+        self.losses.append(value.detach())
+        if is_first:
+            self.grads.append({})
+        for name, p in exact.named_parameters():
+            if p.grad is not None:
+                self.grads[-1][name] = p.grad + self.grads[-1].get(name, 0)
+
+
+def trainer_model(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def train(
+    trainer_class: type, models: Path, options: dict[str, Any], start: Run | None = None, **ours: Any
+) -> tuple[Run, Exact]:
+    """With ``start`` every step begins from that run's parameters; else its losses are taken in float64 as well."""
+    trainer = new_trainer(trainer_class, models, options, **ours)
+    run, exact = Run(start), Exact(trainer)
+    trainer.add_callback(run)
+    compute_loss = trainer._compute_loss
+
+    def recorded(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        loss = compute_loss(model, inputs)
+        if start is None:
+            is_first = len(run.losses) % trainer.args.gradient_accumulation_steps == 0
+            exact.add(compute_loss, model, inputs, is_first)
+        run.losses.append(loss.detach())
+        run.completions.append(inputs["completion_ids"])
+        return loss
+
+    trainer._compute_loss = recorded
+    trainer.train()
+    assert len(run.grads) == trainer.args.max_steps
+    return run, exact
+
+
+def over_ranks(grads: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """As DDP does it."""
+    if dist.is_initialized():
+        for grad in (grad for step in grads for grad in step.values()):
+            dist.all_reduce(grad)
+            grad /= dist.get_world_size()
+    return grads
+
+
+def check_same(models: Path, loss_type: str, schedule: str, name: str) -> None:
+    """GRPOTrainer, and CovGRPOTrainer without weights and with exact gradients, sample the same tokens and are equally
+    far from TRL's losses and gradients in float64. Every step of the latter begins from the former's parameters, so
+    that rounding in one step is not judged in another."""
+    rate = {"luspo": 0.03, "vespo": 0.1}.get(loss_type, 0.3)  # enough to clip, but ratios of whole sequences stay small
+    options = dict(loss_type=loss_type, learning_rate=rate, **SCHEDULES[schedule], **OPTIONS[name])
+    theirs, exact = train(trl.GRPOTrainer, models, options)
+    ours, _ = train(CovGRPOTrainer, models, options, start=theirs, weighting="none", grad_tol=0.0)
+
+    assert all(a.equal(b) for a, b in zip(ours.completions, theirs.completions, strict=True))
+    eps = torch.finfo(torch.float32).eps
+    losses = [{"loss": torch.stack(run.losses)} for run in (ours, theirs, exact)]
+    assert losses[2]["loss"].any()
+    check_draw(*losses, bound={"loss": 16 * eps * (1 + rms(losses[2]["loss"]))})  # advantages cancel in it
+    for got, want, true in zip(ours.grads, theirs.grads, over_ranks(exact.grads), strict=True):
+        assert got.keys() == want.keys() == true.keys()
+        size = rms(torch.cat([grad.flatten() for grad in true.values()]))
+        check_draw(got, want, true, {name: 4 * eps * size for name in true})
+
+
+@pytest.mark.parametrize("schedule", ["one loss", "accumulated", "old"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_loss_is_that_of_trl(models: Path, loss_type: str, schedule: str) -> None:
+    check_same(models, loss_type, schedule, "plain")
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "plain"])
+def test_every_option_means_what_it_does_in_trl(models: Path, name: str) -> None:
+    check_same(models, "dapo", "twice", name)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_all_of_it(models: Path, loss_type: str, schedule: str, name: str) -> None:
+    check_same(models, loss_type, schedule, name)
+
+
+# --------------------------------------------------------------------------------------------------- the advantages
+
+
+@dataclass
+class Generation:
+    """A rank's rows of a generation as TRL hands them over, before it shuffles them, and what became of them."""
+
+    mask: Tensor  # [B, T]
+    advantages: Tensor  # [B]
+    logprobs: Tensor  # [B, T] float64
+    eager: Tensor  # [B, T] the same in float32
+    weighted: Tensor  # [B, T] the advantages that TRL's loss saw
+    metrics: dict[str, float] = field(default_factory=dict)  # as logged
+
+
+def record_weighting(trainer: Any, run: Callable[[], Any]) -> list[Generation]:
+    """Runs the trainer. TRL's own methods are watched from below, where they return to ours."""
+    generations: list[Generation] = []
+    generate, compute_loss = trl.GRPOTrainer._generate_and_score_completions, trl.GRPOTrainer._compute_loss
+
+    def watched_generate(self: Any, inputs: Any) -> dict[str, Any]:
+        batch = generate(self, inputs)
+        tokens = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        model = exact_copy(self.model)
+        with torch.no_grad():
+            length = batch["completion_ids"].size(1)
+            logprobs, eager = (
+                exact_scores(model.to(dtype), tokens, attention, length, self.temperature)[0]
+                for dtype in (torch.float64, torch.float32)
+            )
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        unknown = torch.full_like(logprobs, torch.nan)
+        generations.append(Generation(mask, batch["advantages"], logprobs, eager, unknown))
+        return batch | {"row": torch.arange(len(tokens))}
+
+    def watched_loss(self: Any, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        loss = compute_loss(self, model, inputs)
+        generation = generations[-1]
+        generation.weighted[inputs["row"]] = inputs["advantages"].double()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        generation.metrics |= {n: x[-1] for n, x in metrics.items() if n.startswith(("weight/", "covariance/"))}
+        return loss
+
+    with (
+        mock.patch.object(trl.GRPOTrainer, "_generate_and_score_completions", watched_generate),
+        mock.patch.object(trl.GRPOTrainer, "_compute_loss", watched_loss),
+    ):
+        run()
+    return generations
+
+
+def check_weighting(
+    generations: list[list[Generation]],  # of each generation its ranks
+    group: int = GROUP,
+    weighting: CovarianceWeighting | None = None,
+) -> None:
+    """The rows of all ranks in one batch, by the reference on exact log-probs; and eagerly on those of float32."""
+    varied = False
+    for ranks in generations:
+        length = max(rank.weighted.shape[1] for rank in ranks)
+        advantages = torch.cat([rank.advantages for rank in ranks])
+        mask, logprobs, eager_logprobs, weighted = (
+            torch.cat([nn.functional.pad(getattr(rank, name), (0, length - rank.weighted.shape[1])) for rank in ranks])
+            for name in ("mask", "logprobs", "eager", "weighted")
+        )
+        results = []
+        for x in (eager_logprobs, logprobs):
+            a = advantages.to(x.dtype)
+            weights = reference.covariance_weights(x, a, mask, group_size=group, weighting=weighting)
+            results.append({"weighted": weights * a.unsqueeze(1)})
+        varied |= bool(results[1]["weighted"].std() > 0.1)
+        # A covariance is a product of differences of log-probs and of advantages, which lose their last digits.
+        eps = torch.finfo(torch.float32).eps
+        steep = eps * (1 + advantages.abs().max().item() * logprobs.abs().max().item())
+        check_draw({"weighted": weighted}, *results, bound={"weighted": steep})
+    assert varied
+
+
+def run_training(models: Path, options: dict[str, Any], **ours: Any) -> list[Generation]:
+    trainer = new_trainer(CovGRPOTrainer, models, dict(max_steps=4) | options, **ours)
+    return record_weighting(trainer, trainer.train)
+
+
+@pytest.mark.parametrize("fused_head", [True, False])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_loss_sees_advantages_weighted_by_whole_groups(models: Path, schedule: str, fused_head: bool) -> None:
+    check_weighting([[generation] for generation in run_training(models, SCHEDULES[schedule], fused_head=fused_head)])
+
+
+@pytest.mark.parametrize("name", ["lora", "truncated", "cold", "experts", "float32 head"])
+def test_weighting_with_options(models: Path, name: str) -> None:
+    for schedule in ("one loss", "accumulated"):
+        check_weighting([[generation] for generation in run_training(models, SCHEDULES[schedule] | OPTIONS[name])])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_readings_of_the_paper(models: Path, schedule: str) -> None:
+    weighting = CovarianceWeighting(scope="batch", centering="sequence", advantage_centering="response")
+    generations = run_training(models, SCHEDULES[schedule], weighting=weighting)
+    check_weighting([[generation] for generation in generations], weighting=weighting)
+
+
+def some_rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """Two turns of the model with a tool's answer between them."""
+    tokenizer, seed = trainer.processing_class, trainer.state.global_step
+    draw = torch.Generator().manual_seed(seed)
+    lengths = [torch.randint(1, 7, (3,), generator=draw).tolist() for _ in prompts]
+    return {
+        "prompt_ids": tokenizer(prompts).input_ids,
+        "completion_ids": [torch.randint(2, 60, (sum(n),), generator=draw).tolist() for n in lengths],
+        "env_mask": [[1] * a + [0] * b + [1] * c for a, b, c in lengths],
+        "logprobs": None,
+    }
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_tool_output_has_no_say(models: Path, schedule: str) -> None:
+    generations = run_training(models, SCHEDULES[schedule] | dict(rollout_func=some_rollouts))
+    check_weighting([[generation] for generation in generations])
+
+
+def test_evaluation_is_weighted_by_its_own_groups(models: Path) -> None:
+    for schedule in ("one loss", "accumulated", "old"):
+        options = SCHEDULES[schedule] | dict(num_generations_eval=2)
+        trainer = new_trainer(CovGRPOTrainer, models, options)
+        generations = record_weighting(trainer, trainer.evaluate)
+        assert len(generations) == 2
+        check_weighting([[generation] for generation in generations], group=2)
+        logged = trainer.state.log_history[-1]
+        assert logged["eval_weight/max"] == pytest.approx(sum(g.metrics["weight/max"] for g in generations) / 2)
+
+
+# A group of 4 stands across the ranks' 6 rows each. In the order of SCHEDULES' routes: in the loss, scored, old.
+SPLIT = [
+    dict(per_device_train_batch_size=6),
+    dict(per_device_train_batch_size=3, gradient_accumulation_steps=2),
+    dict(per_device_train_batch_size=3, steps_per_generation=2),
+]
+
+
+def test_over_ranks(models: Path) -> None:
+    for case in (("grpo", "old", "tied"), ("dapo", "accumulated", "lora")):
+        processes(2).run(check_same, models, *case)
+    for options in SPLIT:
+        ranks = processes(2).run(run_training, models, options)
+        generations = [list(parts) for parts in zip(*ranks, strict=True)]
+        assert not any(a.logprobs.equal(b.logprobs) or a.metrics != b.metrics for a, b in generations)
+        check_weighting(generations)
+
+
+# ---------------------------------------------------------------------------------------------------------- the rest
+
+
+def test_metrics_are_in_the_log(models: Path) -> None:
+    """Of all the tokens of a generation, averaged over micro-batches as TRL's own are."""
+    options = dict(max_steps=4, logging_steps=2)
+    trainer = new_trainer(CovGRPOTrainer, models, options)
+    generations = record_weighting(trainer, trainer.train)
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2
+    for log, pair in zip(logs, zip(generations[::2], generations[1::2], strict=True), strict=True):
+        for name in pair[0].metrics:
+            assert log[name] == pytest.approx(sum(generation.metrics[name] for generation in pair) / 2)
+    for generation in generations:
+        valid, a = generation.mask.flatten() != 0, generation.advantages.double().unsqueeze(1)
+        weights = reference.covariance_weights(generation.logprobs, a.squeeze(1), generation.mask, group_size=GROUP)
+        x = generation.logprobs.flatten()[valid]
+        a = a.expand_as(generation.logprobs).flatten()[valid]
+        want = weighting_metrics(weights.flatten()[valid], (x - x.mean()) * (a - a.mean()), valid[valid])
+        assert generation.metrics == pytest.approx({n: v.item() for n, v in want.items()}, rel=1e-4, abs=1e-4)
+
+
+def test_no_weighting_logs_none(models: Path) -> None:
+    trainer = new_trainer(CovGRPOTrainer, models, dict(max_steps=1), weighting=None)
+    trainer.train()
+    assert not any(name.startswith(("weight/", "covariance/")) for log in trainer.state.log_history for name in log)
+
+
+@pytest.mark.parametrize("fused_head", [True, False])
+def test_whose_head_it_is(models: Path, fused_head: bool) -> None:
+    tolerances = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        tolerances.append(kwargs["grad_tol"])
+        return linear_logprob(*args, **kwargs)
+
+    options = dict(max_steps=2, beta=0.1, steps_per_generation=2)
+    trainer = new_trainer(CovGRPOTrainer, models, options, fused_head=fused_head, grad_tol=1e-3)
+    with mock.patch.object(patched, "linear_logprob", watched):
+        trainer.train()
+    # A generation is two micro-batches: their old log-probs, the reference model's and two losses.
+    assert tolerances == [1e-3] * 6 * fused_head
+
+
+def test_the_head_in_float32_under_autocast(models: Path) -> None:
+    """With ``cast_lm_head_to_fp32`` the head's product is float32's, as TRL's kernel does it."""
+    options = dict(cast_lm_head_to_fp32=True, bf16=True)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 200, (GROUP, 20), generator=generator)
+    scores = []
+    for trainer_class in (CovGRPOTrainer, trl.GRPOTrainer):
+        trainer = new_trainer(trainer_class, models, options)
+        model = trainer.accelerator.prepare_model(trainer.model)
+        with torch.no_grad():
+            scores.append(trainer._get_per_token_logps_and_entropies(model, ids, torch.ones_like(ids), 10)[0])
+    eps = torch.finfo(torch.float32).eps
+    assert (scores[0] - scores[1]).abs().max() <= 32 * eps * scores[0].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("ours", "message"),
+    [
+        (dict(weighting=ClipCov()), "weighting must be 'covariance', 'none' or"),
+        (dict(weighting="kl_cov"), "weighting must be 'covariance', 'none' or"),
+        (dict(weighting=CovarianceWeighting(differentiate_weights=True)), "weighting must be 'covariance', 'none' or"),
+        (dict(weighting="gaussian"), "weighting must be one of"),
+        (dict(weighting=3), "weighting must be a str"),
+        (dict(fused_head="yes"), "fused_head must be a bool"),
+        (dict(grad_tol="low"), "grad_tol must be"),
+        (dict(grad_tol=-1.0), "grad_tol must be"),
+    ],
+)
+def test_wrong_arguments(ours: dict[str, Any], message: str) -> None:
+    """Before any work: there is no model."""
+    with pytest.raises((TypeError, ValueError), match=message):
+        CovGRPOTrainer(**ours)
