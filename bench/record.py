@@ -49,8 +49,7 @@ def record(policy: Any, data: str | None, prompts: int, group_size: int, max_new
     from covgrpo_kernels.grpo.config import TrainConfig
     from covgrpo_kernels.grpo.train import make_task, rollout
 
-    head = policy.head
-    if head["bias"] is not None:
+    if getattr(policy.model.get_output_embeddings(), "bias", None) is not None:
         raise ValueError("the head has a bias: it can't be replayed beside peers that know none")
     config = TrainConfig(
         data=data, prompts_per_step=prompts, group_size=group_size, temperature=1.0, max_new_tokens=max_new_tokens,
@@ -63,15 +62,20 @@ def record(policy: Any, data: str | None, prompts: int, group_size: int, max_new
         raise ValueError(
             "all responses to a prompt got equal rewards, so that no token has a coefficient: other --data?"
         )
-    hidden = torch.cat([batch.rows(rows).hidden(policy) for rows in torch.arange(len(batch.mask)).split(group_size)])
+
+    def take(hidden: Tensor, weight: Tensor, *, bias: None, logit_scale: float, softcap: float | None) -> Any:
+        return hidden.to(policy.dtype) * logit_scale, weight.to(policy.dtype), softcap
+
+    parts = [batch.rows(rows).apply_head(policy, take) for rows in torch.arange(len(batch.mask)).split(group_size)]
+    _, weight, softcap = parts[0]
     weights = covariance_weights(sampled.old_logprobs, advantages, batch.mask, group_size=group_size)
     gradient = -weights * advantages.unsqueeze(1) / batch.mask.sum()
     return dict(
-        hidden=hidden.flatten(0, 1) * head["logit_scale"],
-        weight=head["weight"],
+        hidden=torch.cat([hidden for hidden, _, _ in parts]).flatten(0, 1),
+        weight=weight,
         targets=batch.responses.where(batch.mask, IGNORE_INDEX).flatten(),
         logprob_grad=gradient.flatten(),
-        softcap=head["softcap"],
+        softcap=softcap,
     )
 
 

@@ -224,11 +224,14 @@ def _generator(*key: object) -> torch.Generator:
 
 
 def pretrain(run: Run, tokens: Tensor, step: int) -> dict[str, float]:  # [B, T + 1]
+    from covgrpo_kernels.grpo.rollout import Batch
+
     if run.variant.reorder:
         tokens = tokens[torch.randperm(len(tokens), generator=_generator("reorder", step))]
     policy, targets = run.policy, tokens[:, 1:]
-    hidden = policy.hidden(tokens, torch.ones_like(tokens), last=targets.shape[1])
-    out = linear_logprob(hidden, targets=targets, entropy=True, grad_tol=run.variant.grad_tol, **policy.head)
+    batch = Batch(tokens, torch.ones_like(tokens), torch.ones_like(targets, dtype=torch.bool))
+    score = functools.partial(linear_logprob, targets=targets, entropy=True, grad_tol=run.variant.grad_tol)
+    out = batch.apply_head(policy, score)
     assert out.entropy is not None
     loss = -out.logprob.mean()
     run.optimizer.zero_grad(set_to_none=True)

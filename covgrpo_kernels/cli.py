@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
+import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,13 +20,16 @@ DEMO = TrainConfig(out="runs/demo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    options = vars(parser.parse_args(arguments))
+    # Torchrun gives the same options to all of its processes: one of them complains.
+    with contextlib.nullcontext() if _first() else contextlib.redirect_stderr(io.StringIO()):
+        options = vars(_parser().parse_args(arguments))
     command = options.pop("command")
     if command == "doctor":
         from . import doctor
 
         return doctor.main()
+    if command == "demo" and _processes() > 1:
+        return _fail("covgrpo demo runs in one process; torchrun is for covgrpo train")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"covgrpo {command} needs {', '.join(missing)}: pip install 'covgrpo-kernels[grpo]'")
@@ -37,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, config: TrainConfig) -> int:
     from transformers.utils import logging
 
+    from .grpo import parallel
     from .grpo.demo import demo
     from .grpo.train import TrainingError, train
 
@@ -44,13 +51,11 @@ def _run(command: str, config: TrainConfig) -> int:
     try:
         (demo if command == "demo" else train)(config)
     except KeyboardInterrupt:
-        print(
-            f"\ninterrupted; the same command goes on from the last checkpoint in {config.out}",
-            file=sys.stderr,
-        )
+        _say(f"\ninterrupted; the same command goes on from the last checkpoint in {config.out}")
         return INTERRUPTED
     except (TrainingError, ValueError, OSError) as error:
         return _fail(str(error))
+    parallel.leave()
     return 0
 
 
@@ -62,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train a policy on problems with verifiable answers",
         description="Trains a policy by GRPO on problems whose answers a program checks. The same command "
-        "goes on with an interrupted run.",
+        "goes on with an interrupted run. Under torchrun (torchrun --nproc-per-node N -m covgrpo_kernels train ...) "
+        "its processes share the work, with the numbers of a single one but for rounding; the next command may have "
+        "another number of them.",
     )
     for field in dataclasses.fields(TrainConfig):
         _add_option(train, field, field.default)
@@ -96,5 +103,19 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, defau
 
 
 def _fail(message: str) -> int:
-    print(f"covgrpo: error: {message}", file=sys.stderr)
+    _say(f"covgrpo: error: {message}")
     return 2
+
+
+def _say(message: str) -> None:
+    """What goes wrong goes wrong in every process, in the same words."""
+    if _first():
+        print(message, file=sys.stderr, flush=True)
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _first() -> bool:
+    return _processes() == 1 or os.environ.get("RANK", "0") == "0"

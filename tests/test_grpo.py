@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -316,23 +318,35 @@ def test_the_logits_are_never_built(policy: Policy, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(policy.model.get_output_embeddings(), "forward", refuse)
     batch = encode_solutions(policy, ["1 +1 =", "2"], ["2", "34"])
-    assert batch.hidden(policy).shape == (2, 3, 64)
+    assert batch.apply_head(policy, lambda hidden, weight, **how: hidden).shape == (2, 3, 64)
+    assert training.logprobs(policy, batch, TINY).shape == (2, 3)
 
 
 # --- rollouts ----------------------------------------------------------------------------------------------
 
 
-def test_end_of_sequence(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def scripted(policy: Policy, tokens: Iterable[list[int]]) -> Iterator[None]:
+    """The model's logits choose these tokens [B], one call after the other."""
+    script = iter(tokens)
+
+    def choose(module: torch.nn.Module, args: object, logits: torch.Tensor) -> torch.Tensor:  # [B, 1, V]
+        chosen = torch.tensor(next(script)).unsqueeze(1)
+        return torch.nn.functional.one_hot(chosen, logits.shape[-1]).float() * 1e4
+
+    hook = policy.model.get_output_embeddings().register_forward_hook(choose)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def test_end_of_sequence(policy: Policy) -> None:
     """The end-of-sequence token is part of a response, nothing after it is; a response without one was cut
     off. The sampler's choices are scripted."""
     eos, pad = int(policy.eos_ids[0]), policy.pad_id
-    script = torch.tensor([[5, eos, 6, 7], [eos, 5, 5, 5], [8, 9, 8, 9]])
-    steps = iter(script.T)
-    width = policy.model.config.vocab_size
-    monkeypatch.setattr(
-        Policy, "logits", lambda self, hidden: torch.nn.functional.one_hot(next(steps), width).float() * 100
-    )
-    batch = sample(policy, ["ab", "c", "d"], 1, max_new_tokens=4, temperature=0)
+    with scripted(policy, zip([5, eos, 6, 7], [eos, 5, 5, 5], [8, 9, 8, 9], strict=True)):
+        batch = sample(policy, ["ab", "c", "d"], 1, max_new_tokens=4, temperature=0)
     assert batch.responses.tolist() == [[5, eos, pad, pad], [eos, pad, pad, pad], [8, 9, 8, 9]]
     assert batch.mask.tolist() == [[True, True, False, False], [True, False, False, False], [True] * 4]
     assert batch.attention.tolist() == [[1, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
@@ -341,11 +355,10 @@ def test_end_of_sequence(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Non
     assert texts(policy, batch) == [decode([5]), "", decode([8, 9, 8, 9])]
 
 
-def test_sampling_stops_when_all_have_ended(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_stops_when_all_have_ended(policy: Policy) -> None:
     eos = int(policy.eos_ids[0])
-    logits = torch.zeros(4, policy.model.config.vocab_size).index_fill(1, torch.tensor([eos]), 1e4)
-    monkeypatch.setattr(Policy, "logits", lambda self, hidden: logits)
-    batch = sample(policy, ["ab", "c"], 2, max_new_tokens=9, temperature=1.0)
+    with scripted(policy, [[eos, eos]]):
+        batch = sample(policy, ["ab", "c"], 2, max_new_tokens=9, temperature=1.0)
     assert batch.mask.shape == (4, 1)
 
 
@@ -365,8 +378,9 @@ def test_sampling_follows_the_temperature(policy: Policy) -> None:
     generator = torch.Generator().manual_seed(0)
     batch = sample(policy, ["1 +1 ="], draws, 1, temperature, generator)
     counts = batch.responses[:, 0].bincount(minlength=policy.model.config.vocab_size)
-    states = policy.run_backbone(batch.tokens[:1, :-1], batch.attention[:1, :-1]).last_hidden_state[:, -1]
-    expected = draws * (policy.logits(states)[0] / temperature).softmax(-1)
+    with torch.no_grad():
+        logits = policy.forward(batch.tokens[:1, :-1], batch.attention[:1, :-1]).logits[0, -1]
+    expected = draws * (logits / temperature).softmax(-1)
     common = expected > 20
     assert common.sum() > 10
     statistic = ((counts - expected)[common].square() / expected[common]).sum() / common.sum()
@@ -435,10 +449,10 @@ def test_minibatches_are_whole_groups_and_cover_the_batch(policy: Policy, monkey
     data = training.Rollout(batch, rows, rows.unsqueeze(1).expand(48, 2), None)
     real = training.covgrpo_loss
 
-    def record(hidden: torch.Tensor, **arguments: torch.Tensor) -> object:
+    def record(*head: torch.Tensor, **arguments: torch.Tensor) -> object:
         seen.append(arguments["advantages"].long().tolist())
         assert torch.equal(arguments["advantages"], arguments["old_logprobs"][:, 0])
-        return real(hidden, **(arguments | {"old_logprobs": None}))
+        return real(*head, **(arguments | {"old_logprobs": None}))
 
     monkeypatch.setattr(training, "covgrpo_loss", record)
     optimizer = torch.optim.SGD(copy.deepcopy(policy).model.parameters(), lr=0.0)
@@ -707,7 +721,7 @@ def test_log_probs_of_the_warm_start(policy: Policy) -> None:
     """What the warm start minimises is the cross-entropy of solution and end-of-sequence token."""
     batch = encode_solutions(policy, ["1 +1 =", "2"], ["2", "345"])
     targets = batch.responses.where(batch.mask, -100)
-    got = linear_logprob(batch.hidden(policy), targets=targets, **policy.head).logprob
+    got = batch.apply_head(policy, partial(linear_logprob, targets=targets)).logprob
     for row, (prompt, solution) in enumerate([("1 +1 =", "2"), ("2", "345")]):
         prompt_ids, ids = (policy.tokenizer(t).input_ids for t in (prompt, solution))
         ids = [*ids, policy.tokenizer.eos_token_id]

@@ -14,6 +14,7 @@ from ..config import CovGRPOConfig
 TASKS = ("arithmetic", "countdown")
 WEIGHTINGS = ("covariance", "none", "clip_cov", "kl_cov")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
+PARALLEL = ("ddp", "fsdp")
 
 
 def _option(
@@ -72,6 +73,9 @@ class TrainConfig:
 
     seed: int = _option(0, "of everything random", low=0)
     device: str = _option("auto", 'torch device; "auto": cuda where there is one, else cpu')
+    parallel: str = _option(
+        "ddp", "under torchrun: the model whole on every process, or sharded over them (FSDP2)", choices=PARALLEL
+    )
     checkpoint_every: int = _option(10, "rollout batches between checkpoints", low=1)
     eval_every: int = _option(20, "rollout batches between evaluations; 0: only before and after", low=0)
     eval_problems: int = _option(256, "held-out problems of an evaluation, answered greedily", low=1)
@@ -109,6 +113,10 @@ class TrainConfig:
     @property
     def groups_per_microbatch(self) -> int:
         return self.microbatch_prompts or self.groups_per_minibatch
+
+    @property
+    def rows_per_microbatch(self) -> int:
+        return self.groups_per_microbatch * self.group_size
 
     @property
     def supervised_steps(self) -> int:

@@ -1,4 +1,4 @@
-"""A causal LM as the loss sees it: a backbone that gives hidden states, and a head that is only a matrix."""
+"""A causal LM whose head computes log-probs and losses in place of logits, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -20,7 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from ..integrations.transformers import check_logits, head_options
+from ..integrations.transformers import patch_model
 
 
 @dataclass
@@ -32,7 +31,8 @@ class Policy:
     def __post_init__(self) -> None:
         # Without dropout, or a token's log-prob would differ between scoring and training.
         nn.Module.to(self.model, self.device).eval()
-        self.backbone = self.model.get_decoder()
+        patch_model(self.model)
+        self.wrapper: nn.Module = self.model  # where a run is spread by DDP, that
         eos = self.model.generation_config.eos_token_id if self.model.generation_config else None
         eos = eos if isinstance(eos, list) else [eos]
         ids = [i for i in dict.fromkeys([self.tokenizer.eos_token_id, *eos]) if i is not None]
@@ -46,35 +46,17 @@ class Policy:
         """What the matrix products run in. The parameters, and so AdamW's steps, are always float32."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
-    def run_backbone(self, tokens: Tensor, attention: Tensor, **options: Any) -> Any:  # [B, L], [B, L]
-        """The backbone over the tokens, the last ones of `attention`. Padding on the left has no position."""
+    def forward(self, tokens: Tensor, attention: Tensor, **options: Any) -> Any:  # [B, L], [B, >= L]
+        """The model over the tokens, the last ones of `attention`. Padding on the left has no position. Training and
+        sampling, all goes through the model's own call, on which whatever spreads it over ranks has its hooks."""
         positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        module = self.wrapper if torch.is_grad_enabled() else self.model
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.backbone(tokens, attention_mask=attention, position_ids=positions, **options)
+            return module(tokens, attention_mask=attention, position_ids=positions, **options)
 
-    def hidden(self, tokens: Tensor, attention: Tensor, last: int) -> Tensor:  # [B, L], [B, L] -> [B, last, D]
-        """The hidden states that predict each of the last `last` tokens, not their logits."""
-        states = self.run_backbone(tokens, attention, use_cache=False).last_hidden_state
-        return states[:, -last - 1 : -1].to(self.dtype)
-
-    @property
-    def head(self) -> dict[str, Any]:
-        """How hidden states become logits, as `linear_logprob` and `covgrpo_loss` take it."""
-        lm_head = self.model.get_output_embeddings()
-        return dict(
-            weight=lm_head.weight.to(self.dtype),
-            bias=None if getattr(lm_head, "bias", None) is None else lm_head.bias.to(self.dtype),
-            **head_options(self.model),
-        )
-
-    def logits(self, hidden: Tensor) -> Tensor:  # [B, D] -> [B, V]
-        """For sampling: one position at a time. Training never builds these."""
-        head = self.head
-        z = F.linear(hidden.to(self.dtype), head["weight"], head["bias"]).float() * head["logit_scale"]
-        return z if head["softcap"] is None else head["softcap"] * torch.tanh(z / head["softcap"])
-
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, state: dict[str, Any] | None = None) -> None:
+        """`state`: the parameters where the model has only a part of them."""
+        self.model.save_pretrained(folder, state_dict=state)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -109,8 +91,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_policy(name: str, device: torch.device) -> Policy:
-    """A causal LM by folder or name. Raises ValueError where it cannot be loaded or its head is not what
-    `head_options` says."""
+    """A causal LM by folder or name. Raises ValueError where it cannot be loaded or its head does
+    what `patch_model` does not know."""
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -118,7 +100,6 @@ def load_policy(name: str, device: torch.device) -> Policy:
         raise ValueError(f"model {name} cannot be loaded: {error}") from error
     if device.type == "cuda" and model.config.model_type == "qwen2":
         _patch_with_liger(model)
-    check_logits(model)
     return Policy(model, tokenizer, device)
 
 

@@ -12,9 +12,9 @@ LINES = 10  # about so many plain lines a run
 
 
 class ProgressBar:
-    def __init__(self, title: str, done: int, total: int) -> None:
-        self.console = Console()
-        self._title, self._total = title, total
+    def __init__(self, title: str, done: int, total: int, *, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet)
+        self._title, self._total, self._quiet = title, total, quiet
         self._first, self._shown, self._started = done, done, time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -24,7 +24,7 @@ class ProgressBar:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self._task = self._bar.add_task(title, total=total, completed=done, state="")
 
@@ -40,7 +40,8 @@ class ProgressBar:
     def update(self, done: int, state: str) -> None:
         self._bar.update(self._task, completed=done, state=state)
         every = max(self._total // LINES, 1)
-        if not self.console.is_terminal and (done // every > self._shown // every or done == self._total):
+        plain = not (self._quiet or self.console.is_terminal)
+        if plain and (done // every > self._shown // every or done == self._total):
             self._shown = done
             pace = (time.monotonic() - self._started) / (done - self._first)
             left = f"{pace * (self._total - done):.0f} s left"

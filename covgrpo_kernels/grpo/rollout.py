@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import parallel
 from .policy import Policy
 
 
@@ -23,8 +26,15 @@ class Batch:
     def responses(self) -> Tensor:  # [B, T]
         return self.tokens[:, -self.mask.shape[1] :]
 
-    def hidden(self, policy: Policy) -> Tensor:  # [B, T, D]
-        return policy.hidden(self.tokens, self.attention, last=self.mask.shape[1])
+    def apply_head(self, policy: Policy, function: Callable[..., Any]) -> Any:
+        """What ``function(hidden [B, T, D], weight [V, D], bias=..., logit_scale=..., softcap=...)`` returns, hidden
+        being the states that predict the responses: a log-prob, a loss. It runs where the model would build logits."""
+        last = self.mask.shape[1]
+
+        def head(hidden: Tensor, weight: Tensor, **how: Any) -> Any:  # [B, P + T, D]
+            return function(hidden[:, -last - 1 : -1], weight, **how)
+
+        return policy.forward(self.tokens, self.attention, head=head)
 
     def rows(self, rows: Tensor) -> Batch:
         return Batch(self.tokens[rows], self.attention[rows], self.mask[rows])
@@ -39,29 +49,41 @@ def sample(
     temperature: float,  # 0: the likeliest token
     generator: torch.Generator | None = None,
 ) -> Batch:
+    """Every rank samples its share of the rows, and returns all of them."""
     tokens, attention = _encode_prompts(policy, prompts)
-    out = policy.run_backbone(tokens, attention, use_cache=True)
-    # The prompts went through the backbone once; now every response gets its own copy of the cache.
-    cache, states = out.past_key_values, out.last_hidden_state[:, -1].repeat_interleave(group_size, 0)
-    cache.batch_repeat_interleave(group_size)
-    tokens, attention = (t.repeat_interleave(group_size, 0) for t in (tokens, attention))
-    running = torch.ones(len(tokens), dtype=torch.bool, device=policy.device)
-    mask: list[Tensor] = []
+    rows, prompt_length = len(prompts) * group_size, tokens.shape[1]
+    mine = parallel.share(rows).to(policy.device)
+    # A prompt goes through the model once; then every response gets its own copy of the cache.
+    needed, copies = (mine // group_size).unique(return_inverse=True)
+    out = policy.forward(tokens[needed], attention[needed], use_cache=True, logits_to_keep=1)
+    cache, logits = out.past_key_values, out.logits[copies, -1]
+    cache.batch_select_indices(copies)
+    tokens, attention = tokens[needed[copies]], attention[needed[copies]]
+    running = torch.ones(len(mine), dtype=torch.bool, device=policy.device)
     while True:
-        logits = policy.logits(states)
         if temperature == 0:
             token = logits.argmax(-1)
         else:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+            # A number for every row of all ranks: a row's tokens do not depend on which rank has it.
+            uniform = torch.rand(rows, generator=generator, dtype=torch.float64, device=policy.device)[mine]
+            token = _draw((logits.float() / temperature).softmax(-1), uniform)
         token = token.where(running, policy.pad_id)
-        mask.append(running)
         tokens = torch.cat([tokens, token.unsqueeze(1)], 1)
         attention = torch.cat([attention, running.unsqueeze(1).to(attention.dtype)], 1)
         running = running & ~torch.isin(token, policy.eos_ids)
-        if len(mask) == max_new_tokens or not running.any():
-            return Batch(tokens, attention, torch.stack(mask, 1))
-        out = policy.run_backbone(tokens[:, -1:], attention, past_key_values=cache, use_cache=True)
-        states = out.last_hidden_state[:, -1]
+        going_on = parallel.reduce(running.sum()) > 0
+        if tokens.shape[1] == prompt_length + max_new_tokens or not going_on:
+            tokens, attention = parallel.gather(torch.stack([tokens, attention], 1), rows).unbind(1)
+            return Batch(tokens, attention, attention[:, prompt_length:].bool())
+        out = policy.forward(tokens[:, -1:], attention, past_key_values=cache, use_cache=True)
+        logits = out.logits[:, -1]
+
+
+def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:  # [B, V], [B] in [0, 1) -> [B]
+    """Where the cumulative distribution passes the uniform number."""
+    cumulative = probabilities.cumsum(-1, dtype=uniform.dtype)
+    place = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(1), right=True)
+    return place.squeeze(1).clamp(max=probabilities.shape[1] - 1)  # rounding, or no distribution at all
 
 
 def encode_solutions(policy: Policy, prompts: list[str], solutions: list[str]) -> Batch:
