@@ -1,8 +1,9 @@
 """Patched models under DDP, FSDP2 and ZeRO-3: loss and reduced gradients are those of one process on the whole batch.
 
 Every worker makes the whole batch and the single-process result from seeds; nothing is sent. What these tests are for:
-a loss that bypasses the wrapper, so that gradients stay the rank's own or a head is empty; one that reduces twice; a rank
-without a token to learn from, that leaves the others waiting."""
+a loss that bypasses the wrapper, so that gradients stay the rank's own or a head is empty; one that reduces twice; a
+rank without a token to learn from, that leaves the others waiting.
+"""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_the_balancing_loss_of_experts(kind: str) -> None:
     own = model(inputs["input_ids"], attention_mask=inputs["attention_mask"], output_router_logits=True)
     want, _ = own_logprob(model, inputs)
     patch_model(model)
-    out = model(**inputs, return_logprobs=True, output_router_logits=True, grad_tol=0.0)
+    out = model(**inputs, return_logprobs=True, output_router_logits=True, return_dict=False, grad_tol=0.0)
     assert_equal(dict(logprob=out.logprobs, aux=out.aux_loss), dict(logprob=want, aux=own.aux_loss))
     got_grads = gradients(weighed(out.logprobs, None) + out.aux_loss, model)
     assert_equal(got_grads, gradients(weighed(want, None) + own.aux_loss, model))
@@ -349,6 +349,7 @@ def test_liger(fused: bool) -> None:
         mode()
         assert_equal(dict(x=model(**inputs, return_logprobs=True).logprobs), dict(x=want))
     assert_equal(dict(x=own_logprob(model, inputs)[0]), dict(x=want))
+    assert type(model(inputs["input_ids"])).__name__.startswith("Liger") == fused
 
 
 def test_accelerate_mixed_precision() -> None:
@@ -403,13 +404,22 @@ class Forbids(transformers.Qwen2ForCausalLM):
         return out
 
 
+class Cuts(transformers.Qwen2ForCausalLM):
+    """A vocabulary that was padded."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits[..., :-3]
+        return out
+
+
 class Bypasses(transformers.Qwen2ForCausalLM):
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         hidden = self.model(input_ids).last_hidden_state
         return transformers.modeling_outputs.CausalLMOutput(logits=F.linear(hidden, self.lm_head.weight))
 
 
-@pytest.mark.parametrize("kind", [Doubled, Forbids, Bypasses])
+@pytest.mark.parametrize("kind", [Doubled, Forbids, Cuts, Bypasses])
 def test_unknown_logits_are_refused(kind: type) -> None:
     with pytest.raises(ValueError, match="qwen2 model does something to its logits"):
         patch_model(kind(AutoConfig.for_model("qwen2", **SIZES)))
@@ -555,6 +565,8 @@ def test_where_sequences_end() -> None:
     masked = packed_sequences(torch.tensor([7, -100, 9]), position_ids=torch.tensor([3, 4, 2]))
     assert masked.targets.tolist() == [-100, -100, -100]
     assert masked.sequence_ids.tolist() == [0, 0, 1]
+    alone = packed_sequences(ids, position_ids=torch.arange(6))
+    assert alone.targets.tolist() == [8, 9, 5, 6, 4, -100]
     assert packed_sequences(ids[:0], cu_seqlens=torch.tensor([0, 0])).targets.shape == (0,)
 
 

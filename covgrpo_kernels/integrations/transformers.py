@@ -149,9 +149,7 @@ def _replaced_forwards(
 ) -> Iterator[None]:
     def replacement(layer: nn.Linear) -> Callable[[Tensor], Any]:
         def forward(hidden: Tensor) -> Any:
-            # A float32 head on a 16-bit backbone. Under autocast the function casts both.
-            if not torch.is_autocast_enabled(hidden.device.type):
-                hidden = hidden.to(layer.weight.dtype)
+            hidden = hidden.to(layer.weight.dtype)  # of a float32 head on a 16-bit backbone
             return function(hidden, layer.weight, bias=layer.bias, **options)
 
         return forward
