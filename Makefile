@@ -9,20 +9,25 @@
 # unfinished one, or one of another build, is made anew. Which torch build:
 #   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu     the same version from another index
 #   make test TORCH=torch==2.12.1 TRITON=triton==3.6.0             other versions; TRITON= for none
+# verl, which only its tests need, comes without its own pins: VERL= leaves it out.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 TORCH_INDEX ?=
+VERL ?= $(shell $(PYTHON) -c 'import sys; print("verl" if sys.version_info < (3, 13) else "")')
 WORKERS ?= logical
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 REQUIREMENTS := "$(TORCH)" $(if $(TRITON),"$(TRITON)")
+# What verl imports where it computes advantages and losses on a CPU.
+VERL_NEEDS := ray codetiming torchdata cachetools fastapi uvicorn hydra-core aiohttp pyzmq msgspec cloudpickle orjson \
+	importlib_metadata
 
 # The file is written last and holds the build, so that an interrupted or different installation has no right one.
 READY := $(VENV)/.ready
-BUILD := $(strip $(TORCH) $(TRITON) $(TORCH_INDEX))
+BUILD := $(strip $(TORCH) $(TRITON) $(TORCH_INDEX) $(VERL))
 ifneq ($(BUILD),$(strip $(shell cat $(READY) 2>/dev/null)))
 .PHONY: $(READY)
 NEW_VENV = $(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV)
@@ -62,6 +67,8 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(PIP) -c constraints.txt $(REQUIREMENTS) setuptools
 	$(PIP) -c constraints.txt $(REQUIREMENTS) --no-build-isolation -e ".[dev]"
+	$(if $(VERL),$(PIP) -c constraints.txt $(REQUIREMENTS) $(VERL_NEEDS))
+	$(if $(VERL),$(PIP) -c constraints.txt --no-deps $(VERL) tensordict pyvers TransferQueue)
 	echo $(BUILD) > $@
 
 clean:
