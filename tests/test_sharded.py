@@ -211,8 +211,8 @@ def in_bfloat16(sharding: str) -> None:
     data = batch()
     inputs = dict(input_ids=data["ids"][my_rows()], labels=data["labels"][my_rows()], return_logprobs=True)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model = new_policy(torch.float32)
-    out = wrapped(model, sharding, mp_policy=policy)(**inputs)
+    model = patch_model(wrapped(new_model(dtype=torch.float32), sharding, mp_policy=policy))  # in the other order
+    out = model(**inputs)
     want = new_policy(torch.float32)
     for parameter in want.parameters():  # buffers stay float32
         parameter.data = parameter.data.bfloat16()
@@ -224,6 +224,22 @@ def in_bfloat16(sharding: str) -> None:
 @pytest.mark.parametrize("sharding", SHARDINGS[1:])
 def test_parameters_in_bfloat16(sharding: str) -> None:
     processes(2).run(in_bfloat16, sharding)
+
+
+def patched_half_way() -> None:
+    data, model = batch(), new_model()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    patch_model(model)
+    loss = policy_loss(fully_shard(model), data, "loss", my_rows())
+    (loss * dist.get_world_size()).backward()
+    want = whole_batch(data, "loss")
+    del want["loss"]
+    assert_equal(reduced_gradients(model), want)
+
+
+def test_patching_between_the_layers_and_the_root() -> None:
+    processes(2).run(patched_half_way)
 
 
 def bare_head() -> None:

@@ -379,12 +379,6 @@ def test_accelerate_offload() -> None:
         assert torch.equal(model(**inputs).logits, logits)
 
 
-def test_parameters_elsewhere_are_not_checked() -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **SIZES))
-    assert patch_model(model) is model
-
-
 # --- errors ------------------------------------------------------------------------------------------------
 
 
@@ -425,6 +419,13 @@ def test_unknown_logits_are_refused(kind: type) -> None:
         patch_model(kind(AutoConfig.for_model("qwen2", **SIZES)))
 
 
+def test_parameters_elsewhere_are_not_checked() -> None:
+    with torch.device("meta"):
+        model = patch_model(Bypasses(AutoConfig.for_model("qwen2", **SIZES)))
+        with pytest.raises(ValueError, match="call its output embedding once, got 0"):
+            model(torch.zeros(1, 2, dtype=torch.long), head=print)
+
+
 def test_a_softcap_that_is_not_in_the_config_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the size of the weights: these logits are so small that the cap changes none of them."""
     model = new_model("gemma2", torch.float32, query_pre_attn_scalar=8)
@@ -443,6 +444,10 @@ def test_wrong_arguments_are_named() -> None:
         patch_model(transformers.Qwen2Model(AutoConfig.for_model("qwen2", **SIZES)))
     with pytest.raises(TypeError, match=r"defaults must be among temperature.*got labels"):
         patch_model(new_model(), labels=None)
+    parallel = new_model()
+    parallel._tp_size = 2
+    with pytest.raises(ValueError, match="vocab_group"):
+        patch_model(parallel)
     model, inputs = patch_model(new_model()), batch()
     ids, labels = inputs["input_ids"], inputs["labels"]
     calls: list[tuple[str, Callable[[], Any]]] = [
