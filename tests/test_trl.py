@@ -92,7 +92,7 @@ def reward(completions: list[str], prompts: list[str], **columns: Any) -> list[f
 def new_trainer(trainer_class: type, models: Path, options: dict[str, Any], **ours: Any) -> Any:
     """Everything that is not in ``options`` is fixed; only some twenty tokens are sampled, the end one of them."""
     options = dict(options)
-    name, peft = options.pop("model", "untied"), options.pop("peft", False)
+    model, peft = options.pop("model", "untied"), options.pop("peft", False)
     more = {key: options.pop(key) for key in ("rollout_func",) if key in options}
     settings: dict[str, Any] = dict(
         per_device_train_batch_size=GROUP, per_device_eval_batch_size=GROUP, num_generations=GROUP,
@@ -107,7 +107,8 @@ def new_trainer(trainer_class: type, models: Path, options: dict[str, Any], **ou
         # The second matrix of an adapter begins as zeros, and so do the gradients of the first.
         more["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     trainer = trainer_class(
-        model=str(models / name), reward_funcs=reward, train_dataset=tasks, eval_dataset=tasks.select(range(4)),
+        model=str(models / model) if isinstance(model, str) else model, reward_funcs=reward,
+        train_dataset=tasks, eval_dataset=tasks.select(range(4)),
         args=trl.GRPOConfig(str(models / "run"), **(settings | options)), processing_class=byte_tokenizer(),
         **more, **ours,
     )  # fmt: skip
@@ -470,19 +471,44 @@ def test_no_weighting_logs_none(models: Path) -> None:
 
 
 @pytest.mark.parametrize("fused_head", [True, False])
-def test_whose_head_it_is(models: Path, fused_head: bool) -> None:
-    tolerances = []
+@pytest.mark.parametrize(
+    ("schedule", "training", "evaluation"),
+    # Passes of a generation and of an evaluation batch: old log-probs or scores, and losses.
+    [("one loss", 1, 1), ("accumulated", 4, 1), ("old", 4, 2), ("twice", 3, 2), ("twice accumulated", 2, 1)],
+)
+def test_passes_through_the_head(models: Path, schedule: str, training: int, evaluation: int, fused_head: bool) -> None:
+    tolerances: list[float] = []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         tolerances.append(kwargs["grad_tol"])
         return linear_logprob(*args, **kwargs)
 
-    options = dict(max_steps=2, beta=0.1, steps_per_generation=2)
+    options = SCHEDULES[schedule] | dict(max_steps=2 if schedule in ("old", "twice") else 1)
     trainer = new_trainer(CovGRPOTrainer, models, options, fused_head=fused_head, grad_tol=1e-3)
-    with mock.patch.object(patched, "linear_logprob", watched):
+    for run, passes in ((trainer.train, training), (trainer.evaluate, 4 * evaluation)):
+        with mock.patch.object(patched, "linear_logprob", watched):
+            run()
+        assert tolerances == [1e-3] * (passes * fused_head)
+        tolerances.clear()
+
+
+def test_the_reference_goes_through_it_too(models: Path) -> None:
+    trainer = new_trainer(CovGRPOTrainer, models, dict(max_steps=2, beta=0.1))
+    with mock.patch.object(patched, "linear_logprob", side_effect=linear_logprob) as head:
         trainer.train()
-    # A generation is two micro-batches: their old log-probs, the reference model's and two losses.
-    assert tolerances == [1e-3] * 6 * fused_head
+    assert head.call_count == 4
+
+
+def test_a_head_that_is_not_known(models: Path) -> None:
+    class Other(nn.Linear):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return super().forward(hidden).tanh()
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(models / "untied")
+    model.lm_head.__class__ = Other
+    with pytest.raises(ValueError, match="output embedding"):
+        new_trainer(CovGRPOTrainer, models, dict(model=model))
+    new_trainer(CovGRPOTrainer, models, dict(model=model), fused_head=False)
 
 
 def test_the_head_in_float32_under_autocast(models: Path) -> None:

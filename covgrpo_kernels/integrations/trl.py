@@ -120,8 +120,8 @@ class CovGRPOTrainer(GRPOTrainer):
         return output
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        if "group_ids" in inputs:
-            self._unweighted = inputs = dict(inputs)  # TRL uses the buffered ones again
+        # TRL may use the weighted ones again, before the next optimiser step.
+        self._unweighted = inputs if "group_ids" in inputs else None
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(
@@ -146,8 +146,8 @@ class CovGRPOTrainer(GRPOTrainer):
             )
         if self._unweighted is not None:
             # The loss looks at its advantages after it has got its log-probs.
-            inputs, self._unweighted = self._unweighted, None
-            self._weight_advantages(inputs, result[0].detach())
+            self._weight_advantages(self._unweighted, result[0].detach())
+            self._unweighted = None
         return result
 
     def _score(
