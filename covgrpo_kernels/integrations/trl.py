@@ -83,11 +83,10 @@ class CovGRPOTrainer(GRPOTrainer):
         if not fused_head:
             return
         if getattr(self, "use_liger_kernel", False):
+            # Of TRL 1.14: its loss around the wrapped model, and a forward in place of ours when training starts.
             self.use_liger_kernel = False
-            # It would replace the patched forward when training starts.
-            self.args.liger_kernel_config = (self.args.liger_kernel_config or {}) | {
-                "fused_linear_cross_entropy": False
-            }
+            layers_only = {"fused_linear_cross_entropy": False}
+            self.args.liger_kernel_config = (self.args.liger_kernel_config or {}) | layers_only
         for model in (self.model, self.ref_model):
             if model is not None:
                 patch_model(self.accelerator.unwrap_model(model), temperature=self.temperature, grad_tol=grad_tol)
