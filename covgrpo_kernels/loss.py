@@ -190,7 +190,7 @@ def covgrpo_loss(
             are those of the whole batch and the losses of the ranks add up to its loss: under DDP and FSDP, which
             average gradients, multiply by the number of ranks. Equal ``group_ids`` are the same group; with
             ``group_size`` the rows of the ranks follow each other. Metrics, and the choices of Clip-Cov and KL-Cov,
-            are the rank's own.
+            are the rank's own. Numbering groups over ranks waits for the device, before the forward.
         sequence_group: ranks over which each response is spread (sequence parallelism), a part of ``process_group`` or
             all of it: equal ``sequence_ids``, or without them rows, are then parts of one response.
 
