@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from .. import covgrpo_loss, linear_logprob
+from .. import CovGRPOConfig, covgrpo_loss, linear_logprob
 from . import parallel
 from .checkpoint import MetricsFile, save_folder_atomically, write_atomically
 from .config import TrainConfig
@@ -188,6 +188,7 @@ def update(
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
     generator: torch.Generator,
+    loss_config: CovGRPOConfig | None = None,  # instead of the one that the options give
 ) -> dict[str, Any]:
     """Several optimiser steps on one rollout batch, each on a minibatch of whole groups: the covariance weights compare
     a token with the others of its group, so a group is never cut by microbatches. The processes may cut it."""
@@ -210,7 +211,7 @@ def update(
                 old_logprobs=part.old_logprobs,
                 ref_logprobs=part.ref_logprobs,
                 temperature=config.temperature,
-                config=config.loss,
+                config=loss_config or config.loss,
                 normalizer=normalizer,
                 generator=generator,
                 grad_tol=config.gradient_tolerance,
