@@ -48,15 +48,15 @@ def _run(command: str, config: TrainConfig) -> int:
     from .grpo.train import TrainingError, train
 
     logging.disable_progress_bar()
+    status = 0
     try:
         (demo if command == "demo" else train)(config)
     except KeyboardInterrupt:
         _say(f"\ninterrupted; the same command goes on from the last checkpoint in {config.out}")
-        return INTERRUPTED
+        status = INTERRUPTED
     except (TrainingError, ValueError, OSError) as error:
-        return _fail(str(error))
-    parallel.leave()
-    return 0
+        status = _fail(str(error))
+    return parallel.leave(status)
 
 
 def _parser() -> argparse.ArgumentParser:

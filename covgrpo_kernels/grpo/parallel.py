@@ -7,6 +7,7 @@ rows. In a single process each function here gives back what it got.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -36,9 +37,17 @@ def join() -> None:
         dist.init_process_group()
 
 
-def leave() -> None:
-    if dist.is_initialized():
+def leave(status: int) -> int:
+    """The end of this process, if it is one of several; else gives the exit status back."""
+    if not dist.is_initialized():
+        return status
+    if status == 0:  # else others may be in a collective
         dist.destroy_process_group()
+    # Caches of DTensor keep the group, and so gloo's threads. One that lets go of a tensor while Python shuts down
+    # would abort the process: this ends it without.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def group() -> dist.ProcessGroup | None:
