@@ -1,4 +1,4 @@
-"""The `covgrpo` command: train, demo, doctor. What a command needs is imported when it runs."""
+"""The `covgrpo` command: train, demo, recipe, doctor. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import doctor
 
         return doctor.main()
+    if command == "recipe":
+        return _recipe(**options)
     if command == "demo" and _processes() > 1:
         return _fail("covgrpo demo runs in one process; torchrun is for covgrpo train")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -59,6 +61,26 @@ def _run(command: str, config: TrainConfig) -> int:
     return parallel.leave(status)
 
 
+def _recipe(file: str, overrides: list[str], dry_run: bool) -> int:
+    missing = [name for name in ("trl", "math_verify") if importlib.util.find_spec(name) is None]
+    if missing:
+        return _fail(f"covgrpo recipe needs {', '.join(missing)}: pip install 'covgrpo-kernels[recipe]'")
+    from .grpo import parallel
+    from .recipe.run import run
+
+    status = 0
+    try:
+        result = run(file, overrides=overrides, dry_run=dry_run)
+        if _first():
+            print(result)
+    except KeyboardInterrupt:
+        _say("\ninterrupted; the same command goes on from the last checkpoint")
+        status = INTERRUPTED
+    except (OSError, TypeError, ValueError) as error:
+        status = _fail(str(error))
+    return parallel.leave(status)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="covgrpo", description="Covariance-weighted GRPO (arXiv 2605.11538).")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -83,6 +105,23 @@ def _parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(TrainConfig):
         if field.name in ("out", "steps", "seed", "device"):
             _add_option(demo, field, getattr(DEMO, field.name))
+
+    recipe = commands.add_parser(
+        "recipe",
+        help="a whole run from a YAML file: TRL's trainer, benchmarks before and after, report",
+        description="Trains by TRL's GRPOTrainer with covariance weights and judges the model before and after, as a "
+        "file of recipes/ says. The same command goes on with an interrupted run. Under accelerate launch or torchrun "
+        "its processes share the work.",
+    )
+    recipe.add_argument("file", metavar="FILE", help="the recipe")
+    recipe.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
+        help="replaces a value of the file; may be given several times",
+    )  # fmt: skip
+    recipe.add_argument(
+        "--dry-run", action="store_true",
+        help="every stage on the CPU, with a tiny random model and made-up problems, into OUTPUT_DIR-dry-run",
+    )  # fmt: skip
 
     commands.add_parser("doctor", help="versions, devices, backends and a numeric self-test")
     return parser
