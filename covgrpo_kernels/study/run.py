@@ -49,7 +49,7 @@ CPU = torch.device("cpu")
 KEPT = (
     *("reward/mean", "reward/equal_groups", "response/length", "response/truncated", "response/tokens"),
     *("entropy", "kl", "clip/low", "clip/high", "loss", "optim/grad_norm"),
-    *("weight/mean", "weight/min", "weight/max", "weight/ess"),
+    *("weight/mean", "weight/min", "weight/max", "weight/ess", "covariance/std", "advantages/kept"),
 )
 
 
@@ -140,29 +140,24 @@ def perform(spec: RunSpec) -> None:
         valid = data.batch.mask.flatten()
         found = group_statistics(data, config.group_size)
         covariances.append(found.covariance[valid])
-        metrics |= advantage_metrics(found, data)
+        metrics |= statistics_metrics(found, data)
         weights = None
         if arm.weights is not None:
             # From a generator of its own: the rest is drawn as in the other arms.
             own = _generator(spec.seed, "weights", step)
             weights = arm.weights(data.old_logprobs, data.advantages, data.batch.mask, config.group_size, own)
             data = dataclasses.replace(data, advantages=data.advantages.unsqueeze(1) * weights)
-        metrics |= update(step, data, policy, optimizer, config, generator, arm.loss)
+        updated = update(step, data, policy, optimizer, config, generator, arm.loss)
         if weights is not None:  # the loss does not know of them
-            metrics |= {
-                name: value.item()
-                for name, value in weighting_metrics(weights.flatten(), found.covariance, valid).items()
-            }
+            values = weighting_metrics(weights.flatten(), found.covariance, valid)
+            updated |= {name: value.item() for name, value in values.items()}
+        metrics = updated | metrics
         if step % spec.evaluation.every == 0 or step == config.steps:
             metrics |= evaluate(policy, held_out, config, spec.evaluation.samples)
-        steps.append({"step": step, **{name: value for name, value in metrics.items() if _is_kept(name)}})
-    whole = {"lr": lr, "seconds": time.process_time() - started, **tail_means(torch.cat(covariances))}
+        steps.append({"step": step, **{name: metrics[name] for name in metrics if name in KEPT or "eval" in name}})
+    whole = {"lr": lr, "seconds": time.process_time() - started, "covariance": tail_means(torch.cat(covariances))}
     lines = [json.dumps(row) + "\n" for row in (spec.settings(), *steps, whole)]
     write_atomically(spec.path, lambda file: file.write("".join(lines).encode()))
-
-
-def _is_kept(name: str) -> bool:
-    return name in KEPT or name.startswith(("eval/", "advantages/"))
 
 
 def _generator(*key: object) -> torch.Generator:
@@ -178,11 +173,16 @@ def group_statistics(data: Rollout, group_size: int) -> GroupWeights:
     return group_weights(x.flatten().where(valid, 0), tokens, CovarianceWeighting())[0]
 
 
-def advantage_metrics(found: GroupWeights, data: Rollout) -> dict[str, float]:
-    """What CW-GRPO's weights leave of the size of the advantages: sum |W A| / sum |A|, 1 where there are none."""
-    sizes = data.advantages.abs().unsqueeze(1).expand_as(data.batch.mask).flatten().where(data.batch.mask.flatten(), 0)
-    total = sizes.double().sum().item()
-    return {"advantages/kept": (found.weights * sizes).sum().item() / total if total else 1.0}
+def statistics_metrics(found: GroupWeights, data: Rollout) -> dict[str, float]:
+    """How far covariances spread, and what CW-GRPO's weights leave of the size of the advantages: sum |W A| / sum |A|,
+    1 where there are none."""
+    valid = data.batch.mask.flatten()
+    sizes = data.advantages.double().abs().unsqueeze(1).expand_as(data.batch.mask).flatten().where(valid, 0)
+    total = sizes.sum().item()
+    return {
+        "covariance/std": found.covariance[valid].std(correction=0).item(),
+        "advantages/kept": (found.weights * sizes).sum().item() / total if total else 1.0,
+    }
 
 
 def held_out_problems(task: Task, count: int) -> list[Problem]:

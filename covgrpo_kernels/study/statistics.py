@@ -24,8 +24,8 @@ def tail_means(covariance: Tensor) -> dict[str, float]:  # [N]
     """Means of the largest and of the smallest covariances: of so many per cent of all tokens, at least one."""
     ordered, n = covariance.double().sort().values, len(covariance)
     sizes = {name: max(round(share * n), 1) for name, share in TAILS.items()}
-    top = {f"covariance/top {name}": ordered[n - size :].mean().item() for name, size in sizes.items()}
-    return top | {f"covariance/bottom {name}": ordered[:size].mean().item() for name, size in sizes.items()}
+    top = {f"top {name}": ordered[n - size :].mean().item() for name, size in sizes.items()}
+    return top | {f"bottom {name}": ordered[:size].mean().item() for name, size in sizes.items()}
 
 
 @dataclass(frozen=True)

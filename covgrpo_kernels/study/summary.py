@@ -11,7 +11,6 @@ from typing import Any
 
 from ..grpo.checkpoint import write_atomically
 from .run import Results, RunSpec, read_run
-from .statistics import TAILS
 
 POINTS = 25  # of a curve
 Line = dict[str, Any]
@@ -46,9 +45,7 @@ def summary(results: Results) -> Line:
         "effective share": over(steps, "weight/ess"),
         **{name: steps[-1][f"eval/{name}"] for name in ("pass@1", "pass@8")},
         **{f"{name} before": before[f"eval/{name}"] for name in ("pass@1", "pass@8")},
-        **{
-            f"{end} {share}": results.whole[f"covariance/{end} {share}"] for end in ("top", "bottom") for share in TAILS
-        },
+        **results.whole["covariance"],
         "curves": {
             "step": binned(steps, "step"),
             "reward": binned(steps, "reward/mean"),

@@ -1,0 +1,530 @@
+"""The study: its statistics, its arms, runs that resume, and a report that follows the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from covgrpo_kernels import CovarianceWeighting, CovGRPOConfig, covariance_weights, covgrpo_loss
+from covgrpo_kernels.grpo.rollout import Batch
+from covgrpo_kernels.grpo.train import Rollout, TrainingError
+from covgrpo_kernels.study import run as running
+from covgrpo_kernels.study import statistics as study_statistics
+from covgrpo_kernels.study.arms import (
+    ABLATIONS,
+    ALL_ARMS,
+    ARMS,
+    MINIATURE_EVALUATION,
+    MINIATURE_TASKS,
+    TASKS,
+    Arm,
+    batch_bandwidth,
+    permuted,
+)
+from covgrpo_kernels.study.report import CLAIMS, MEASURES, document
+from covgrpo_kernels.study.run import RunSpec, make_start, perform, perform_all, read_run
+from covgrpo_kernels.study.statistics import TAILS, difference, pass_at_k, tail_means
+from covgrpo_kernels.study.study import all_runs, study
+from covgrpo_kernels.study.summary import Summaries, summary
+from covgrpo_kernels.testing import random_batch
+
+F64 = torch.float64
+NOISE = [-1.0, -0.6, -0.3, -0.1, 0.1, 0.3, 0.6, 1.0]  # of eight seeds
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- statistics --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_pass_at_k_is_the_share_of_all_choices(k: int) -> None:
+    samples = 9
+    right = torch.arange(samples + 1)
+    choices = list(itertools.combinations(range(samples), k))
+    expected = [Fraction(sum(min(choice) < r for choice in choices), len(choices)) for r in range(samples + 1)]
+    torch.testing.assert_close(
+        pass_at_k(right, samples, k), torch.tensor([float(e) for e in expected], dtype=F64), rtol=1e-14, atol=1e-14
+    )
+
+
+def test_pass_at_k_needs_as_many_samples() -> None:
+    with pytest.raises(ValueError, match="k must be from 1 to the number of samples, 4, got 8"):
+        pass_at_k(torch.tensor([1]), 4, 8)
+
+
+def test_tails_of_a_known_distribution() -> None:
+    n = 20_000
+    values = torch.arange(n, dtype=F64)[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
+    tails = tail_means(values)
+    for name, share in TAILS.items():
+        size = round(share * n)
+        assert tails[f"bottom {name}"] == (size - 1) / 2
+        assert tails[f"top {name}"] == n - 1 - (size - 1) / 2
+
+
+def test_a_tail_is_never_empty() -> None:
+    tails = tail_means(torch.tensor([3.0, 1.0, 2.0]))
+    assert tails["top 0.01%"] == 3.0
+    assert tails["bottom 0.01%"] == 1.0
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_intervals_hold_the_truth_as_often_as_they_say(skewed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight values, where a percentile interval holds it in 90% of cases; one that is too long would be as wrong.
+    The intervals of a table hold all of their truths at once."""
+    monkeypatch.setattr(study_statistics, "RESAMPLES", 2000)
+    generator, studies, table = torch.Generator().manual_seed(0), 200, 5
+    held = alone = together = 0
+    for _ in range(studies):
+        draws = torch.randn(table, 8, generator=generator, dtype=F64)
+        draws = draws.exp() - math.exp(0.5) if skewed else draws
+        found = [difference(values, table) for values in draws]
+        held += sum(each.low <= 0 <= each.high for each in found)
+        alone += all(each.low <= 0 <= each.high for each in found)
+        together += all(each.low_all <= 0 <= each.high_all for each in found)
+    spread = 3 * math.sqrt(0.05 * 0.95 / (studies * table))
+    # The lognormal's tail is rarely in eight values: no interval made from them has all of its 95%.
+    assert (0.87 if skewed else 0.95 - spread) <= held / (studies * table) <= (0.95 if skewed else 0.975)
+    if not skewed:
+        assert together / studies >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / studies)
+    assert alone < together
+
+
+def test_differences_move_and_scale_with_the_values() -> None:
+    values = torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=F64)
+    a, b = difference(values, 3), difference(1000 + 50 * values, 3)
+    ours, theirs = dataclasses.astuple(a), dataclasses.astuple(b)
+    assert theirs == pytest.approx([1000 + 50 * x for x in ours], rel=1e-12)
+    assert a.mean == values.mean().item()
+    assert a.low_all < a.low < a.mean < a.high < a.high_all
+    assert difference(values, 3) == a
+
+
+def test_two_seeds_prove_nothing() -> None:
+    found = difference(torch.tensor([1.0, 1.1]), 1)
+    assert (found.low, found.high, found.sign, found.survives) == (-math.inf, math.inf, 0, False)
+    with pytest.raises(ValueError, match="two seeds at least, got 1"):
+        difference(torch.tensor([1.0]), 1)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sign_and_survival(sign: int) -> None:
+    noise = torch.tensor(NOISE)
+    assert difference(sign * (10 + noise), 35).sign == sign
+    assert difference(sign * (10 + noise), 35).survives
+    weak = difference(sign * (0.75 + noise), 35)
+    assert (weak.sign, weak.survives) == (sign, False)
+    assert difference(noise, 35).sign == 0
+
+
+# --- arms --------------------------------------------------------------------------------------------------
+
+
+def tokens(seed: int, groups: int = 3, group_size: int = 4, length: int = 6) -> tuple[torch.Tensor, ...]:
+    """Log-probs [B, T], advantages [B], mask [B, T]; under the mask stands what must not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = groups * group_size
+    lengths = torch.randint(1, length + 1, (rows,), generator=generator)
+    mask = torch.arange(length) < lengths.unsqueeze(1)
+    x = -torch.rand(rows, length, generator=generator, dtype=F64) * 4
+    return x.where(mask, torch.nan), torch.randn(rows, generator=generator, dtype=F64), mask
+
+
+def test_permuted_weights_are_those_of_the_group_elsewhere() -> None:
+    x, advantages, mask = tokens(0)
+    before = covariance_weights(x, advantages, mask, group_size=4)
+    after = permuted(x, advantages, mask, 4, torch.Generator().manual_seed(0))
+    assert (after[~mask] == 0).all()
+    for rows in torch.arange(len(x)).split(4):
+        valid = mask[rows]
+        assert not torch.equal(before[rows][valid], after[rows][valid])
+        assert torch.equal(before[rows][valid].sort().values, after[rows][valid].sort().values)
+    again = permuted(x, advantages, mask, 4, torch.Generator().manual_seed(0))
+    other = permuted(x, advantages, mask, 4, torch.Generator().manual_seed(1))
+    assert torch.equal(after, again)
+    assert not torch.equal(after, other)
+
+
+def test_bandwidth_of_the_batch_with_means_of_the_group() -> None:
+    """log W is -c^2 / (2 s2) and a constant: of the same c it has another slope, the ratio of the variances."""
+    x, advantages, mask = tokens(1)
+    advantages[8:] *= 5  # a group with another variance
+    weights = batch_bandwidth(x, advantages, mask, 4, torch.Generator())
+    found = running.group_statistics(_rollout(x, advantages, mask), 4)
+    group_weights, c = found.weights.view_as(mask), found.covariance.view_as(mask)
+    batch_variance = c[mask].var(correction=0)
+    assert (weights[~mask] == 0).all()
+    torch.testing.assert_close(weights.sum(), mask.sum().double(), rtol=1e-13, atol=0)
+    constants = []
+    for i, rows in enumerate(torch.arange(len(x)).split(4)):
+        valid = mask[rows]
+        ratio = found.std[i].square() / batch_variance
+        # log W_batch = ratio * log W_group + a constant of the group, so what is left has no spread.
+        left = weights[rows][valid].log() - ratio * group_weights[rows][valid].log()
+        torch.testing.assert_close(left, left.mean().expand_as(left), rtol=1e-10, atol=1e-10)
+        constants.append(weights[rows][valid].log() + c[rows][valid].square() / (2 * batch_variance))
+    constant = torch.cat(constants)
+    torch.testing.assert_close(constant, constant.mean().expand_as(constant), rtol=1e-10, atol=1e-10)
+
+
+def _rollout(x: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> Rollout:
+    batch = Batch(torch.zeros(len(x), 1 + mask.shape[1]), torch.ones(len(x), 1 + mask.shape[1]), mask)
+    return Rollout(batch, advantages, x, None)
+
+
+def test_the_authors_code_is_fed_a_group_at_a_time() -> None:
+    """The arm takes a minibatch of groups; the numbers are those of `author_code()` on each of them."""
+    data = random_batch(3, groups=3, group_size=4, length=5, keep=0.7)
+    del data["group_size"], data["rollout_weights"]
+    head, rows = data.pop("weight").requires_grad_(), len(data["advantages"])
+
+    def gradient(config: CovGRPOConfig, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        arguments = {name: value[part] for name, value in data.items()}
+        loss = covgrpo_loss(weight=head, group_size=4, config=config, normalizer=rows, grad_tol=0.0, **arguments).loss
+        return loss.detach(), torch.autograd.grad(loss, head)[0]
+
+    config = CovGRPOConfig.author_code()
+    parts = [gradient(config, slice(4 * i, 4 * i + 4)) for i in range(3)]
+    whole = gradient(ALL_ARMS["author_code"].loss, slice(None))
+    for part, together in zip(zip(*parts, strict=True), whole, strict=True):
+        torch.testing.assert_close(sum(part), together, rtol=1e-11, atol=1e-13)
+
+
+def test_what_the_weights_keep_of_the_advantages() -> None:
+    x, advantages, mask = tokens(2)
+    data = _rollout(x, advantages, mask)
+    weights = covariance_weights(x, advantages, mask, group_size=4)
+    sizes = advantages.abs().unsqueeze(1).expand_as(mask)[mask]
+    expected = (weights[mask] * sizes).sum() / sizes.sum()
+    assert running.statistics_metrics(running.group_statistics(data, 4), data)["advantages/kept"] == pytest.approx(
+        expected.item(), rel=1e-12
+    )
+    data = _rollout(x, torch.zeros_like(advantages), mask)
+    assert running.statistics_metrics(running.group_statistics(data, 4), data)["advantages/kept"] == 1.0
+
+
+def test_each_ablation_changes_one_reading() -> None:
+    default = dataclasses.asdict(CovarianceWeighting())
+    for name, arm in ABLATIONS.items():
+        if arm.weights is None:
+            assert dataclasses.replace(arm.loss, weighting="covariance") == CovGRPOConfig.paper()
+            there = dataclasses.asdict(arm.loss.weighting)
+            assert sum(there[option] != default[option] for option in default) == 1, name
+
+
+# --- runs --------------------------------------------------------------------------------------------------
+
+
+def spec(out: Path, arm: str = "grpo", seed: int = 0, task: str = "arithmetic", **changes: Any) -> RunSpec:
+    config = dataclasses.replace(MINIATURE_TASKS[task], **changes)
+    return RunSpec(out, task, arm, seed, config, MINIATURE_EVALUATION)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the start of the arithmetic runs."""
+    out = tmp_path_factory.mktemp("study")
+    make_start(spec(out))
+    return out
+
+
+def steps_of(run: RunSpec) -> list[dict[str, Any]]:
+    if not run.path.exists():
+        perform(run)
+    return read_run(run.path).steps
+
+
+@pytest.mark.parametrize("arm", ALL_ARMS)
+def test_every_arm_runs_from_the_same_start_on_the_same_problems(arm: str, started: Path) -> None:
+    """And with the same random numbers: until the first update, what an arm sees is what GRPO sees."""
+    grpo = steps_of(spec(started))
+    if ALL_ARMS[arm].lr_like is not None:
+        steps_of(spec(started, ALL_ARMS[arm].lr_like))
+    steps = steps_of(spec(started, arm))
+    assert [row["step"] for row in steps] == list(range(7))
+    assert [row["step"] for row in steps if "eval/pass@8" in row] == [0, 3, 6]
+    assert steps[0] == grpo[0]
+    same = ("reward/mean", "response/tokens", "reward/equal_groups", "advantages/kept", "covariance/std")
+    assert {name: steps[1][name] for name in same} == {name: grpo[1][name] for name in same}
+    assert all(math.isfinite(value) for row in steps for value in row.values())
+    if arm != "grpo":  # it is not GRPO under another name
+        assert [row["optim/grad_norm"] for row in steps[1:]] != [row["optim/grad_norm"] for row in grpo[1:]]
+
+
+def test_seeds_differ_in_problems_but_not_in_those_held_out(started: Path) -> None:
+    first, second = steps_of(spec(started)), steps_of(spec(started, seed=1))
+    assert first[0] == second[0]
+    assert [row["reward/mean"] for row in first[1:]] != [row["reward/mean"] for row in second[1:]]
+
+
+def test_weights_given_as_advantages_are_those_of_the_loss(started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one update a rollout, when both are of the same log-probs. What an arm draws for them changes nothing."""
+
+    def unchanged(x: Any, advantages: Any, mask: Any, group_size: int, generator: Any) -> torch.Tensor:
+        torch.rand(7, generator=generator)
+        return covariance_weights(x, advantages, mask, group_size=group_size)
+
+    monkeypatch.setitem(ALL_ARMS, "by_hand", Arm("", CovGRPOConfig(weighting="none"), unchanged))
+    make_start(spec(started / "once", inner_steps=1))
+    runs = [steps_of(spec(started / "once", arm, inner_steps=1)) for arm in ("cw_grpo", "by_hand")]
+    for ours, theirs in zip(*runs, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert runs[0][2]["weight/min"] < 0.9
+
+
+def test_smaller_steps_are_as_small_as_the_weights_make_the_advantages(started: Path) -> None:
+    steps_of(spec(started, "cw_grpo"))
+    steps_of(spec(started, "mean_weight"))
+    kept = [row["advantages/kept"] for row in read_run(spec(started, "cw_grpo").path).steps[1:]]
+    lr = read_run(spec(started, "mean_weight").path).whole["lr"]
+    assert min(kept) < lr / TASKS["arithmetic"].lr < 1
+    assert lr == pytest.approx(TASKS["arithmetic"].lr * sum(kept) / len(kept), rel=1e-12)
+
+
+def test_results_of_other_settings_are_not_taken(started: Path) -> None:
+    steps_of(spec(started))
+    assert spec(started).is_finished()
+    assert not spec(started, seed=99).is_finished()
+    with pytest.raises(TrainingError, match=r"grpo-0\.jsonl is a run with other options: give another --out"):
+        spec(started, steps=7).is_finished()
+
+
+def test_a_run_that_fails_ends_the_study(started: Path) -> None:
+    """With its error; what is finished stays, and there is no part of what is not."""
+    good, broken = spec(started, seed=2), spec(started / "broken", lr=1e30, warm_start_steps=30)
+    with pytest.raises(TrainingError, match="the norm of its gradient"):
+        perform_all([good, broken], workers=1)
+    assert good.path.exists()
+    assert not broken.path.exists()
+
+
+def test_a_seed_of_all_arms_comes_before_the_next() -> None:
+    specs = all_runs(Path("out"), None, None, 8, None, miniature=False)
+    assert len(specs) == 8 * (2 * len(ARMS) + len(ABLATIONS))
+    assert [one.seed for one in specs] == sorted(one.seed for one in specs)
+    assert {one.task for one in specs if one.arm in ABLATIONS} == {"countdown"}
+    assert len({one.path for one in specs}) == len(specs)
+
+
+def test_what_an_arm_is_compared_with_runs_too() -> None:
+    def arms(*chosen: str) -> list[str]:
+        return [one.arm for one in all_runs(Path("out"), ["arithmetic"], chosen, 1, None, miniature=True)]
+
+    assert arms("clip_cov") == ["grpo", "clip_cov"]
+    assert arms("mean_weight") == ["grpo", "cw_grpo", "mean_weight"]
+    assert arms("scope_batch") == ["grpo", "cw_grpo", "scope_batch"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(seeds=1), "seeds must be >= 2, got 1"),
+        (dict(steps=0), "steps must be >= 1, got 0"),
+        (dict(workers=0), "workers must be >= 1, got 0"),
+        (dict(tasks=["chess"]), "tasks must be of countdown, arithmetic, got 'chess'"),
+        (dict(arms=["ppo"]), "arms must be of grpo, cw_grpo, .*, got 'ppo'"),
+    ],
+)
+def test_wrong_arguments(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        study(str(tmp_path / "out"), **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+MINIATURE = ["--miniature", "--tasks", "arithmetic", "--arms", "grpo", "cw_grpo", "permuted", "mean_weight"]
+
+
+def command(out: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "covgrpo_kernels", "study", "--out", str(out), *arguments]
+
+
+def lines_but_for_seconds(out: Path) -> dict[str, list[dict[str, Any]]]:
+    files = sorted(out.glob("*/*.jsonl"))
+    rows = {str(path.relative_to(out)): [json.loads(line) for line in path.read_text().splitlines()] for path in files}
+    for file in rows.values():
+        del file[-1]["seconds"]
+    return rows
+
+
+@pytest.mark.slow
+def test_the_miniature_killed_and_resumed(tmp_path: Path) -> None:
+    """A kill takes the workers with it and leaves whole files; the same command goes on, and all is as if never
+    interrupted. Then the report, again from study.json alone."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen(command(killed, *MINIATURE), stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("*/*.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)  # it alone
+    process.wait()
+    while _alive(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    there = {path: path.stat().st_mtime_ns for path in killed.glob("*/*.jsonl")}
+    assert len(there) < 8
+    assert not (killed / "study.json").exists()
+
+    for out in (killed, whole):
+        result = subprocess.run(command(out, *MINIATURE), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    assert {path: path.stat().st_mtime_ns for path in there} == there
+    assert len(lines_but_for_seconds(whole)) == 8
+    assert lines_but_for_seconds(killed) == lines_but_for_seconds(whole)
+
+    assert {path.name for path in whole.iterdir()} == {
+        *("arithmetic", "study.json", "study.md", "study_curves.png", "study_differences.png"),
+    }
+    report = (whole / "study.md").read_text()
+    assert "## Is it the covariance?" in report
+    (whole / "study.md").unlink()
+    (whole / "arithmetic").rename(tmp_path / "elsewhere")
+    again = subprocess.run(command(whole, "--report-only"), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert (whole / "study.md").read_text() == report
+
+
+def _alive(session: int) -> bool:
+    try:
+        os.killpg(session, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_report_of_nothing(tmp_path: Path) -> None:
+    result = subprocess.run(command(tmp_path, "--report-only"), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "study.json" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+# --- the report --------------------------------------------------------------------------------------------
+
+
+def made_up(**effects: float) -> Summaries:
+    """Sixteen runs: what CW-GRPO adds to measures of GRPO, which are 1 but for what seeds have in common."""
+    generator = torch.Generator().manual_seed(0)
+    names = [
+        *MEASURES, *("entropy first", "entropy last", "reward first", "pass@1 before", "pass@8 before"),
+        *(f"{end} {share}" for end in ("top", "bottom") for share in TAILS),
+        *("gradient norm", "largest gradient norm", "advantages kept"),
+        *("smallest weight", "largest weight", "effective share", "lr"),
+    ]  # fmt: skip
+    runs = []
+    for seed in range(8):
+        common = 0.1 * torch.randn(len(names), generator=generator)
+        for arm in ("grpo", "cw_grpo"):
+            noise = NOISE[seed] / 100 if arm == "cw_grpo" else 0.0
+            values = dict(zip(names, (1 + common + noise).tolist(), strict=True))
+            if arm == "cw_grpo":
+                for name, effect in effects.items():
+                    values[name.replace("_", " ")] += effect
+            runs.append(dict(task="countdown", arm=arm, seed=seed, steps=10, seconds=1.0, tokens=100) | values)
+    options = dataclasses.asdict(TASKS["countdown"])
+    return Summaries({"countdown": dict(options=options, evaluation=dict(problems=4, samples=8))}, runs)
+
+
+def sentence(text: str, start: str) -> str:
+    [line] = [line for line in text.splitlines() if line.startswith(start)]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("effect", "verdict"),
+    [
+        (0.1, "holds"),
+        (0.0065, "holds, less surely"),
+        (0.0, "not seen"),
+        (-0.0065, "the opposite is seen, less surely"),
+        (-0.1, "the opposite is seen"),
+    ],
+)
+def test_sentences_follow_the_numbers(effect: float, verdict: str) -> None:
+    text = document(made_up(entropy=effect))
+    assert f"- entropy over the last half of the steps is higher: {verdict} on countdown." in text.replace("  - ", "- ")
+    line = sentence(text, "- Entropy over the last half of the steps is higher, countdown")
+    assert f": *{verdict}*. " in line
+    table = {1: "entropy is higher", 0: "no difference is seen", -1: "entropy is lower"}
+    found = table[0 if effect == 0 else int(math.copysign(1, effect))]
+    assert found in sentence(text, "- CW-GRPO: ")
+
+
+@pytest.mark.parametrize(("effect", "verdict"), [(0.1, "holds"), (0.0, "no difference is seen")])
+def test_at_least_as_high(effect: float, verdict: str) -> None:
+    line = sentence(document(made_up(reward=effect)), "- Reward over the last tenth")
+    assert f": *{verdict}*. " in line
+
+
+def test_a_lower_variance_and_smaller_tails_are_what_is_wanted() -> None:
+    summaries = made_up(entropy_variance=-0.1)
+    for run in summaries.runs:
+        if run["arm"] == "cw_grpo":
+            run["top 1%"] -= 0.1
+            run["bottom 1%"] += 0.1
+    text = document(summaries)
+    for start in ("- The variance of entropy", "- The largest 1% of", "- The smallest 1% of"):
+        assert ": *holds*. " in sentence(text, start)
+
+
+@pytest.mark.parametrize(("change", "verb"), [(-0.5, "falls"), (0.5, "rises"), (0.0, "neither falls nor rises")])
+def test_whether_there_was_anything_to_stabilise(change: float, verb: str) -> None:
+    summaries = made_up()
+    for run in summaries.runs:
+        noise = 0.01 * (run["seed"] - 3.5)
+        run["entropy last"] = run["entropy first"] + change + noise
+    assert f"GRPO's entropy {verb}" in document(summaries)
+
+
+def test_every_claim_is_of_a_measure_that_runs_have(started: Path) -> None:
+    steps_of(spec(started))
+    line = summary(read_run(spec(started).path))
+    measures = [claim.measure for claims in CLAIMS.values() for claim in claims] + list(MEASURES)
+    assert set(measures) <= set(line)
+
+
+def test_a_summary_says_what_the_run_did(started: Path) -> None:
+    steps_of(spec(started))
+    results = read_run(spec(started).path)
+    line, steps = summary(results), results.steps[1:]
+    entropies = [row["entropy"] for row in steps[3:]]
+    centre = sum(entropies) / 3
+    expected = {
+        "entropy": centre,
+        "entropy variance": sum((e - centre) ** 2 for e in entropies) / 3,
+        "entropy first": steps[0]["entropy"],
+        "reward": steps[-1]["reward/mean"],
+        "pass@8": steps[-1]["eval/pass@8"],
+        "pass@8 before": results.steps[0]["eval/pass@8"],
+        "top 1%": results.whole["covariance"]["top 1%"],
+        "largest gradient norm": max(row["optim/grad_norm"] for row in steps),
+    }
+    assert {name: line[name] for name in expected} == {name: float(f"{v:.6g}") for name, v in expected.items()}
+    assert line["curves"]["entropy"] == [float(f"{row['entropy']:.6g}") for row in steps]
