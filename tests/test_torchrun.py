@@ -58,13 +58,15 @@ def double_policy(how: str, seed: int = 0) -> Policy:
 
 
 def samples(how: str) -> list[torch.Tensor]:
-    """Of more rows than ranks, and of fewer; drawn and the likeliest."""
+    """Of more rows than ranks, and of fewer; drawn and the likeliest. Ranks end at different lengths."""
     policy = double_policy(how)
+    policy.eos_ids = torch.arange(90)
     generator = torch.Generator().manual_seed(1)
     batches = [
-        sample(policy, ["1 +1 =", "a longer prompt", "x"], 5, 6, 1.0, generator),
-        sample(policy, ["abc", "1 +1 =", "x"], 1, 6, 0.0),
+        sample(policy, ["1 +1 =", "a longer prompt", "x"], 5, 30, 1.0, generator),
+        sample(policy, ["abc", "1 +1 =", "x"], 1, 30, 0.0),
     ]
+    assert 1 < batches[0].mask.shape[1] < 30
     assert all(torch.equal(batch.mask.long(), batch.attention[:, -batch.mask.shape[1] :]) for batch in batches)
     return [batch.tokens for batch in batches] + [generator.get_state()]
 
