@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,16 @@ def test_dry_run_by_command_and_again(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert cli.main(command) == 0
     assert [file.read_bytes() for file in lost] == texts
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+    # Training was cut off while it wrote its second checkpoint: it goes on from the first to the same model.
+    (out / "checkpoint-2" / "trainer_state.json").unlink()
+    first = (out / "checkpoint-1" / "trainer_state.json").stat().st_mtime_ns
+    weights = (out / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "model")
+    assert cli.main(command) == 0
+    assert (out / "checkpoint-1" / "trainer_state.json").stat().st_mtime_ns == first
+    assert (out / "model" / "model.safetensors").read_bytes() == weights
+    assert [json.loads(line)["step"] for line in (out / "training.jsonl").read_text().splitlines()] == [1, 2, 2]
 
     # What is evaluated as trained is the model in the folder: here, one that is surer.
     model = AutoModelForCausalLM.from_pretrained(out / "model")

@@ -1,4 +1,4 @@
-"""``report.md``: what training and the benchmarks gave, beside what was published. Every number from a run's files."""
+"""The report: what training and the benchmarks gave, beside what was published. Every number from a run's files."""
 
 from __future__ import annotations
 
