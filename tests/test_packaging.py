@@ -102,7 +102,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     required = metadata.get_all("Requires-Dist")
     assert [r for r in required if "extra ==" not in r] == ["torch>=2.11"]
-    assert {"grpo", "trl", "bench", "dev"} == set(metadata.get_all("Provides-Extra"))
+    assert {"grpo", "trl", "recipe", "bench", "dev"} == set(metadata.get_all("Provides-Extra"))
     assert "covgrpo = covgrpo_kernels.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert "Apache License" in wheel.read(f"{info}/licenses/LICENSE").decode()
 
