@@ -1,4 +1,4 @@
-"""The `covgrpo` command: train, demo, recipe, doctor. What a command needs is imported when it runs."""
+"""The `covgrpo` command: train, demo, recipe, study, doctor. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .grpo.config import TrainConfig, option_type
+from .study.arms import ALL_ARMS, TASKS
 
-NEEDED = ("transformers", "rich", "matplotlib")  # by train and demo: the extra "grpo"
+NEEDED = ("transformers", "rich", "matplotlib")  # by train, demo and study: the extra "grpo"
 INTERRUPTED = 130
 
 DEMO = TrainConfig(out="runs/demo")
@@ -32,9 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _recipe(**options)
     if command == "demo" and _processes() > 1:
         return _fail("covgrpo demo runs in one process; torchrun is for covgrpo train")
+    if command == "study" and _processes() > 1:
+        return _fail("covgrpo study has processes of its own: --workers")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"covgrpo {command} needs {', '.join(missing)}: pip install 'covgrpo-kernels[grpo]'")
+    if command == "study":
+        return _study(**options)
     try:
         config = dataclasses.replace(DEMO if command == "demo" else TrainConfig(), **options)
     except (TypeError, ValueError) as error:
@@ -81,6 +87,20 @@ def _recipe(file: str, overrides: list[str], dry_run: bool) -> int:
     return parallel.leave(status)
 
 
+def _study(**options: Any) -> int:
+    from .grpo.train import TrainingError
+    from .study.study import study
+
+    try:
+        study(**options)
+    except KeyboardInterrupt:
+        _say(f"\ninterrupted; the same command goes on with the runs that are not finished in {options['out']}")
+        return INTERRUPTED
+    except (TrainingError, ValueError, OSError) as error:
+        return _fail(str(error))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="covgrpo", description="Covariance-weighted GRPO (arXiv 2605.11538).")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -122,6 +142,25 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true",
         help="every stage on the CPU, with a tiny random model and made-up problems, into OUTPUT_DIR-dry-run",
     )  # fmt: skip
+
+    study = commands.add_parser(
+        "study",
+        help="does CW-GRPO do what its paper says? All methods, controls and readings of the paper, in hours on a CPU",
+        description="Trains small policies by every method with several seeds and writes study.md, what was found, and "
+        "its figures. An interrupted study goes on where it was; finished runs are not run again.",
+    )
+    study.add_argument("--out", metavar="FOLDER", default="runs/study", help="of the runs (default: runs/study)")
+    study.add_argument("--results", metavar="FOLDER", help="of the report (default: that of the runs)")
+    study.add_argument("--tasks", metavar="TASK", nargs="+", help=f"default: all, {', '.join(TASKS)}")
+    study.add_argument(
+        "--arms", metavar="ARM", nargs="+",
+        help=f"default: all, {', '.join(ALL_ARMS)}; what they are compared with runs too",
+    )  # fmt: skip
+    study.add_argument("--seeds", metavar="INT", type=int, help="so many (default: 8)")
+    study.add_argument("--steps", metavar="INT", type=int, help="of a run (default: as the study was planned)")
+    study.add_argument("--workers", metavar="INT", type=int, default=2, help="runs at a time (default: 2)")
+    study.add_argument("--miniature", action="store_true", help="a minute or two, to see that all works")
+    study.add_argument("--report-only", action="store_true", help="from the study.json that is there")
 
     commands.add_parser("doctor", help="versions, devices, backends and a numeric self-test")
     return parser
