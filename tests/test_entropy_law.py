@@ -237,6 +237,10 @@ def test_sentences_follow_the_numbers(quick: tuple[dict, Path]) -> None:
         ([-0.5, -0.8, -0.2], "the covariance predicts the opposite of how the entropy of fresh"),
     ):
         assert text("laws", "correlation", found, **law).count(words) == 2
+        cases = 4 if found[1] > 0 else 0
+        assert f"for own states and in {cases} for fresh ones; the gradient" in text(
+            "laws", "correlation", found, **law
+        )
     for found, words in (
         ([-1e-3, -2e-3, -1e-4], "own states is lower than after GRPO's (-1.00 [-2.00, -0.10] thousandths"),
         ([1e-3, 1e-4, 2e-3], "own states is higher than after GRPO's (1.00 [0.10, 2.00] thousandths"),

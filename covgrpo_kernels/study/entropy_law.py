@@ -42,6 +42,7 @@ from ..grpo.tasks import Task
 from ..grpo.train import Rollout, make_task, rollout, train_step, warm_start
 from .summary import six_digits
 
+LOGITS = "gradient of each state's logits"
 STATES = ("own", "fresh")
 SHARE = 0.2  # of the tokens, in the part of the highest and of the lowest covariance
 RESAMPLES = 2000
@@ -174,7 +175,7 @@ def predictions(tokens: Tokens, logits: Tensor, responses: Tensor) -> dict[str, 
         "covariance": -tokens.covariance.mean().item(),
         "covariance within states": -within.mean().item(),
         "covariance between states": -(tokens.covariance - within).mean().item(),
-        "gradient of each state's logits": first_order(logits, sampled).mean().item(),
+        LOGITS: first_order(logits, sampled).mean().item(),
     }
 
 
@@ -380,15 +381,17 @@ def statistics(stages: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
                         **label,
                         "difference": interval(lambda a, b: _mean(b - a), all_of_it[states], change),
                         "spread ratio": interval(lambda a, b: b.std(-1) / a.std(-1), all_of_it[states], change),
-                        "gradient ratio": interval(
-                            lambda a, b: _mean(b) / _mean(a), norms["all"], norms["CW-GRPO"]
-                        ),
+                        "gradient ratio": interval(_ratio, norms["all"], norms["CW-GRPO"]),
                     })  # fmt: skip
     return {"laws": laws, "updates": updates, "weights": weights}
 
 
 def _mean(values: Tensor) -> Tensor:
     return values.mean(-1)
+
+
+def _ratio(of: Tensor, values: Tensor) -> Tensor:
+    return values.mean(-1) / of.mean(-1)
 
 
 # --- in words ----------------------------------------------------------------------------------------------
@@ -418,6 +421,7 @@ def findings(results: dict[str, Any]) -> str:
         "bootstrap intervals over batches, of each number by itself. *Own* states are those of the batch that gave the "
         "update; *fresh* ones are of held-out problems.",
     ]
+    text.append(_in_short(results))
     for stage in results["stages"]:
         text += _stage(results, stage)
     return "\n\n".join(text)
@@ -447,26 +451,55 @@ def _stage(results: dict[str, Any], stage: dict[str, Any]) -> Iterator[str]:
     yield _table(["tokens", *heads], rows("updates", "update", lambda row: _thousandths(row["change"])))
 
 
+def _in_short(results: dict[str, Any]) -> str:
+    """In how many cases a whole interval is on the side of the premise."""
+    count = {}
+    for states in STATES:
+        laws = list(chosen(results, "laws", states=states))
+        updates = list(chosen(results, "updates", states=states))
+        for law in ("covariance", LOGITS):
+            count[law, states] = sum(row["correlation"][1] > 0 for row in laws if row["law"] == law)
+        count["top", states] = sum(row["change"][2] < 0 for row in updates if row["update"] == "top")
+        count["bottom", states] = sum(row["change"][1] > 0 for row in updates if row["update"] == "bottom")
+    cases = len(results["stages"]) * len(OPTIMIZERS)
+
+    def both(name: str) -> str:
+        return f"{count[name, 'own']} of {cases} for own states and in {count[name, 'fresh']} for fresh ones"
+
+    return (
+        f"**In short.** There are {cases} cases, of {len(results['stages'])} policies and {len(OPTIMIZERS)} optimisers. "
+        f"From batch to batch the covariance predicts the change of entropy in {both('covariance')}; the gradient of "
+        f"each state's logits does in {both(LOGITS)}. An update on the fifth of the tokens with the highest "
+        f"covariance lowers entropy in {both('top')}; one on the lowest fifth raises it in {both('bottom')}."
+    )
+
+
 def _verdicts(results: dict[str, Any], at: dict[str, Any]) -> Iterator[str]:
     adam = {**at, "optimizer": "AdamW"}
-    parts = {s: {r["update"]: r["change"] for r in chosen(results, "updates", **adam, states=s)} for s in STATES}
     [stage] = [stage for stage in results["stages"] if at.items() <= stage.items()]
-    covariance = interval(_mean, stage["predicted"]["covariance"])
+    predicted = stage["predicted"]
+    covariance = interval(_mean, predicted["covariance"])
+    between = interval(_ratio, predicted["covariance"], predicted["covariance between states"])
+    moved = {
+        (row["optimizer"], row["states"]): _moved(row["change"])
+        for row in chosen(results, "updates", **at, update="all")
+    }
     yield (
-        f"By the covariances ({_thousandths(covariance)} thousandths of a nat for a step of 1, on average) entropy "
-        f"{_verdict(covariance, 'should fall', 'should rise', 'should go neither way for certain')}. With AdamW "
-        f"that of own states {_moved(parts['own']['all'])} on average, that of fresh ones "
-        f"{_moved(parts['fresh']['all'])}."
+        f"By the covariances ({_thousandths(covariance)} thousandths of a nat for a step of 1, on average, of which a "
+        f"share of {_between(between)} between states) entropy "
+        f"{_verdict(covariance, 'should fall', 'should rise', 'should go neither way for certain')}. On average, that "
+        f"of own states {moved['SGD', 'own']} with SGD and {moved['AdamW', 'own']} with AdamW, that of fresh ones "
+        f"{moved['SGD', 'fresh']} with SGD and {moved['AdamW', 'fresh']} with AdamW."
     )
     for states in STATES:
         laws = {row["law"]: row["correlation"] for row in chosen(results, "laws", **adam, states=states)}
-        paper, logits = laws["covariance"], laws["gradient of each state's logits"]
+        paper, logits = laws["covariance"], laws[LOGITS]
         yield (
             f"From batch to batch, the covariance {_predicts(paper)} how the entropy of {states} states changes with "
             f"AdamW: r = {_between(paper)}, {paper[0] ** 2:.0%} of the variance. The gradient of each state's logits "
             f"{_predicts(logits)} it: r = {_between(logits)}, {logits[0] ** 2:.0%}."
         )
-    own = parts["own"]
+    own = {row["update"]: row["change"] for row in chosen(results, "updates", **adam, states="own")}
     expected = own["top"][2] < 0 < own["bottom"][1]
     yield (
         f"After an update on the fifth of the tokens with the highest covariance entropy {_moved(own['top'])}, on the "
@@ -475,8 +508,8 @@ def _verdicts(results: dict[str, Any], at: dict[str, Any]) -> Iterator[str]:
     )
     [sgd] = chosen(results, "laws", **at, optimizer="SGD", states="own", law="covariance")
     yield (
-        f"With SGD a unit of the covariance is {_between(sgd['slope'])} units of the change of own states' entropy for a "
-        "unit of the step: states share parameters, so that nothing fixes this factor."
+        f"With SGD a unit of the covariance is {_between(sgd['slope'])} units of the change of own states' entropy for "
+        "a unit of the step: states share parameters, so that nothing fixes this factor."
     )
     weights = {s: next(chosen(results, "weights", **adam, states=s)) for s in STATES}
     [plain] = chosen(results, "weights", **at, optimizer="SGD", states="own")
@@ -546,8 +579,8 @@ def _title(axes: Axes, title: str, what: str) -> None:
     axes.text(0, 1.02, what, transform=axes.transAxes, color="0.4", fontsize=8)
 
 
-def _legend(axes: Axes) -> None:
-    axes.legend(frameon=False, fontsize=7).set_in_layout(False)
+def _legend(axes: Axes, **place: Any) -> None:
+    axes.legend(frameon=False, fontsize=7, **place).set_in_layout(False)
 
 
 def _after(stage: dict[str, Any]) -> str:
@@ -610,7 +643,7 @@ def _draw_correlations(axes: Axes, results: dict[str, Any]) -> None:
         _dots(axes, [row["correlation"] for row in rows], i, len(marks), label)
     axes.invert_yaxis()
     axes.axvline(0, color="0.6", linewidth=0.8)
-    _legend(axes)
+    _legend(axes, loc="lower left")
 
 
 def _draw_parts(axes: Axes, results: dict[str, Any]) -> None:
