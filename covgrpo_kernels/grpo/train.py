@@ -197,7 +197,7 @@ def update(
         minibatch = data.rows((groups.unsqueeze(1) * config.group_size + torch.arange(config.group_size)).flatten())
         # The loss divides by this number, not by the microbatch's own: then the gradients add up exactly.
         normalizer = len(minibatch.advantages) if per_sequence(config) else minibatch.batch.mask.sum()
-        loss = torch.zeros((), device=policy.device)
+        losses = []
         optimizer.zero_grad(set_to_none=True)
         microbatches = torch.arange(len(minibatch.advantages)).split(config.rows_per_microbatch)
         for i, rows in enumerate(microbatches):
@@ -221,10 +221,10 @@ def update(
                 result = part.batch.apply_head(policy, loss_of)
                 # The losses of the ranks add up, but their gradients are averaged.
                 (result.loss * parallel.size()).backward()
-            loss += result.loss.detach()
+            losses.append(result.loss.detach())
             for name, value in result.metrics.items():
                 collected[name].append(over_ranks(name, value, part.batch.mask.sum()))
-        loss = parallel.reduce(loss)
+        loss = parallel.reduce(torch.stack(losses).sum())
         norm = parallel.clip_gradients(policy, config.max_grad_norm)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise TrainingError(
