@@ -467,7 +467,7 @@ def _in_short(results: dict[str, Any]) -> str:
         return f"{count[name, 'own']} of {cases} for own states and in {count[name, 'fresh']} for fresh ones"
 
     return (
-        f"**In short.** There are {cases} cases, of {len(results['stages'])} policies and {len(OPTIMIZERS)} optimisers. "
+        f"**In short.** There are {cases} cases: {len(results['stages'])} policies, {len(OPTIMIZERS)} optimisers. "
         f"From batch to batch the covariance predicts the change of entropy in {both('covariance')}; the gradient of "
         f"each state's logits does in {both(LOGITS)}. An update on the fifth of the tokens with the highest "
         f"covariance lowers entropy in {both('top')}; one on the lowest fifth raises it in {both('bottom')}."
