@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .grpo.config import TrainConfig, option_type
-from .study.arms import ALL_ARMS, TASKS
+from .study.arms import ALL_ARMS, SEEDS, TASKS
 
 NEEDED = ("transformers", "rich", "matplotlib")  # by train, demo and study: the extra "grpo"
 INTERRUPTED = 130
@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         "--arms", metavar="ARM", nargs="+",
         help=f"default: all, {', '.join(ALL_ARMS)}; what they are compared with runs too",
     )  # fmt: skip
-    study.add_argument("--seeds", metavar="INT", type=int, help="so many (default: 8)")
+    study.add_argument("--seeds", metavar="INT", type=int, help=f"so many (default: {SEEDS})")
     study.add_argument("--steps", metavar="INT", type=int, help="of a run (default: as the study was planned)")
     study.add_argument("--workers", metavar="INT", type=int, default=2, help="runs at a time (default: 2)")
     study.add_argument("--miniature", action="store_true", help="a minute or two, to see that all works")

@@ -26,24 +26,32 @@ class Evaluation:
     every: int  # steps; also before the first and after the last one
 
 
+# Countdown has many right answers, which are searched for; arithmetic has one, which is worked out. Of pilots:
+# - At these sizes GRPO takes countdown from 29% to 75% of held-out responses right and from 0.55 to 0.10 nats of
+#   entropy, arithmetic from 44% to 60% and from 0.33 to 0.17: entropy falls, and reward has room before and after.
+# - At a learning rate of 5e-4 countdown does the same in half as many steps; what methods differ in should not be what
+#   steps that are too large do to them, so it is 2e-4.
+# - From a start of 30% GRPO does not learn arithmetic: what is right at that stage is mostly guessed.
+# - A run takes a minute of a core, so 264 of them (22 of each seed) some 2 h 15 min on two.
+# The temperature is 1, where the paper has 0.7: entropies are then those of the policy itself.
 _SIZES = TrainConfig(
     hidden_size=64,
     layers=2,
-    warm_start_steps=2000,
-    warm_start_reward=0.3,
+    warm_start_steps=3000,
     warm_start_lr=3e-3,
     max_new_tokens=7,
     temperature=1.0,
     weighting="none",
     inner_steps=4,
-    lr=5e-4,
-    steps=150,
+    lr=2e-4,
+    steps=300,
 )
 TASKS = {
-    "countdown": dataclasses.replace(_SIZES, task="countdown", difficulty=1),
-    "arithmetic": dataclasses.replace(_SIZES, task="arithmetic", difficulty=2),
+    "countdown": dataclasses.replace(_SIZES, task="countdown", difficulty=1, warm_start_reward=0.3),
+    "arithmetic": dataclasses.replace(_SIZES, task="arithmetic", difficulty=2, warm_start_reward=0.45),
 }
-EVALUATION = Evaluation(problems=64, samples=16, every=30)
+EVALUATION = Evaluation(problems=64, samples=16, every=50)
+SEEDS = 12
 
 # The same in a minute or two: it shows that all works, and nothing else.
 _MINIATURE = dict(
@@ -54,6 +62,7 @@ MINIATURE_TASKS = {
     for name, config in TASKS.items()
 }
 MINIATURE_EVALUATION = Evaluation(problems=8, samples=8, every=3)
+MINIATURE_SEEDS = 2
 
 
 # Weights of the tokens [B, T], before the first update of a rollout: from its log-probs [B, T], advantages [B] and mask

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -217,6 +218,7 @@ def perform_all(specs: Sequence[RunSpec], workers: int) -> None:
     running: dict[Future[None], RunSpec] = {}
     done = len(specs) - len(left)
     context = multiprocessing.get_context("spawn")  # a fork would share locks of the threads of torch
+    others = multiprocessing.active_children()
     with (
         ProgressBar("study", done, len(specs)) as progress,
         ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool,
@@ -234,7 +236,8 @@ def perform_all(specs: Sequence[RunSpec], workers: int) -> None:
                     progress.update(done, f"{spec.task} {spec.arm} {spec.seed}")
         except BaseException:
             for process in multiprocessing.active_children():
-                process.terminate()
+                if process not in others:
+                    process.terminate()
             raise
 
 
@@ -246,7 +249,8 @@ def make_start(spec: RunSpec) -> None:
 
 
 def _start_worker() -> None:
-    """One thread; and its end when the study ends, however that is killed."""
+    """One thread; and its end when the study ends, however that is killed. The study alone hears of an interrupt."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     parent = multiprocessing.parent_process()

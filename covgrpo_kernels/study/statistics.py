@@ -17,7 +17,8 @@ def pass_at_k(right: Tensor, samples: int, k: int) -> Tensor:  # [...] int64 -> 
     if not 1 <= k <= samples:
         raise ValueError(f"k must be from 1 to the number of samples, {samples}, got {k}")
     wrong = (samples - right).double().unsqueeze(-1) - torch.arange(k)
-    return 1 - (wrong.clamp(min=0) / (samples - torch.arange(k))).prod(-1)
+    wrong, drawn = (samples - right).double().unsqueeze(-1), torch.arange(k)  # [..., 1], [k]
+    return 1 - ((wrong - drawn) / (samples - drawn)).prod(-1)
 
 
 def tail_means(covariance: Tensor) -> dict[str, float]:  # [N]

@@ -12,7 +12,9 @@ from .arms import (
     EVALUATION,
     MINIATURE_ARMS,
     MINIATURE_EVALUATION,
+    MINIATURE_SEEDS,
     MINIATURE_TASKS,
+    SEEDS,
     TASKS,
 )
 from .figures import save_figures
@@ -40,7 +42,7 @@ def study(
         results: folder of the report; None: `out`.
         tasks: of `TASKS`; None: all.
         arms: of `ALL_ARMS`, and what they are compared with; None: all. Ablations run on the first of the tasks.
-        seeds: so many, from 0 on; None: 8, 2 of a miniature.
+        seeds: so many, from 0 on; None: as `arms.py` says.
         steps: of a run; None: as `arms.py` says.
         workers: runs at a time, each on one thread.
         miniature: a minute or two, to see that all works.
@@ -51,7 +53,7 @@ def study(
         TrainingError: OUT holds runs with other settings, or a run cannot go on.
         OSError: among others where `report_only` finds no study.json.
     """
-    seeds = (2 if miniature else 8) if seeds is None else seeds
+    seeds = seeds if seeds is not None else MINIATURE_SEEDS if miniature else SEEDS
     for name, value, low in (("seeds", seeds, 2), ("steps", steps, 1), ("workers", workers, 1)):
         if value is not None and value < low:
             raise ValueError(f"{name} must be >= {low}, got {value}")
