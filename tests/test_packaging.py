@@ -273,8 +273,8 @@ class Make:
     def __call__(self, *arguments: str) -> tuple[int, str]:
         """Exit status, and what Python was asked to do."""
         self.log.write_text("")
-        settings = {f"{k}=" for k in ("PYTHON", "VENV", "TORCH", "TRITON", "TORCH_INDEX", "VERL", "MAKEFLAGS", "MAKELEVEL")}
-        env = {k: v for k, v in os.environ.items() if f"{k}=" not in settings}
+        settings = ("PYTHON", "VENV", "TORCH", "TRITON", "TORCH_INDEX", "VERL", "MAKEFLAGS", "MAKELEVEL")
+        env = {k: v for k, v in os.environ.items() if k not in settings}
         result = subprocess.run(
             ["make", *arguments, f"PYTHON={self.python}"], cwd=self.folder, env=env, capture_output=True
         )
