@@ -407,6 +407,9 @@ def test_the_miniature_interrupted_killed_and_resumed(tmp_path: Path) -> None:
     assert not (killed / "study.json").exists()
 
     for out in (killed, whole):
+        if out is whole:  # the entropy law once only
+            whole.mkdir()
+            (killed / "entropy_law.json").rename(whole / "entropy_law.json")
         result = subprocess.run(command(out, *MINIATURE), capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     assert {path: path.stat().st_mtime_ns for path in there} == there
@@ -414,7 +417,7 @@ def test_the_miniature_interrupted_killed_and_resumed(tmp_path: Path) -> None:
     assert lines_but_for_seconds(killed) == lines_but_for_seconds(whole)
 
     assert {path.name for path in whole.iterdir()} == {
-        *("arithmetic", "study.json", "study.md", "study_curves.png", "study_differences.png"),
+        *("arithmetic", "study.json", "study.md", "study_curves.png", "study_differences.png", "entropy_law.json"),
     }
     report = (whole / "study.md").read_text()
     assert "## Is it the covariance?" in report

@@ -5,7 +5,7 @@ arms.py        what is compared: tasks, methods, controls, readings of the paper
 run.py         one run, and all of them side by side
 summary.py     from the runs to study.json
 statistics.py  pass@k, tails of the covariance, differences with intervals
-report.py      from study.json to the sentences and tables of study.md
+report.py      from study.json to the sentences and tables of the report
 figures.py     and to its pictures
 entropy_law.py the law that the paper starts from, measured
 """

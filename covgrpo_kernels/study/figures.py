@@ -1,4 +1,4 @@
-"""The pictures of study.md."""
+"""The pictures of the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""study.md: every sentence and every table of it is made from study.json."""
+"""The report: every sentence and every table of it is made from study.json."""
 
 from __future__ import annotations
 
@@ -238,9 +238,9 @@ after the last step. Entropy is exact, over the whole vocabulary, of the states 
 variance are over the last half of the steps."""
 
 CONTROLS = """\
-CW-GRPO against two controls. The mean of the weights is 1 by construction; what they take away is size of the weighted
-advantages, since tokens with large advantages have large covariances. AdamW is blind to a constant factor of the loss,
-so the second control has it in the learning rate."""
+CW-GRPO against two controls. The mean of the weights is 1 by construction; but the weighted advantages are smaller than
+the advantages, since tokens with large ones have large covariances. AdamW is blind to a constant factor of the loss, so
+the second control has it in the learning rate."""
 
 COVARIANCES = """\
 Means of the largest and of the smallest covariances, as in the paper's table: of so many per cent of all tokens of a
@@ -248,9 +248,10 @@ run, each before the update that saw it."""
 
 INTERVALS = """\
 Intervals are bootstrap-t over seeds, of paired differences. In a table a star says that the interval leaves out zero,
-two that it does so with all comparisons of the table in mind (Bonferroni). Advantages kept: sum |W A| / sum |A| for the
-weights that CW-GRPO gives or would give. Minibatches are so small that Clip-Cov and KL-Cov choose one token of each,
-which is more than the share that their paper has."""
+two that it does so with all comparisons of the table in mind (Bonferroni); in the pictures of differences thick lines
+are the first, orange where they leave out zero, and thin lines the second, red where they do. Advantages kept: sum
+|W A| / sum |A| for the weights that CW-GRPO gives or would give. Minibatches are so small that Clip-Cov and KL-Cov
+choose one token of each, which is more than the share that their paper has."""
 
 
 def document(summaries: Summaries) -> str:

@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
+
+from . import entropy_law
 from .arms import (
     ABLATIONS,
     ALL_ARMS,
@@ -35,7 +38,7 @@ def study(
     miniature: bool = False,
     report_only: bool = False,
 ) -> None:
-    """Runs what is not finished in OUT, then writes study.json, study.md and its figures.
+    """Runs what is not finished in OUT, then writes study.json, the report with its figures, and the entropy law's.
 
     Args:
         out: folder of the runs; those that are finished there are not run again.
@@ -57,11 +60,15 @@ def study(
     for name, value, low in (("seeds", seeds, 2), ("steps", steps, 1), ("workers", workers, 1)):
         if value is not None and value < low:
             raise ValueError(f"{name} must be >= {low}, got {value}")
+    # Products this small gain nothing from a second thread, and lose much where cores are shared.
+    torch.set_num_threads(1)
     folder = Path(out if results is None else results)
     if not report_only:
         specs = all_runs(Path(out), tasks, arms, seeds, steps, miniature)
         perform_all(specs, workers)
         write_summaries(specs, folder / "study.json")
+        if not (folder / "entropy_law.json").exists():
+            entropy_law.run(folder, quick=miniature)
     summaries = read_summaries(folder / "study.json")
     save_figures(summaries, folder)
     save_report(summaries, folder / "study.md")
