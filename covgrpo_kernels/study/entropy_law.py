@@ -63,22 +63,23 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 @dataclass(frozen=True)
 class Plan:
     policy: TrainConfig
+    seeds: tuple[int, ...]  # of policies; the first is reported in full
     grpo_steps: tuple[int, ...]  # how long the policy was trained when its updates are measured
     batches: int  # updates at each of these times, all from the same policy
     steps: dict[str, tuple[float, ...]]  # step sizes of each optimiser; the parts are compared at the middle one
 
 
 def plan(seed: int, quick: bool) -> Plan:
-    policy = TrainConfig(
-        hidden_size=64, layers=2, warm_start_lr=3e-3, prompts_per_step=16, weighting="none", lr=5e-4, seed=seed
-    )
+    policy = TrainConfig(hidden_size=64, layers=2, warm_start_lr=3e-3, prompts_per_step=16, weighting="none", lr=5e-4)
     if quick:
         # A guess: one answer in seven is right.
         policy = dataclasses.replace(
             policy, layers=1, task="arithmetic", max_new_tokens=4, warm_start_steps=25, warm_start_lr=5e-3
         )
-        return Plan(policy, (0, 2), 6, {"SGD": (0.01,), "AdamW": (1e-4,)})
-    return Plan(policy, (0, 40), 48, {"SGD": (0.001, 0.01, 0.1), "AdamW": (1e-5, 1e-4, 1e-3)})
+        return Plan(policy, (seed,), (0, 2), 6, {"SGD": (0.01,), "AdamW": (1e-4,)})
+    return Plan(
+        policy, (seed, seed + 1, seed + 2), (0, 40), 48, {"SGD": (0.001, 0.01, 0.1), "AdamW": (1e-5, 1e-4, 1e-3)}
+    )
 
 
 # --- the law -----------------------------------------------------------------------------------------------
@@ -278,35 +279,43 @@ def _norm(gradient: list[Tensor]) -> float:
 
 
 def measure(plan: Plan) -> dict[str, Any]:
-    config, cpu = plan.policy, torch.device("cpu")
+    stages = [stage for seed in plan.seeds for stage in measure_policy(seed, plan)]
+    return {"settings": dataclasses.asdict(plan), "stages": stages}
+
+
+def measure_policy(seed: int, plan: Plan) -> Iterator[dict[str, Any]]:
+    """A stage of its training after the other."""
+    config = dataclasses.replace(plan.policy, seed=seed)
     task = make_task(config)
-    policy = new_policy(config.hidden_size, config.layers, config.seed, cpu)
+    policy = new_policy(config.hidden_size, config.layers, config.seed, torch.device("cpu"))
     warm_start(policy, task, config)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0)
-    law: dict[str, Any] = {}
-    stages, done = [], 0
+    done = 0
     for grpo_steps in plan.grpo_steps:
         for step in range(done + 1, grpo_steps + 1):
             train_step(step, policy, None, optimizer, task, config)
         done = grpo_steps
         exact = copy.deepcopy(policy)
         exact.model.double()
-        fresh = States.of(exact, held_out(exact, task, config), config.temperature)
-        batches = []
-        for i in range(plan.batches):
-            key = f"{config.seed}/entropy law/{grpo_steps}/{i}"
-            generator = torch.Generator().manual_seed(random.Random(key).getrandbits(63))
-            # Problems that no training step has seen.
-            data, metrics = rollout(plan.grpo_steps[-1] + 1 + i, exact, None, task, config, generator)
-            if not law:
-                logits = response_logits(exact, data.batch, config.temperature).detach()
-                advantages = tokens_of(data, logits, config.group_size).A
-                law = logit_law(logits, advantages, data.batch.responses[data.batch.mask], generator)
-            batches.append({"reward": metrics["reward/mean"], **measure_batch(exact, data, fresh, plan)})
-            if (i + 1) % 10 == 0:
-                print(f"after {grpo_steps} steps of GRPO: batch {i + 1} of {plan.batches}", flush=True)
-        stages.append({"grpo_steps": grpo_steps, **collated(batches)})
-    return {"settings": dataclasses.asdict(plan), "logits": law, "stages": stages}
+        yield {"seed": seed, "grpo_steps": grpo_steps, **measure_stage(exact, task, config, grpo_steps, plan)}
+
+
+def measure_stage(policy: Policy, task: Task, config: TrainConfig, grpo_steps: int, plan: Plan) -> dict[str, Any]:
+    fresh = States.of(policy, held_out(policy, task, config), config.temperature)
+    batches = []
+    for i in range(plan.batches):
+        key = f"{config.seed}/entropy law/{grpo_steps}/{i}"
+        generator = torch.Generator().manual_seed(random.Random(key).getrandbits(63))
+        # Problems that no training step has seen.
+        data, metrics = rollout(plan.grpo_steps[-1] + 1 + i, policy, None, task, config, generator)
+        if i == 0:
+            logits = response_logits(policy, data.batch, config.temperature).detach()
+            advantages = tokens_of(data, logits, config.group_size).A
+            law = logit_law(logits, advantages, data.batch.responses[data.batch.mask], generator)
+        batches.append({"reward": metrics["reward/mean"], **measure_batch(policy, data, fresh, plan)})
+        if (i + 1) % 10 == 0:
+            print(f"seed {config.seed}, {grpo_steps} steps of GRPO: batch {i + 1} of {plan.batches}", flush=True)
+    return {"logits": law, **collated(batches)}
 
 
 def held_out(policy: Policy, task: Task, config: TrainConfig) -> Batch:
@@ -363,7 +372,7 @@ def statistics(stages: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         whole = {(row["optimizer"], row["step"]): row for row in stage["changes"] if row["update"] == "all"}
         for row in stage["changes"]:
             for states in STATES:
-                label = {"grpo_steps": stage["grpo_steps"], "states": states}
+                label = {**stage_of(stage), "states": states}
                 label |= {key: row[key] for key in ("optimizer", "step")}
                 change, all_of_it = row[states], whole[row["optimizer"], row["step"]]
                 if row["update"] == "all":
@@ -384,6 +393,15 @@ def statistics(stages: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
                         "gradient ratio": interval(_ratio, norms["all"], norms["CW-GRPO"]),
                     })  # fmt: skip
     return {"laws": laws, "updates": updates, "weights": weights}
+
+
+def stage_of(stage: dict[str, Any]) -> dict[str, int]:
+    return {key: stage[key] for key in ("seed", "grpo_steps")}
+
+
+def reported(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stages of the first seed."""
+    return [stage for stage in results["stages"] if stage["seed"] == results["settings"]["seeds"][0]]
 
 
 def _mean(values: Tensor) -> Tensor:
@@ -411,24 +429,26 @@ def chosen(results: dict[str, Any], kind: str, **label: Any) -> Iterator[dict[st
 
 def findings(results: dict[str, Any]) -> str:
     """Markdown: every number is one of entropy_law.json, and so is the reason for every verdict."""
-    laws, batches = results["logits"]["laws"], results["settings"]["batches"]
+    settings, logits = results["settings"], results["stages"][0]["logits"]
+    laws = logits["laws"]
     slopes = ", ".join(f"{law['slope']:.2f} ({name})" for name, law in laws.items())
     worst = max(law["error"][0] / law["change"][0] for law in laws.values())
     text = [
         f"**Logits changed directly.** The error of `-Cov_p(log p, dz)` grows with the step to the power of {slopes}; "
-        f"the law demands 2. At a step of {results['logits']['step'][0]:g} it is at most {worst:.2%} of the change.",
-        f"**Real updates.** Over {batches} batches, each giving one update of the same policy. In brackets are 95% "
-        "bootstrap intervals over batches, of each number by itself. *Own* states are those of the batch that gave the "
-        "update; *fresh* ones are of held-out problems.",
+        f"the law demands 2. At a step of {logits['step'][0]:g} it is at most {worst:.2%} of the change.",
+        f"**Real updates.** Of each policy {settings['batches']} batches give one update each. In brackets are 95% "
+        "bootstrap intervals over these batches, of each number by itself; they say nothing of other policies. *Own* "
+        "states are those of the batch that gave the update; *fresh* ones are of held-out problems.",
+        _in_short(results),
+        f"Seed {settings['seeds'][0]} in full; all of them are in `bench/results/entropy_law.json`:",
     ]
-    text.append(_in_short(results))
-    for stage in results["stages"]:
+    for stage in reported(results):
         text += _stage(results, stage)
     return "\n\n".join(text)
 
 
 def _stage(results: dict[str, Any], stage: dict[str, Any]) -> Iterator[str]:
-    at = {"grpo_steps": stage["grpo_steps"]}
+    at = stage_of(stage)
     reward, before = (float(np.mean(stage[key])) for key in ("reward", "entropy"))
     yield f"#### After {stage['grpo_steps']} steps of GRPO: reward {reward:.2f}, entropy {before:.3f} nats"
     yield "\n".join(f"- {sentence}" for sentence in _verdicts(results, at))
@@ -455,22 +475,25 @@ def _in_short(results: dict[str, Any]) -> str:
     """In how many cases a whole interval is on the side of the premise."""
     count = {}
     for states in STATES:
-        laws = list(chosen(results, "laws", states=states))
-        updates = list(chosen(results, "updates", states=states))
+        laws, updates, weights = (list(chosen(results, kind, states=states)) for kind in results["statistics"])
         for law in ("covariance", LOGITS):
             count[law, states] = sum(row["correlation"][1] > 0 for row in laws if row["law"] == law)
         count["top", states] = sum(row["change"][2] < 0 for row in updates if row["update"] == "top")
         count["bottom", states] = sum(row["change"][1] > 0 for row in updates if row["update"] == "bottom")
-    cases = len(results["stages"]) * len(OPTIMIZERS)
+        count["CW-GRPO", states] = sum(row["difference"][1] > 0 for row in weights)
+    settings = results["settings"]
+    among = {"seeds": settings["seeds"], "times in training": settings["grpo_steps"], "optimisers": OPTIMIZERS}
+    cases = math.prod(map(len, among.values()))
 
     def both(name: str) -> str:
         return f"{count[name, 'own']} of {cases} for own states and in {count[name, 'fresh']} for fresh ones"
 
     return (
-        f"**In short.** There are {cases} cases: {len(results['stages'])} policies, {len(OPTIMIZERS)} optimisers. "
+        f"**In short.** There are {cases} cases ({', '.join(f'{name}: {len(of)}' for name, of in among.items())}). "
         f"From batch to batch the covariance predicts the change of entropy in {both('covariance')}; the gradient of "
         f"each state's logits does in {both(LOGITS)}. An update on the fifth of the tokens with the highest "
-        f"covariance lowers entropy in {both('top')}; one on the lowest fifth raises it in {both('bottom')}."
+        f"covariance lowers entropy in {both('top')}; one on the lowest fifth raises it in {both('bottom')}. After one "
+        f"with CW-GRPO's weights entropy is higher than after GRPO's in {both('CW-GRPO')}."
     )
 
 
@@ -563,7 +586,7 @@ def draw(results: dict[str, Any]) -> Figure:
     with matplotlib.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.25}):
         figure = Figure(figsize=(15, 8), layout="constrained")
         law, own, fresh, orders, correlations, parts = figure.subplots(2, 3).flat
-        _draw_law(law, results["logits"])
+        _draw_law(law, results["stages"][0]["logits"])
         _draw_scatter(own, results, "own", "The batch's own states")
         _draw_scatter(fresh, results, "fresh", "Fresh states")
         _draw_orders(orders, results)
@@ -602,13 +625,11 @@ def _draw_law(axes: Axes, logits: dict[str, Any]) -> None:
 def _draw_scatter(axes: Axes, results: dict[str, Any], states: str, title: str) -> None:
     step = middle(results, "AdamW")
     _title(axes, title, f"one AdamW step of {step:g}, change in 1e-3 nats")
-    for stage, colour in zip(results["stages"], COLOURS, strict=False):
+    for stage, colour in zip(reported(results), COLOURS, strict=False):
         [row] = [
             r for r in stage["changes"] if (r["optimizer"], r["step"], r["update"]) == ("AdamW", step, "all")
         ]  # fmt: skip
-        [found] = chosen(
-            results, "laws", grpo_steps=stage["grpo_steps"], optimizer="AdamW", states=states, law="covariance"
-        )
+        [found] = chosen(results, "laws", **stage_of(stage), optimizer="AdamW", states=states, law="covariance")
         label = f"{_after(stage)}: r = {_between(found['correlation'])}"
         axes.scatter(stage["predicted"]["covariance"], [1000 * v for v in row[states]], s=12, color=colour, label=label)
     axes.axhline(0, color="0.6", linewidth=0.8)
@@ -618,7 +639,7 @@ def _draw_scatter(axes: Axes, results: dict[str, Any], states: str, title: str) 
 
 def _draw_orders(axes: Axes, results: dict[str, Any]) -> None:
     _title(axes, "How far the first order reaches", "error of the gradient in the parameters, of the change")
-    for stage, style in zip(results["stages"], ("-", "--", ":"), strict=False):
+    for stage, style in zip(reported(results), ("-", "--", ":"), strict=False):
         for optimizer, colour in zip(OPTIMIZERS, COLOURS, strict=False):
             rows = [r for r in stage["changes"] if (r["optimizer"], r["update"]) == (optimizer, "all")]
             errors = [
@@ -635,9 +656,9 @@ def _draw_orders(axes: Axes, results: dict[str, Any]) -> None:
 def _draw_correlations(axes: Axes, results: dict[str, Any]) -> None:
     step = middle(results, "AdamW")
     _title(axes, "What tells the change", f"correlation over batches, AdamW {step:g}")
-    marks = [(stage, states) for stage in results["stages"] for states in STATES]
+    marks = [(stage, states) for stage in reported(results) for states in STATES]
     for i, (stage, states) in enumerate(marks):
-        rows = list(chosen(results, "laws", grpo_steps=stage["grpo_steps"], optimizer="AdamW", states=states))
+        rows = list(chosen(results, "laws", **stage_of(stage), optimizer="AdamW", states=states))
         axes.set_yticks(range(len(rows)), [row["law"] for row in rows])
         label = f"{states}, {_after(stage)}"
         _dots(axes, [row["correlation"] for row in rows], i, len(marks), label)
@@ -649,11 +670,11 @@ def _draw_correlations(axes: Axes, results: dict[str, Any]) -> None:
 def _draw_parts(axes: Axes, results: dict[str, Any]) -> None:
     step = middle(results, "AdamW")
     _title(axes, "Which tokens move it", f"own states, AdamW {step:g}, change in 1e-3 nats")
-    for i, stage in enumerate(results["stages"]):
-        rows = list(chosen(results, "updates", grpo_steps=stage["grpo_steps"], optimizer="AdamW", states="own"))
+    for i, stage in enumerate(reported(results)):
+        rows = list(chosen(results, "updates", **stage_of(stage), optimizer="AdamW", states="own"))
         axes.set_yticks(range(len(rows)), [UPDATES[row["update"]] for row in rows])
         changes = [[1000 * v for v in row["change"]] for row in rows]
-        _dots(axes, changes, i, len(results["stages"]), _after(stage))
+        _dots(axes, changes, i, len(reported(results)), _after(stage))
     axes.invert_yaxis()
     axes.axvline(0, color="0.6", linewidth=0.8)
     _legend(axes)
