@@ -194,8 +194,9 @@ def test_paths_in_documents() -> None:
         text = document.read_text()
         code = set(_code(re.sub(r"```.*?```", "", text, flags=re.S)))
         named = {path for path in code if path.endswith("/") or path.startswith(".ci")} | set(NAMED_FILE.findall(text))
-        named |= {target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target}
-        missing = {path for path in named if not _exists(path)}
+        links = {target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target}
+        missing = {path for path in named if path not in links and not _exists(path)}
+        missing |= {target for target in links if not (document.parent / target).exists()}
         assert not missing, document.name
 
 
