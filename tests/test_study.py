@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -319,8 +320,12 @@ def test_results_of_other_settings_are_not_taken(started: Path) -> None:
 def test_a_run_that_fails_ends_the_study(started: Path) -> None:
     """With its error; what is finished stays, and there is no part of what is not."""
     good, broken = spec(started, seed=2), spec(started / "broken", lr=1e30, warm_start_steps=30)
+    bystander = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(120,))
+    bystander.start()
     with pytest.raises(TrainingError, match="the norm of its gradient"):
         perform_all([good, broken], workers=1)
+    assert bystander.is_alive()
+    bystander.terminate()
     assert good.path.exists()
     assert not broken.path.exists()
 
@@ -379,27 +384,27 @@ def lines_but_for_seconds(out: Path) -> dict[str, list[dict[str, Any]]]:
 def test_the_miniature_interrupted_killed_and_resumed(tmp_path: Path) -> None:
     """An interrupt and a kill take the workers with them and leave whole files; the same command goes on, and all is as
     if never interrupted. Then the report, again from study.json alone."""
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed, whole, errors = tmp_path / "killed", tmp_path / "whole", tmp_path / "errors"
     deadline, there = time.monotonic() + 240, {}
     for stop in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen(
-            command(killed, *MINIATURE, "--workers", "1"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
+        with errors.open("wb") as file:
+            process = subprocess.Popen(
+                command(killed, *MINIATURE, "--workers", "1"), stdout=file, stderr=file, start_new_session=True
+            )
         while len(list(killed.glob("*/*.jsonl"))) == len(there):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
         if stop == signal.SIGINT:
             os.killpg(process.pid, stop)  # as a terminal does
-            _, said = process.communicate()
-            assert process.returncode == 130
-            assert said.splitlines()[-1].startswith("interrupted; the same command goes on")
+            assert process.wait(60) == 130
+            assert errors.read_text().splitlines()[-1].startswith("interrupted; the same command goes on")
         else:
             os.kill(process.pid, stop)  # it alone
-            process.communicate()
+            process.wait()
+        gone = time.monotonic() + 30
         while _alive(process.pid):
-            assert time.monotonic() < deadline
+            assert time.monotonic() < gone
             time.sleep(0.05)
         assert {path: path.stat().st_mtime_ns for path in there} == there
         there = {path: path.stat().st_mtime_ns for path in killed.glob("*/*.jsonl")}
