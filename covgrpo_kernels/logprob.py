@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -548,19 +548,32 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 
 
 def _backward(ctx, logprob_grad, entropy_grad, *_):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, targets, temperature, chance, *output = ctx.saved_tensors
-    head, results, kept = ctx.head, Results(*output[:4]), Kept(*output[4:])
-    valid = targets != ctx.ignored
+    *inputs, chance = ctx.saved_tensors[:6]
+    valid = inputs[3] != ctx.ignored
+    grads = _gradients(ctx, inputs, chance, valid, ctx.saved_tensors[6:], logprob_grad, entropy_grad, None)
+    return *grads, *[None] * 9
+
+
+def _gradients(
+    ctx: Any,
+    inputs: Sequence[Any],  # the first five of `run_backward`
+    chance: Tensor | None,  # [N]
+    valid: Tensor,  # [N] bool
+    output: Sequence[Tensor],  # of the forward
+    logprob_grad: Tensor | None,  # [N]
+    entropy_grad: Tensor | None,  # [N]
+    vocabulary: VocabularySlice | None,
+) -> tuple[Tensor | None, ...]:  # [N, D], [V, D], [V]
+    hidden, weight, bias, targets, temperature = inputs
+    results, kept = Results(*output[:4]), Kept(*output[4:])
     g = torch.zeros_like(results.logprob) if logprob_grad is None else logprob_grad.where(valid, 0)
     e = entropy_grad.where(valid, 0) if ctx.entropy and entropy_grad is not None else None
-    plan = plan_backward(results, kept, targets, g, e, head, temperature, ctx.grad_tol, chance)
+    plan = plan_backward(results, kept, targets, g, e, ctx.head, temperature, ctx.grad_tol, chance)
     g, e = plan.boosted(g), None if e is None else plan.boosted(e)
-    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-    grads = linear_logprob_backward_op(
-        hidden, weight, bias, targets, temperature, head.scale, head.softcap,
-        list(results), list(kept), g, e, plan.tensors(), ctx.grad_tol, needs,
+    return run_backward(
+        hidden, weight, bias, targets, temperature, ctx.head, results, kept, g, e, plan, ctx.grad_tol,
+        list(ctx.needs_input_grad[:3]), vocabulary,
     )  # fmt: skip
-    return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 9
 
 
 def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -669,17 +682,9 @@ class _SlicedLogprob(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, logprob_grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, temperature, chance, valid, *output = ctx.saved_tensors
-        results, kept = Results(*output[:4]), Kept(*output[4:])
-        g = torch.zeros_like(results.logprob) if logprob_grad is None else logprob_grad.where(valid, 0)
-        e = entropy_grad.where(valid, 0) if ctx.entropy and entropy_grad is not None else None
-        plan = plan_backward(results, kept, targets, g, e, ctx.head, temperature, ctx.grad_tol, chance)
-        g, e = plan.boosted(g), None if e is None else plan.boosted(e)
-        needs = list(ctx.needs_input_grad[:3])
-        grads = run_backward(
-            hidden, weight, bias, targets, temperature, ctx.head, results, kept, g, e, plan, ctx.grad_tol, needs,
-            ctx.vocabulary,
-        )  # fmt: skip
+        *inputs, chance, valid = ctx.saved_tensors[:7]
+        output = ctx.saved_tensors[7:]
+        grads = _gradients(ctx, inputs, chance, valid, output, logprob_grad, entropy_grad, ctx.vocabulary)
         return *grads, *[None] * 8
 
 
