@@ -1,4 +1,5 @@
 # make demo       train GRPO and CW-GRPO from one warm start; ends with a table and runs/demo/report.png
+# make study      does CW-GRPO do what its paper says? Some two hours on two cores; goes on where it was
 # make test       all the tests
 # make test-deep  the long grids as well, and the C++ under sanitizers; run by hand
 # make sanitize   the latter alone
@@ -33,10 +34,13 @@ ifneq ($(BUILD),$(strip $(shell cat $(READY) 2>/dev/null)))
 NEW_VENV = $(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV)
 endif
 
-.PHONY: demo test test-deep sanitize lint clean
+.PHONY: demo study test test-deep sanitize lint clean
 
 demo: $(READY)
 	$(RUN) -m covgrpo_kernels demo --out runs/demo
+
+study: $(READY)
+	$(RUN) -m covgrpo_kernels study --out runs/study --results bench/results
 
 # One torch thread in each of the workers, which are as many as the processors: more of both only wait.
 test test-deep: export OMP_NUM_THREADS = 1
