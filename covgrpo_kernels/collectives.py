@@ -17,18 +17,18 @@ def check_process_group(name: str, group: object) -> dist.ProcessGroup | None:
 
 
 def all_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if group is None:
-        return value
-    value = value.contiguous().clone()
-    dist.all_reduce(value, dist.ReduceOp.SUM, group)
-    return value
+    return _all_reduce(value, dist.ReduceOp.SUM, group)
 
 
 def all_max(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    return _all_reduce(value, dist.ReduceOp.MAX, group)
+
+
+def _all_reduce(value: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return value
     value = value.contiguous().clone()
-    dist.all_reduce(value, dist.ReduceOp.MAX, group)
+    dist.all_reduce(value, operation, group)
     return value
 
 

@@ -571,8 +571,8 @@ def two(cut):
 
 
 FAULTS = {
-    "sums of a rank": (two(rows_anywhere), Fault(collectives.all_sum, "dist.all_reduce", "str")),
-    "maxima of a rank": (two(rows_by_id), Fault(collectives.all_max, "dist.all_reduce", "str")),
+    "sums of a rank": (two(rows_anywhere), Fault(collectives.all_sum, "SUM, group", "SUM, None")),
+    "maxima of a rank": (two(rows_by_id), Fault(collectives.all_max, "MAX, group", "MAX, None")),
     "groups of a rank": (two(rows_anywhere), Fault(layout.flatten_tokens, "(before + torch", "(0 * before + torch")),
     "responses counted by every rank": (two(columns), Fault(layout.Tokens.count_sequences, "// shared", "")),
     "responses of a rank": (

@@ -115,7 +115,7 @@ def test_predictions_are_the_laws(policy: Policy, data: Rollout) -> None:
     tokens = entropy_law.tokens_of(data, logits, GROUP)
     responses = data.batch.responses[data.batch.mask]
     found = entropy_law.predictions(tokens, logits, responses)
-    assert found["covariance"] == pytest.approx(-(tokens.dx * tokens.dA).mean().item(), rel=1e-12)
+    assert found["covariance"] == pytest.approx(-tokens.covariance.mean().item(), rel=1e-12)
     parts = found["covariance within states"] + found["covariance between states"]
     assert parts == pytest.approx(found["covariance"], rel=1e-10)
     # What a gradient in the logits does, by the chain rule through each state's log-prob and entropy.
@@ -132,7 +132,8 @@ def test_covariance_within_a_state_is_estimated_without_bias() -> None:
     A = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=F64)
     x = z[responses]
     for baseline in (A[responses].mean(), 3.0):
-        tokens = entropy_law.Tokens(x, entropy(z).expand(16), x - x.mean(), A[responses] - baseline, A[responses])
+        dA = A[responses] - baseline
+        tokens = entropy_law.Tokens(x, entropy(z).expand(16), (x - x.mean()) * dA, dA, A[responses])
         found = entropy_law.predictions(tokens, z.expand(16, 4), responses)
         assert found["covariance within states"] == pytest.approx(first_order(z, A).item(), rel=1e-12)
         assert found["covariance between states"] == pytest.approx(0, abs=1e-15)  # there is only one

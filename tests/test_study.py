@@ -175,7 +175,7 @@ def test_bandwidth_of_the_batch_with_means_of_the_group() -> None:
     x, advantages, mask = tokens(1)
     advantages[8:] *= 5  # a group with another variance
     weights = batch_bandwidth(x, advantages, mask, 4, torch.Generator())
-    found = running.group_statistics(_rollout(x, advantages, mask), 4)
+    found = running.group_statistics(x, _rollout(x, advantages, mask), 4)
     group_weights, c = found.weights.view_as(mask), found.covariance.view_as(mask)
     batch_variance = c[mask].var(correction=0)
     assert (weights[~mask] == 0).all()
@@ -221,11 +221,13 @@ def test_what_the_weights_keep_of_the_advantages() -> None:
     weights = covariance_weights(x, advantages, mask, group_size=4)
     sizes = advantages.abs().unsqueeze(1).expand_as(mask)[mask]
     expected = (weights[mask] * sizes).sum() / sizes.sum()
-    assert running.statistics_metrics(running.group_statistics(data, 4), data)["advantages/kept"] == pytest.approx(
-        expected.item(), rel=1e-12
-    )
+    assert running.statistics_metrics(running.group_statistics(data.old_logprobs, data, 4), data)[
+        "advantages/kept"
+    ] == pytest.approx(expected.item(), rel=1e-12)
     data = _rollout(x, torch.zeros_like(advantages), mask)
-    assert running.statistics_metrics(running.group_statistics(data, 4), data)["advantages/kept"] == 1.0
+    assert (
+        running.statistics_metrics(running.group_statistics(data.old_logprobs, data, 4), data)["advantages/kept"] == 1.0
+    )
 
 
 def test_each_ablation_changes_one_reading() -> None:

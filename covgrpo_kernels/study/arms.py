@@ -75,7 +75,7 @@ class Arm:
     title: str
     loss: CovGRPOConfig
     weights: TokenWeights | None = None  # weigh the advantages, where the loss itself does not
-    lr_like: str | None = None  # the learning rate is multiplied by `advantages/weighted` of this arm's run
+    lr_like: str | None = None  # the learning rate is multiplied by `advantages/kept` of this arm's run
 
 
 def permuted(

@@ -40,6 +40,7 @@ from ..grpo.policy import Policy, new_policy
 from ..grpo.rollout import Batch, sample
 from ..grpo.tasks import Task
 from ..grpo.train import Rollout, make_task, rollout, train_step, warm_start
+from .run import group_statistics
 from .summary import six_digits
 
 LOGITS = "gradient of each state's logits"
@@ -145,26 +146,18 @@ class Tokens:
 
     x: Tensor  # [N] log-prob
     H: Tensor  # [N] entropy of the state
-    dx: Tensor  # [N] log-prob less its group's mean
+    covariance: Tensor  # [N] of the group
     dA: Tensor  # [N] advantage less its group's mean
     A: Tensor  # [N]
-
-    @property
-    def covariance(self) -> Tensor:  # [N]
-        return self.dx * self.dA
 
 
 def tokens_of(data: Rollout, logits: Tensor, group_size: int) -> Tokens:
     mask = data.batch.mask
     x = logits.log_softmax(-1).gather(1, data.batch.responses[mask][:, None]).squeeze(1)
     A = data.advantages.to(x.dtype)[:, None].expand(mask.shape)[mask]
-    group = (torch.arange(len(mask)) // group_size)[:, None].expand(mask.shape)[mask]
-
-    def deviation(value: Tensor) -> Tensor:
-        sums = value.new_zeros(len(mask) // group_size).index_add(0, group, value)
-        return value - (sums / group.bincount())[group]
-
-    return Tokens(x, entropy(logits), deviation(x), deviation(A), A)
+    found = group_statistics(x.new_zeros(mask.shape).masked_scatter(mask, x), data, group_size)
+    valid = mask.flatten()
+    return Tokens(x, entropy(logits), found.covariance[valid], found.advantage_deviation[valid], A)
 
 
 def predictions(tokens: Tokens, logits: Tensor, responses: Tensor) -> dict[str, float]:  # [N, V], [N]

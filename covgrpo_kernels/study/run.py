@@ -18,6 +18,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.utils import logging
 
 from ..config import CovarianceWeighting
@@ -139,7 +140,7 @@ def perform(spec: RunSpec) -> None:
         generator = _generator(spec.seed, "step", step)
         data, metrics = rollout(step, policy, reference, task, config, generator)
         valid = data.batch.mask.flatten()
-        found = group_statistics(data, config.group_size)
+        found = group_statistics(data.old_logprobs, data, config.group_size)
         covariances.append(found.covariance[valid])
         metrics |= statistics_metrics(found, data)
         weights = None
@@ -165,9 +166,9 @@ def _generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(63))
 
 
-def group_statistics(data: Rollout, group_size: int) -> GroupWeights:
-    """CW-GRPO's covariances and weights [N] of the rollout's tokens, whatever the arm does with them."""
-    x, valid = data.old_logprobs, data.batch.mask.flatten()
+def group_statistics(x: Tensor, data: Rollout, group_size: int) -> GroupWeights:  # [B, T]
+    """CW-GRPO's covariances and weights [N] of log-probs of the rollout's tokens, whatever an arm does with them."""
+    valid = data.batch.mask.flatten()
     tokens = flatten_tokens(
         x, data.advantages, valid, dtype=x.dtype, group_ids=None, group_size=group_size, sequence_ids=None
     )

@@ -16,7 +16,6 @@ def pass_at_k(right: Tensor, samples: int, k: int) -> Tensor:  # [...] int64 -> 
     1 - C(samples - right, k) / C(samples, k), unbiased (arXiv 2107.03374). Raises ValueError for k > samples."""
     if not 1 <= k <= samples:
         raise ValueError(f"k must be from 1 to the number of samples, {samples}, got {k}")
-    wrong = (samples - right).double().unsqueeze(-1) - torch.arange(k)
     wrong, drawn = (samples - right).double().unsqueeze(-1), torch.arange(k)  # [..., 1], [k]
     return 1 - ((wrong - drawn) / (samples - drawn)).prod(-1)
 
