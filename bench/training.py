@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from covgrpo_kernels import linear_logprob, tiles
 from covgrpo_kernels.backward_plan import resolve_grad_tol
+from covgrpo_kernels.study.summary import six_digits
 
 from .measure import environment, write_json
 from .report import RESULTS
@@ -503,7 +504,7 @@ def run(arguments: argparse.Namespace) -> None:
     show(console, report)
     out = arguments.out or (None if arguments.smoke else RESULTS)
     if out is not None:
-        write_json(out / "training.json", report)
+        write_json(out / "training.json", report | dict(phases=six_digits(report["phases"])))
         save_plot(report, out / "training.png")
 
 
