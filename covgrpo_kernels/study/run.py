@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -235,10 +236,15 @@ def perform_all(specs: Sequence[RunSpec], workers: int) -> None:
                     future.result()
                     done += 1
                     progress.update(done, f"{spec.task} {spec.arm} {spec.seed}")
-        except BaseException:
+        except BaseException as error:
             for process in multiprocessing.active_children():
                 if process not in others:
                     process.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise TrainingError(
+                    "a worker was killed, perhaps for its memory; the same command goes on with the runs that are not "
+                    "finished, with --workers 1 in less memory"
+                ) from error
             raise
 
 
