@@ -690,8 +690,9 @@ def run(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
     results = six_digits(measure(plan(seed, quick)))
     results["statistics"] = six_digits(statistics(results["stages"]))
     text = json.dumps(results, allow_nan=False)
-    write_atomically(out / "entropy_law.json", lambda file: file.write(text.encode()))
     save_figure(results, out)
+    # Last: where it is, all is done.
+    write_atomically(out / "entropy_law.json", lambda file: file.write(text.encode()))
     return json.loads(text)
 
 

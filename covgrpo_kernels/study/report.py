@@ -12,7 +12,7 @@ import torch
 from ..grpo.checkpoint import write_atomically
 from .arms import ABLATIONS, ALL_ARMS, ARMS
 from .statistics import TAILS, Difference, difference
-from .summary import Line, Summaries
+from .summary import POINTS, Line, Summaries
 
 MEASURES = {  # of a run: the name in study.json, and a heading
     "entropy": "entropy",
@@ -198,9 +198,23 @@ def differences(study: Study, task: str, arms: Sequence[str], baseline: str) -> 
 def covariance_table(study: Study, task: str) -> list[str]:
     ends = [f"top {share}" for share in TAILS] + [f"bottom {share}" for share in reversed(TAILS)][1:]
     rows = [
-        [ALL_ARMS[arm].title, *(_number(study.mean(task, arm, end)) for end in ends)] for arm in study.arms(task, ARMS)
+        [ALL_ARMS[arm].title, *(_number(study.mean(task, arm, name)) for name in (*ends, "covariance spread"))]
+        for arm in study.arms(task, ARMS)
     ]
-    return _table(["", *ends], rows)
+    return _table(["", *ends, "spread"], rows)
+
+
+def entropy_table(study: Study, task: str) -> list[str]:
+    rows = []
+    for arm in study.arms(task, ARMS):
+        curves = [run["curves"] for run in study.runs_of(task, arm)]
+        means = [fmean(point) for point in zip(*(curve["entropy"] for curve in curves), strict=True)]
+        # Curves are means over stretches of steps, of which "step" is the middle.
+        places = [means.index(max(means)), means.index(min(means))]
+        ends = [f"{_number(means[i])} at {curves[0]['step'][i]:.0f}" for i in places]
+        first, last = (_number(study.mean(task, arm, f"entropy {end}")) for end in ("first", "last"))
+        rows.append([ALL_ARMS[arm].title, first, *ends, last])
+    return _table(["", "first tenth", "highest", "lowest", "last tenth"], rows)
 
 
 def weight_table(study: Study, task: str) -> list[str]:
@@ -244,7 +258,12 @@ the second control has it in the learning rate."""
 
 COVARIANCES = """\
 Means of the largest and of the smallest covariances, as in the paper's table: of so many per cent of all tokens of a
-run, each before the update that saw it."""
+run, each before the update that saw it. The spread is the standard deviation over the tokens of a step, its mean over
+steps: log-probs of a policy with more entropy vary more, and so do covariances."""
+
+ENTROPIES = """\
+Means over seeds, as in the picture above: of the first and the last tenth of the steps, and of the stretches of
+{steps} steps where it is highest and lowest, with the step in their middle."""
 
 INTERVALS = """\
 Intervals are bootstrap-t over seeds, of paired differences. In a table a star says that the interval leaves out zero,
@@ -278,6 +297,9 @@ def document(summaries: Summaries) -> str:
             lines += ["", f"## Which readings of the paper matter? ({task})", ""]
             lines += differences(study, task, ["cw_grpo", *readings], "cw_grpo")
             lines += ["", "![Differences of the readings to CW-GRPO](study_ablations.png)"]
+    for task in study.tasks:
+        about = ENTROPIES.format(steps=-(-study.options[task]["options"]["steps"] // POINTS))
+        lines += ["", f"## Entropy over the run, {task}", "", about, "", *entropy_table(study, task)]
     for task in study.tasks:
         lines += ["", f"## Covariances, {task}", "", COVARIANCES, "", *covariance_table(study, task)]
     for task in study.tasks:

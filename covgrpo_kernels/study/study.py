@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..grpo.checkpoint import write_atomically
 from . import entropy_law
 from .arms import (
     ABLATIONS,
@@ -41,7 +42,7 @@ def study(
     """Runs what is not finished in OUT, then writes study.json, the report with its figures, and the entropy law's.
 
     Args:
-        out: folder of the runs; those that are finished there are not run again.
+        out: folder of the runs and of the entropy law; what is finished there is not run again.
         results: folder of the report; None: `out`.
         tasks: of `TASKS`; None: all.
         arms: of `ALL_ARMS`, and what they are compared with; None: all. Ablations run on the first of the tasks.
@@ -67,12 +68,19 @@ def study(
         specs = all_runs(Path(out), tasks, arms, seeds, steps, miniature)
         perform_all(specs, workers)
         write_summaries(specs, folder / "study.json")
-        if not (folder / "entropy_law.json").exists():
-            entropy_law.run(folder, quick=miniature)
+        if not (Path(out) / "entropy_law.json").exists():
+            entropy_law.run(Path(out), quick=miniature)
+        if results is not None:
+            for name in ("entropy_law.png", "entropy_law.json"):
+                _copy(Path(out) / name, folder / name)
     summaries = read_summaries(folder / "study.json")
     save_figures(summaries, folder)
     save_report(summaries, folder / "study.md")
     print(f"{folder / 'study.md'}: what was found")
+
+
+def _copy(source: Path, target: Path) -> None:
+    write_atomically(target, lambda file: file.write(source.read_bytes()))
 
 
 def all_runs(

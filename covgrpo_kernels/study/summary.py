@@ -46,6 +46,7 @@ def summary(results: Results) -> Line:
         **{name: steps[-1][f"eval/{name}"] for name in ("pass@1", "pass@8")},
         **{f"{name} before": before[f"eval/{name}"] for name in ("pass@1", "pass@8")},
         **results.whole["covariance"],
+        "covariance spread": over(steps, "covariance/std"),
         "curves": {
             "step": binned(steps, "step"),
             "reward": binned(steps, "reward/mean"),
