@@ -8,9 +8,11 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -34,19 +36,21 @@ from covgrpo_kernels.study.arms import (
     ARMS,
     MINIATURE_EVALUATION,
     MINIATURE_TASKS,
+    SEEDS,
     TASKS,
     Arm,
     batch_bandwidth,
     permuted,
 )
-from covgrpo_kernels.study.report import CLAIMS, MEASURES, document
+from covgrpo_kernels.study.report import CLAIMS, MEASURES, Study, document, in_short
 from covgrpo_kernels.study.run import RunSpec, make_start, perform, perform_all, read_run
 from covgrpo_kernels.study.statistics import TAILS, difference, pass_at_k, tail_means
 from covgrpo_kernels.study.study import all_runs, study
-from covgrpo_kernels.study.summary import Summaries, summary
+from covgrpo_kernels.study.summary import Summaries, read_summaries, summary
 from covgrpo_kernels.testing import random_batch
 
 F64 = torch.float64
+ROOT = Path(__file__).parent.parent
 NOISE = [-1.0, -0.6, -0.3, -0.1, 0.1, 0.3, 0.6, 1.0]  # of eight seeds
 
 
@@ -332,6 +336,23 @@ def test_a_run_that_fails_ends_the_study(started: Path) -> None:
     assert not broken.path.exists()
 
 
+def test_a_worker_that_is_killed_ends_the_study(started: Path) -> None:
+    """As for want of memory: with an error that says how to go on, and nothing half-written."""
+    run = spec(started, seed=3, steps=100_000)
+
+    def kill() -> None:
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.05)
+        workers[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(TrainingError, match="a worker was killed"):
+        perform_all([run], workers=1)
+    killer.join()
+    assert not run.path.exists()
+
+
 def test_a_seed_of_all_arms_comes_before_the_next() -> None:
     specs = all_runs(Path("out"), None, None, 8, None, miniature=False)
     assert len(specs) == 8 * (2 * len(ARMS) + len(ABLATIONS))
@@ -367,6 +388,7 @@ def test_wrong_arguments(wrong: dict[str, Any], message: str, tmp_path: Path) ->
 
 # --- the command -------------------------------------------------------------------------------------------
 
+LAW = ["entropy_law.json", "entropy_law.png"]
 MINIATURE = ["--miniature", "--tasks", "arithmetic", "--arms", "grpo", "cw_grpo", "permuted", "mean_weight"]
 
 
@@ -413,26 +435,30 @@ def test_the_miniature_interrupted_killed_and_resumed(tmp_path: Path) -> None:
     assert len(there) < 8
     assert not (killed / "study.json").exists()
 
-    for out in (killed, whole):
+    for out, arguments in ((killed, []), (whole, ["--results", str(tmp_path / "results")])):
         if out is whole:  # the entropy law once only
             whole.mkdir()
-            (killed / "entropy_law.json").rename(whole / "entropy_law.json")
-        result = subprocess.run(command(out, *MINIATURE), capture_output=True, text=True)
+            for name in LAW:
+                (killed / name).rename(whole / name)
+        result = subprocess.run(command(out, *MINIATURE, *arguments), capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     assert {path: path.stat().st_mtime_ns for path in there} == there
     assert len(lines_but_for_seconds(whole)) == 8
     assert lines_but_for_seconds(killed) == lines_but_for_seconds(whole)
 
-    assert {path.name for path in whole.iterdir()} == {
-        *("arithmetic", "study.json", "study.md", "study_curves.png", "study_differences.png", "entropy_law.json"),
+    assert {path.name for path in whole.iterdir()} == {"arithmetic", *LAW}
+    results = tmp_path / "results"
+    assert {path.name for path in results.iterdir()} == {
+        *("study.json", "study.md", "study_curves.png", "study_differences.png", *LAW),
     }
-    report = (whole / "study.md").read_text()
+    for name in LAW:
+        assert (results / name).read_bytes() == (whole / name).read_bytes()
+    report = (results / "study.md").read_text()
     assert "## Is it the covariance?" in report
-    (whole / "study.md").unlink()
-    (whole / "arithmetic").rename(tmp_path / "elsewhere")
-    again = subprocess.run(command(whole, "--report-only"), capture_output=True, text=True)
+    (results / "study.md").unlink()
+    again = subprocess.run(command(results, "--report-only"), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert (whole / "study.md").read_text() == report
+    assert (results / "study.md").read_text() == report
 
 
 def _alive(session: int) -> bool:
@@ -460,7 +486,7 @@ def made_up(**effects: float) -> Summaries:
         *MEASURES, *("entropy first", "entropy last", "reward first", "pass@1 before", "pass@8 before"),
         *(f"{end} {share}" for end in ("top", "bottom") for share in TAILS),
         *("gradient norm", "largest gradient norm", "advantages kept"),
-        *("smallest weight", "largest weight", "effective share", "lr"),
+        *("smallest weight", "largest weight", "effective share", "lr", "covariance spread"),
     ]  # fmt: skip
     runs = []
     for seed in range(8):
@@ -471,7 +497,10 @@ def made_up(**effects: float) -> Summaries:
             if arm == "cw_grpo":
                 for name, effect in effects.items():
                     values[name.replace("_", " ")] += effect
-            runs.append(dict(task="countdown", arm=arm, seed=seed, steps=10, seconds=1.0, tokens=100) | values)
+            curves = dict(step=[2.0, 7.0, 12.0], entropy=[0.5, 0.5 + 0.1 * seed, 0.25])
+            runs.append(
+                dict(task="countdown", arm=arm, seed=seed, steps=10, seconds=1.0, tokens=100, curves=curves) | values
+            )
     options = dataclasses.asdict(TASKS["countdown"])
     return Summaries({"countdown": dict(options=options, evaluation=dict(problems=4, samples=8))}, runs)
 
@@ -527,6 +556,13 @@ def test_whether_there_was_anything_to_stabilise(change: float, verb: str) -> No
     assert f"GRPO's entropy {verb}" in document(summaries)
 
 
+def test_where_entropy_is_highest_and_lowest() -> None:
+    summaries = made_up()
+    row = next(line for line in document(summaries).splitlines() if "0.85 at 7" in line)
+    assert row.startswith("| GRPO | ")
+    assert "| 0.25 at 12 |" in row
+
+
 def test_every_claim_is_of_a_measure_that_runs_have(started: Path) -> None:
     steps_of(spec(started))
     line = summary(read_run(spec(started).path))
@@ -552,3 +588,23 @@ def test_a_summary_says_what_the_run_did(started: Path) -> None:
     }
     assert {name: line[name] for name in expected} == {name: float(f"{v:.6g}") for name, v in expected.items()}
     assert line["curves"]["entropy"] == [float(f"{row['entropy']:.6g}") for row in steps]
+
+
+def test_the_committed_report_is_made_from_the_committed_numbers() -> None:
+    """No sentence of it is written by hand; docs/method.md says the same of what holds, and has no other numbers."""
+    results = ROOT / "bench" / "results"
+    summaries = read_summaries(results / "study.json")
+    report = (results / "study.md").read_text()
+    assert report == document(summaries)
+    section = (ROOT / "docs" / "method.md").read_text().split("## What the study showed")[1]
+    assert "\n".join(in_short(Study(summaries))) in section
+    numbers = re.findall(r"\d\.\d\d+", section)
+    assert len(numbers) > 8
+    assert set(numbers) <= set(re.findall(r"\d\.\d+", report))
+    # As the command runs it, whole: not some of its arms, or fewer seeds or steps.
+    specs = all_runs(Path(), None, None, SEEDS, None, False)
+    there = [(run["task"], run["arm"], run["seed"]) for run in summaries.runs]
+    assert there == [(spec.task, spec.arm, spec.seed) for spec in specs]
+    for spec in specs:
+        options = {name: spec.settings()[name] for name in ("options", "evaluation")}
+        assert summaries.tasks[spec.task] == options
