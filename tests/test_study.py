@@ -339,11 +339,12 @@ def test_a_run_that_fails_ends_the_study(started: Path) -> None:
 def test_a_worker_that_is_killed_ends_the_study(started: Path) -> None:
     """As for want of memory: with an error that says how to go on, and nothing half-written."""
     run = spec(started, seed=3, steps=100_000)
+    others = set(multiprocessing.active_children())  # of other tests
 
     def kill() -> None:
-        while not (workers := multiprocessing.active_children()):
+        while not (workers := set(multiprocessing.active_children()) - others):
             time.sleep(0.05)
-        workers[0].kill()
+        workers.pop().kill()
 
     killer = threading.Thread(target=kill)
     killer.start()

@@ -358,6 +358,8 @@ def test_accelerate_mixed_precision() -> None:
     plain = model(**inputs, return_logprobs=True).logprobs
     with torch.autocast("cpu", torch.bfloat16):
         want = model(**inputs, return_logprobs=True).logprobs
+    # What it keeps for the whole process a trainer of another test may have set.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     prepared = accelerator.prepare(model)
     out = prepared(**inputs, return_logprobs=True)
