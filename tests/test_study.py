@@ -414,7 +414,12 @@ def test_the_miniature_interrupted_killed_and_resumed(tmp_path: Path) -> None:
     for stop in (signal.SIGINT, signal.SIGKILL):
         with errors.open("wb") as file:
             process = subprocess.Popen(
-                command(killed, *MINIATURE, "--workers", "1"), stdout=file, stderr=file, start_new_session=True
+                command(killed, *MINIATURE, "--workers", "1"),
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                # Even where tests ignore it, as in the background of a shell.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         while len(list(killed.glob("*/*.jsonl"))) == len(there):
             assert process.poll() is None
