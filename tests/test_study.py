@@ -346,7 +346,7 @@ def test_a_worker_that_is_killed_ends_the_study(started: Path) -> None:
             time.sleep(0.05)
         workers.pop().kill()
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     with pytest.raises(TrainingError, match="a worker was killed"):
         perform_all([run], workers=1)
@@ -597,7 +597,8 @@ def test_a_summary_says_what_the_run_did(started: Path) -> None:
 
 
 def test_the_committed_report_is_made_from_the_committed_numbers() -> None:
-    """No sentence of it is written by hand; docs/method.md says the same of what holds, and has no other numbers."""
+    """No sentence of it is written by hand; docs/method.md says the same of what holds, and
+    has no number of two decimals or more that is not there."""
     results = ROOT / "bench" / "results"
     summaries = read_summaries(results / "study.json")
     report = (results / "study.md").read_text()

@@ -259,7 +259,7 @@ the second control has it in the learning rate."""
 COVARIANCES = """\
 Means of the largest and of the smallest covariances, as in the paper's table: of so many per cent of all tokens of a
 run, each before the update that saw it. The spread is the standard deviation over the tokens of a step, its mean over
-steps: log-probs of a policy with more entropy vary more, and so do covariances."""
+steps. Covariances are products of deviations of log-prob and advantage: read them beside the entropies above."""
 
 ENTROPIES = """\
 Means over seeds, as in the picture above: of the first and the last tenth of the steps, and of the stretches of
