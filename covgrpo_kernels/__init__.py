@@ -1,10 +1,10 @@
 """Policy losses for RL of language models, from hidden states and the head, without the logits."""
 
 from .config import ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov
-from .distributed import GroupMoments
+from .group_moments import GroupMoments
 from .logprob import LinearLogprob, linear_logprob
 from .loss import CovGRPOLoss, CovGRPOOutput, covgrpo_loss
-from .weighting import covariance_weights
+from .weighting import CovarianceWeights, covariance_weights
 
 __all__ = [
     "ClipCov",
@@ -12,6 +12,7 @@ __all__ = [
     "CovGRPOLoss",
     "CovGRPOOutput",
     "CovarianceWeighting",
+    "CovarianceWeights",
     "GroupMoments",
     "KLCov",
     "LinearLogprob",

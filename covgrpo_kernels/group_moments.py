@@ -1,4 +1,4 @@
-"""What is spread over ranks or micro-batches: statistics of groups, and the vocabulary of a head (Megatron-style)."""
+"""Statistics of groups that are spread over micro-batches or ranks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .collectives import all_counts, all_ids, check_process_group
+from .checks import check_floating, check_process_group, check_type
+from .collectives import all_ids
 from .config import CovarianceWeighting
-from .layout import Segments, check_floating, check_tensor, flatten, flatten_tokens, valid_tokens
-from .tiles import eager
-from .tiles.interface import Moments, Results
+from .covariance import ScopeMoments, scope_moments
+from .inputs import flatten, flatten_tokens, valid_tokens
+from .segments import Segments
 
 
 class _Batch(NamedTuple):
@@ -64,13 +65,12 @@ class GroupMoments:
             TypeError, ValueError: a wrong argument, by name.
         """
         weighting = CovarianceWeighting() if weighting is None else weighting
-        if not isinstance(weighting, CovarianceWeighting):
-            raise TypeError(f"weighting must be a CovarianceWeighting, got {type(weighting).__name__}")
+        check_type("weighting", weighting, CovarianceWeighting)
         if weighting.differentiate_weights:
             raise ValueError("weighting must not have differentiate_weights: other micro-batches get no gradient")
         if weighting.scope == "group" and group_ids is None:
             raise ValueError("group_ids must be given for a weighting of scope 'group', got None")
-        check_floating("logprobs", check_tensor("logprobs", logprobs))
+        check_floating("logprobs", logprobs)
         dtype = torch.promote_types(logprobs.dtype, torch.float32)
         valid = valid_tokens("logprobs", logprobs, mask)
         tokens = flatten_tokens(
@@ -115,16 +115,16 @@ class GroupMoments:
         return reduced
 
     @cached_property
-    def _table(self) -> tuple[Tensor, Moments]:
+    def _table(self) -> tuple[Tensor, ScopeMoments]:
         """Ids [S] ascending, and their moments [S + 1], the last one NaN."""
         x, a, valid, ids, sequence = self._batch
         group = self._process_group
         every = ids.unique() if group is None else all_ids(ids, group)
         scopes = Segments.of(torch.searchsorted(every, ids.contiguous()), len(every), group)
-        moments = eager.scope_moments(x, a, valid, scopes, Segments.of_ids(sequence), self.weighting)
-        return every, Moments._make(pad(value, (0, 1), value=torch.nan) for value in moments)
+        moments = scope_moments(x, a, valid, scopes, Segments.of_ids(sequence), self.weighting)
+        return every, ScopeMoments._make(pad(value, (0, 1), value=torch.nan) for value in moments)
 
-    def values(self) -> Moments:
+    def values(self) -> ScopeMoments:
         return self._table[1]
 
     def scopes(self, group_ids: Tensor, valid: Tensor) -> Segments:
@@ -138,49 +138,3 @@ class GroupMoments:
         if valid.device.type == "cpu" and (lost := valid & ~found).any():
             raise ValueError(f"group_ids must be among those of moments, got {group_ids[lost][0].item()}")
         return Segments.of(place.where(found, len(ids)), len(ids) + 1)
-
-
-class VocabularySlice(NamedTuple):
-    """A rank's part of a head: consecutive slices, of any sizes, in the order of the ranks."""
-
-    group: dist.ProcessGroup
-    first: int
-    total: int
-
-    @classmethod
-    def of(cls, weight: Tensor, group: dist.ProcessGroup) -> VocabularySlice:  # [V of this rank, D]
-        counts = all_counts(len(weight), weight.device, group)
-        return cls(group, sum(counts[: group.rank()]), sum(counts))
-
-
-def merge_results(
-    results: Results,  # of N rows over this rank's slice of the vocabulary; log-prob NaN where the target is elsewhere
-    here: Tensor,  # [N] bool, the target is in this rank's slice
-    group: dist.ProcessGroup,
-) -> Results:
-    """The results over the whole vocabulary, the same bits on every rank.
-
-    The distribution is a mixture of those of the slices. That with the largest share leads and the others are added
-    to it, so that what `Results` keeps without cancellation (1 - p and the entropy of a token the policy is sure of)
-    stays so.
-    """
-    mine = torch.stack([results.logprob.where(here, 0), results.entropy, results.maximum, results.log_total])
-    mine = torch.cat([mine, here.to(mine.dtype).unsqueeze(0)])
-    gathered = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(gathered, mine, group)
-    logprob, entropy, maximum, log_total, here_ = torch.stack(gathered, 1)  # [R, N] each
-
-    # A slice without a finite logit has no share; if none has one, there is no distribution.
-    empty = maximum.isnan() & entropy.isfinite()
-    size = (maximum + log_total).where(~empty, -torch.inf)
-    lead = size.argmax(0, keepdim=True)
-    top, top_total = maximum.gather(0, lead), log_total.gather(0, lead)
-    distance = ((maximum - top) + (log_total - top_total)).where(~empty, -torch.inf)  # log of a share over the leader's
-    others = distance.exp().scatter(0, lead, 0)
-    rest = others.sum(0, keepdim=True)
-    log_share = distance - rest.log1p()
-    share = log_share.exp()
-    mixed = (share * (entropy - log_share)).where(share != 0, 0).sum(0)
-    of_target = (logprob + distance).where(here_ > 0, 0).sum(0) - rest.log1p().squeeze(0)
-    of_target = of_target.where((here_ > 0).any(0), torch.nan)
-    return Results(of_target, mixed, top.squeeze(0), (top_total + rest.log1p()).squeeze(0))

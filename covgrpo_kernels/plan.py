@@ -1,10 +1,13 @@
-"""What the backward does with each row, decided on [N] vectors and the kept entries before it starts (no host sync).
+"""What the backward does with each row, decided on [N] vectors and the candidates before it starts, without a host
+sync.
 
-A row is *dense*: it enters the matrix products. Or *sparse*: the entries the forward kept, those more probable than a
-floor, have their gradient each, and the rest of the row, its tail, is replaced by one distribution for all rows times
-what makes the row's sum zero. Or it is left out. Errors are bounded in the Frobenius norm, which is what rounding dZ to
-a dtype is measured in, and in which a tail of many small entries is as small as it is.
-"""
+- *dense*: the row enters the matrix products.
+- *sparse*: its candidates, the vocabulary ids more probable than ``min_prob``, have their gradient each. The rest of
+  the row, its tail, is replaced by the tail of a dense row, scaled so that the row sums to zero.
+- *dropped*: the row gets no gradient.
+
+Errors are bounded in the Frobenius norm: it is what the rounding of dL/dlogits to a dtype is measured in, and a tail of
+many small entries is small in it."""
 
 from __future__ import annotations
 
@@ -14,224 +17,188 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tiles.eager import capping
-from .tiles.interface import CAPACITY, LOG_ZERO, TAIL_ROWS, Candidates, Coefficients, Head, Results
-
-
-class Kept(NamedTuple):
-    """What the forward kept of R rows."""
-
-    found: Tensor  # [R] int32 entries that reached the threshold; where they are more than K none is kept
-    entries: Tensor  # [R, K] int32
-    logits: Tensor  # [R, K]
-
-    @classmethod
-    def of(cls, candidates: Candidates) -> Kept:
-        """In the order of the entries, so that sums over them have one; nothing of rows that have lost some."""
-        _, found, entries, logits = candidates
-        capacity = entries.shape[1]
-        there = torch.arange(capacity, device=found.device) < found.where(found <= capacity, 0).unsqueeze(1)
-        in_order, order = entries.where(there, torch.iinfo(entries.dtype).max).sort(1)
-        return cls(found, in_order.where(there, 0), logits.gather(1, order).where(there, 0))
-
-    def rows(self, chosen: Tensor) -> Kept:
-        return Kept._make(value[chosen] for value in self)
-
-
-class SparseRows(NamedTuple):
-    """dL/dproducts of R rows: of each kept entry, and of all others together."""
-
-    entries: Tensor  # [R, K + 1] int64, the target last
-    values: Tensor  # [R, K + 1]
-    used: Tensor  # [R, K + 1] bool
-    tail: Tensor  # [R]
-    mass: Tensor  # [R] probability of the others
+from .inputs import HeadInputs, Precision
+from .kernels.interface import TAIL_ROWS, Candidates, Coefficients, RowStats
+from .sparse import SparseEntries, sparse_entries, tail_weights
 
 
 class BackwardPlan(NamedTuple):
-    dense: Tensor  # [N] bool, rows that enter the matrix products
-    sparse: Tensor  # [N] bool, rows of which kept entries and the tail stand for all
-    tail_rows: Tensor  # [TAIL_ROWS] dense rows that the tail is made of, or [0] where nothing is sparse
-    error_bound: Tensor  # [] float64, the certificate: |error in dZ|_F <= error_bound * |dZ|_F; unbiased: of its RMS
-    boost: Tensor | None = None  # [N] what the coefficients of the rows are multiplied with; None: 1
+    dense: Tensor  # [N] bool
+    sparse: Tensor  # [N] bool
+    tail_rows: (
+        Tensor  # [TAIL_ROWS] int64, dense rows whose tails stand for those of sparse rows; [0] where none can be sparse
+    )
+    tail_of: Tensor  # [N] int64, which of the tails a sparse row borrows
+    error_bound: Tensor  # [] float64: |error in dL/dlogits|_F <= error_bound * |dL/dlogits|_F; unbiased mode: its RMS
+    inverse_prob: Tensor  # [N] what coefficients are multiplied by in the unbiased mode; [0] in the other
 
-    def boosted(self, coefficient: Tensor) -> Tensor:
-        return coefficient if self.boost is None else coefficient * self.boost.to(coefficient.dtype)
+    @classmethod
+    def all_dense(cls, live: Tensor) -> BackwardPlan:  # [N] bool
+        none = torch.zeros(0, dtype=torch.int64, device=live.device)
+        zero = torch.zeros((), dtype=torch.float64, device=live.device)
+        no_tail = torch.zeros(len(live), dtype=torch.int64, device=live.device)
+        return cls(live, torch.zeros_like(live), none, no_tail, zero, zero.new_zeros(0))
 
-    def tensors(self) -> list[Tensor]:
-        """What the backward's operator takes, of boosted coefficients."""
-        return [self.dense, self.sparse, self.tail_rows, self.error_bound]
-
-
-def resolve_grad_tol(grad_tol: float | str, dtype: torch.dtype) -> float:
-    """``"auto"`` is an eighth of the input dtype's machine epsilon: half of what rounding dZ to it costs. With twice
-    as much the head of the minimal loop's policy moved further from that of an exact run than rounding moved it, in two
-    seeds of five steps (Adam makes whole steps of small gradients); with this `bench training` sees no difference."""
-    if grad_tol == "auto":
-        return torch.finfo(dtype).eps / 8
-    if isinstance(grad_tol, (str, bool)) or not isinstance(grad_tol, (int, float)):
-        raise TypeError(f"grad_tol must be a number or 'auto', got {grad_tol!r}")
-    if not 0 <= grad_tol < 1:
-        raise ValueError(f"grad_tol must be at least 0 and less than 1, got {grad_tol!r}")
-    return float(grad_tol)
+    def weigh(self, coefficient: Tensor) -> Tensor:  # [N]
+        """The coefficients that the backward takes."""
+        if not len(self.inverse_prob):
+            return coefficient
+        return coefficient * self.inverse_prob.to(coefficient.dtype)
 
 
-def probability_floor(grad_tol: float) -> float:
-    """Entries less probable than this are a row's tail; 0 where there is to be none.
+def min_probability(grad_tol: float) -> float:
+    """Vocabulary ids less probable than this belong to a row's tail; 0 where there is to be none.
 
-    A tail of mass m contributes at most sqrt(m * floor) to the row's error; m is some hundredths of 1 - p in a
-    policy's batch, so that this floor spends about the tolerance. A higher one than 1e-4 saves nothing: there are few
-    entries above it anyway. With a much lower one most rows would have more than CAPACITY."""
-    floor = 25 * grad_tol**2
-    return min(floor, 1e-4) if floor >= 1e-6 else 0.0
-
-
-def sparse_rows(
-    kept: Kept,
-    results: Results,  # of R rows
-    targets: Tensor,  # [R]
-    logprob_grad: Tensor,  # [R] g
-    entropy_grad: Tensor | None,  # [R] e
-    head: Head,
-    temperature: Tensor | None,  # [R]
-    floor: float,
-) -> SparseRows:
-    coefficients = Coefficients.of(results, logprob_grad, entropy_grad)
-    found, entries, z = kept
-    entries = entries.long()
-    places = torch.arange(entries.shape[1], device=entries.device)
-    used = places < found.where(found <= len(places), 0).unsqueeze(1)
-    used &= (z >= floors(results, floor).unsqueeze(1)) & (entries != targets.unsqueeze(1))
-    log_p = (z - results.maximum.unsqueeze(1)) - results.log_total.unsqueeze(1)
-    p = log_p.exp().where(used, 0)
-    per_p = logprob_grad.unsqueeze(1)
-    if entropy_grad is not None:
-        log_p = log_p.clamp(min=LOG_ZERO)
-        per_p = per_p + entropy_grad.unsqueeze(1) * (log_p + results.entropy.unsqueeze(1))
-    dz = torch.cat([-p * per_p, coefficients.at_target.unsqueeze(1)], 1)
-    tail = -dz.sum(1)
-    mass = (-torch.expm1(results.logprob) - p.sum(1)).clamp(min=0)
-
-    slope = torch.full_like(tail, head.scale) if temperature is None else head.scale / temperature
-    dz = dz * slope.unsqueeze(1)
-    if head.softcap is not None:
-        at_target = (results.logprob + results.log_total) + results.maximum
-        z = torch.cat([z, at_target.unsqueeze(1)], 1)
-        dz = dz * capping(z, head.softcap, None if temperature is None else temperature.unsqueeze(1))
-    used = torch.nn.functional.pad(used, (0, 1), value=True)
-    return SparseRows(
-        torch.cat([entries, targets.unsqueeze(1)], 1), dz.where(used, 0), used,
-        tail * slope, mass,
-    )  # fmt: skip
+    A tail of mass m contributes at most sqrt(m * min_prob) to the row's error, and m is some hundredths of 1 - p in a
+    policy's batch: 25 grad_tol^2 then spends about the tolerance. Above 1e-4 nothing is saved, since few ids are more
+    probable than that anyway; below 1e-6 most rows would have more candidates than there is room for."""
+    min_prob = 25 * grad_tol**2
+    return min(min_prob, 1e-4) if min_prob >= 1e-6 else 0.0
 
 
-def floors(results: Results, floor: float) -> Tensor:  # [R]
-    """The logits of entries as probable as the floor. One number for all who compare with it."""
-    return results.maximum + (results.log_total + math.log(floor))
-
-
-def tail_weights(logprob_grad: Tensor, entropy_grad: Tensor | None) -> Tensor:  # [R]
-    """How much the tails of rows matter, and by which they are mixed."""
-    return logprob_grad.abs() if entropy_grad is None else logprob_grad.abs() + entropy_grad.abs()
+def can_have_tails(rows: int, capacity: int, grad_tol: float) -> bool:
+    return capacity > 0 and rows > TAIL_ROWS and min_probability(grad_tol) > 0
 
 
 def plan_backward(
-    results: Results,  # of N rows
-    kept: Kept,
-    targets: Tensor,  # [N]
+    inputs: HeadInputs,  # N rows
+    stats: RowStats,
+    candidates: Candidates,
     logprob_grad: Tensor,  # [N] g
     entropy_grad: Tensor | None,  # [N] e
-    head: Head,
-    temperature: Tensor | None,  # [N]
-    grad_tol: float,
-    chance: Tensor | None = None,  # [N] uniform in [0, 1)
+    precision: Precision,
 ) -> BackwardPlan:
-    """Rows with g = e = 0 are out, always. Of the others, those with the smallest bounds on the squared error of their
-    row of dZ, as sparse ones where they can be and else left out, until the sum is ``grad_tol`` squared times a lower
-    bound on |dZ|_F squared.
+    """Rows with g = e = 0 are dropped, always. Of the others, those with the smallest bounds on the squared error of
+    their row of dL/dlogits are sparse where they can be and else dropped, while the sum of the bounds is at most
+    ``grad_tol`` squared times a lower bound on |dL/dlogits|_F squared.
 
-    A row of dL/dz sums to zero and has the L1 norm 2|g|(1 - p), and at most 2|e|H more from the entropy: its L2 norm is
-    at most that over the square root of 2. In a tail of mass m every p is below the floor f, and p (|g| + |e|
-    (|log p| + H))^2 grows with p below 1/10: the sum of squares is at most m times its value at f. What stands for the
-    tail is its sum times a distribution whose sum of squares is at most its largest entry, f over the mean mass of the
-    rows it is made of. Both have one sign where there is no entropy coefficient, so that their squares add up; with one
-    twice them. Softcap only shrinks all of this.
-
-    With ``chance`` no row is sparse, and rows of a small bound are left out at random: `_keep_at_random`.
+    In the unbiased mode no row is sparse, and rows of a small bound are dropped at random: `_drop_at_random`.
     """
-    logprob, entropy, maximum, log_total = results
     live = logprob_grad != 0
     if entropy_grad is not None:
         live = live | (entropy_grad != 0)
-    none = torch.zeros_like(live)
-    no_rows = torch.zeros(0, dtype=torch.int64, device=live.device)
-    if grad_tol == 0.0:
-        return BackwardPlan(live, none, no_rows, torch.zeros((), dtype=torch.float64, device=live.device))
+    if precision.grad_tol == 0.0:
+        return BackwardPlan.all_dense(live)
+    bound, norm = _row_bounds(inputs, stats, logprob_grad, entropy_grad)
+    if precision.uniform is not None:
+        return _drop_at_random(live, bound, norm, precision.grad_tol, precision.uniform)
 
-    t = 1.0 if temperature is None else temperature
-    slope = abs(head.scale) / t
-    upper = math.sqrt(2) * (torch.expm1(logprob) * logprob_grad).abs()
-    if entropy_grad is not None:
-        upper = upper + math.sqrt(2) * entropy_grad.abs() * entropy
-    at_target = Coefficients.of(results, logprob_grad, entropy_grad).at_target
-    if head.softcap is not None:
-        at_target = at_target * capping(logprob + log_total + maximum, head.softcap, temperature)
-    bound = (upper * slope).double().square()
-    norm = (at_target * slope).double().square()
-
-    if chance is not None:
-        return _keep_at_random(live, bound.sqrt(), norm, grad_tol, chance)
-    floor = probability_floor(grad_tol)
-    can_be_sparse, tail_rows = none, no_rows
-    if kept.entries.shape[1] and len(live) > TAIL_ROWS and floor > 0:
-        rows = sparse_rows(kept, results, targets, logprob_grad, entropy_grad, head, temperature, floor)
-        can_be_sparse = live & (kept.found <= CAPACITY) & rows.values.isfinite().all(1)
-        norm = torch.linalg.vector_norm(rows.values, dim=1, dtype=torch.float64).square()
-        weights = tail_weights(logprob_grad, entropy_grad)
-        # What a subtraction leaves of 1 - p is known to some roundings of it.
-        mass = rows.mass - torch.expm1(logprob) * (16 * torch.finfo(logprob.dtype).eps)
-        # Where there are not so many, all of them are dense: no row without a gradient is ever in the tail.
-        tail_rows = (weights * mass * slope).where(can_be_sparse, -1.0).topk(TAIL_ROWS).indices
-        mixed = weights[tail_rows]
-        largest = (floor * mixed.sum() / (mixed * rows.mass[tail_rows]).sum()).clamp(max=1)
-        per_p = logprob_grad.abs()
-        if entropy_grad is not None:
-            per_p = per_p + entropy_grad.abs() * (entropy - math.log(floor))
-        of_tail = mass.double() * floor * (per_p * slope).double().square() + rows.tail.double().square() * largest
-        bound = (of_tail if entropy_grad is None else 2 * of_tail).where(can_be_sparse, bound)
-        bound[tail_rows] = torch.inf
-
-    bound = bound.where(live, 0)
-    total = norm.where(live, 0).sum()
-    in_order, order = bound.sort()
-    within = torch.zeros_like(live).scatter_(0, order, in_order.cumsum(0) <= grad_tol**2 * total)
-    error = bound.where(within, 0).sum()
-    sparse = live & within & can_be_sparse
-    return BackwardPlan(live & ~within, sparse, tail_rows, (error / total).sqrt().where(error > 0, 0))
+    plan = BackwardPlan.all_dense(live)
+    can_be_sparse = plan.sparse
+    min_prob = min_probability(precision.grad_tol)
+    if can_have_tails(len(live), candidates.capacity, precision.grad_tol):
+        entries = sparse_entries(inputs, stats, candidates, logprob_grad, entropy_grad, min_prob)
+        can_be_sparse = live & (candidates.found <= candidates.capacity) & entries.values.isfinite().all(1)
+        norm = torch.linalg.vector_norm(entries.values, dim=1, dtype=torch.float64).square()
+        tail_rows, tail_of, sparse_bound = _choose_tails(
+            inputs, stats, entries, can_be_sparse, logprob_grad, entropy_grad, min_prob
+        )
+        plan = plan._replace(tail_rows=tail_rows, tail_of=tail_of)
+        bound = sparse_bound.where(can_be_sparse, bound)
+    return _within_budget(plan, live, can_be_sparse, bound, norm, precision.grad_tol)
 
 
-def _keep_at_random(
-    live: Tensor,  # [N]
-    bound: Tensor,  # [N] float64, on the norm of the row of dZ
-    norm: Tensor,  # [N] float64, its square from below
+def _row_bounds(
+    inputs: HeadInputs, stats: RowStats, g: Tensor, e: Tensor | None
+) -> tuple[Tensor, Tensor]:  # [N], [N] float64
+    """An upper bound on the squared L2 norm of each row of dL/dproducts, and a lower bound: its entry at the target.
+
+    A row of dL/dlogits sums to zero and has the L1 norm 2|g|(1 - p), and from the entropy at most 2|e|H more; its L2
+    norm is at most that over the square root of 2. A softcap only makes it smaller."""
+    slope = inputs.transform.size_of_slope(inputs.temperature)
+    upper = (torch.expm1(stats.logprob) * g).abs()
+    if e is not None:
+        upper = upper + e.abs() * stats.entropy
+    at_target = Coefficients.of(stats, g, e).at_target
+    if inputs.transform.softcap is not None:
+        target_logit = stats.logprob + stats.log_sum + stats.maximum
+        at_target = at_target * inputs.transform.softcap_slope(target_logit, inputs.temperature)
+    return 2 * (upper * slope).double().square(), (at_target * slope).double().square()
+
+
+def _choose_tails(
+    inputs: HeadInputs,
+    stats: RowStats,
+    entries: SparseEntries,
+    can_be_sparse: Tensor,  # [N] bool
+    g: Tensor,
+    e: Tensor | None,
+    min_prob: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # [TAIL_ROWS] int64, [N] int64, [N] float64
+    """(rows whose tails are used, which of them each row borrows, bound on the squared error of the row as a sparse
+    one).
+
+    The rows with the heaviest tails are dense anyway and give theirs. A sparse row borrows that of the row whose hidden
+    state is nearest in direction: contexts alike have tails alike.
+
+    In a tail of mass m every p is below min_prob, and p (|g| + |e| (|log p| + H))^2 grows with p below 1/10: the sum of
+    squares is at most m times its value at min_prob. What replaces the tail is its sum times a distribution whose sum
+    of squares is at most its largest entry, min_prob over the mass of the tail it is made of. Both have one sign where
+    there is no entropy coefficient, so that their squares add up; with one, twice them. A softcap only makes all of
+    this smaller."""
+    slope = inputs.transform.size_of_slope(inputs.temperature)
+    # What a subtraction leaves of 1 - p is known up to a few roundings of it.
+    mass = entries.mass - torch.expm1(stats.logprob) * (16 * torch.finfo(stats.packed.dtype).eps)
+    # Where fewer rows than that can be sparse, all of them are dense: a tail is never that of a row without a gradient.
+    weight = (tail_weights(g, e) * mass * slope).where(can_be_sparse, -1.0)
+    tail_rows = weight.topk(TAIL_ROWS).indices
+    directions = torch.nn.functional.normalize(inputs.hidden[tail_rows].float(), dim=1).to(inputs.hidden.dtype)
+    tail_of = (inputs.hidden @ directions.T).argmax(1)
+
+    largest = (min_prob / entries.mass[tail_rows]).clamp(max=1)[tail_of]
+    per_p = g.abs()
+    if e is not None:
+        per_p = per_p + e.abs() * (stats.entropy - math.log(min_prob))
+    own_tail = mass.double() * min_prob * (per_p * slope).double().square()
+    borrowed_tail = entries.tail.double().square() * largest
+    bound = own_tail + borrowed_tail if e is None else 2 * (own_tail + borrowed_tail)
+    bound[tail_rows] = torch.inf
+    return tail_rows, tail_of, bound
+
+
+def _within_budget(
+    plan: BackwardPlan,
+    live: Tensor,  # [N] bool
+    can_be_sparse: Tensor,  # [N] bool
+    bound: Tensor,  # [N] float64, on the squared error of the row if it is sparse, or else dropped
+    norm: Tensor,  # [N] float64, a lower bound on the squared norm of the row
     grad_tol: float,
-    chance: Tensor,  # [N]
+) -> BackwardPlan:
+    """A row that is not finite is dense and takes part in no sum: no gradient is quieter than the exact one."""
+    finite = bound.isfinite() & norm.isfinite()
+    bound = bound.where(live, 0).where(finite | ~live, torch.inf)
+    total = norm.where(live & finite, 0).sum()
+    ascending, order = bound.sort()
+    within = torch.zeros_like(live).scatter_(0, order, ascending.cumsum(0) <= grad_tol**2 * total)
+    error = bound.where(within, 0).sum()
+    error_bound = (error / total).sqrt().where(error > 0, 0)
+    return plan._replace(dense=live & ~within, sparse=live & within & can_be_sparse, error_bound=error_bound)
+
+
+def _drop_at_random(
+    live: Tensor,  # [N] bool
+    bound: Tensor,  # [N] float64, on the squared norm of the row of dL/dlogits
+    norm: Tensor,  # [N] float64, a lower bound on it
+    grad_tol: float,
+    uniform: Tensor,  # [N]
 ) -> BackwardPlan:
     """Each row is kept with a probability proportional to its bound u, min(1, u / c), and multiplied by the inverse, so
-    that the expected gradient is the exact one. Of all such choices this has the least variance, sum of u^2 (c / u - 1)
-    over rows with u < c: c is as large as ``grad_tol`` squared of |dZ|_F squared allows."""
-    u = bound.where(live, 0)
-    total = norm.where(live, 0).sum()
-    in_order = u.sort().values
-    # Between two bounds that follow each other the variance is linear in c.
-    c = (grad_tol**2 * total + in_order.square().cumsum(0)) / in_order.cumsum(0)
-    following = torch.nn.functional.pad(in_order[1:], (0, 1), value=torch.inf)
-    c = torch.minimum(c, following).where(c >= in_order, 0)
+    that the expected gradient is the exact one. Of all such choices this has the least variance, the sum of u^2 (c / u
+    - 1) over the rows with u < c: c is as large as ``grad_tol`` squared of |dL/dlogits|_F squared allows. A row that is
+    not finite is kept."""
+    finite = bound.isfinite() & norm.isfinite()
+    u = bound.sqrt().where(live & finite, 0)
+    total = norm.where(live & finite, 0).sum()
+    ascending = u.sort().values
+    # Between two consecutive bounds the variance is linear in c.
+    c = (grad_tol**2 * total + ascending.square().cumsum(0)) / ascending.cumsum(0)
+    following = torch.nn.functional.pad(ascending[1:], (0, 1), value=torch.inf)
+    c = torch.minimum(c, following).where(c >= ascending, 0)
     c = c.amax() if len(c) else c.sum()
     probability = u / c
-    at_random = probability < 1
+    at_random = finite & (probability < 1)
     variance = (c * u - u.square()).where(at_random & (u > 0), 0).sum()
-    kept = live & ~(chance >= probability)  # a NaN is kept
-    none, no_rows = torch.zeros_like(live), torch.zeros(0, dtype=torch.int64, device=live.device)
-    boost = (1 / probability).where(at_random & kept, 1)
-    return BackwardPlan(kept, none, no_rows, (variance / total).sqrt().where(variance > 0, 0), boost)
+    kept = live & ~(at_random & (uniform >= probability))
+    error_bound = (variance / total).sqrt().where(variance > 0, 0)
+    inverse_prob = (1 / probability).where(at_random & kept, 1)
+    return BackwardPlan.all_dense(kept)._replace(error_bound=error_bound, inverse_prob=inverse_prob)

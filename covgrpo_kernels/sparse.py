@@ -1,102 +1,180 @@
-"""The part of the backward that needs no pass over the vocabulary."""
+"""Sparse rows of dL/dproducts: the gradient at each candidate and at the target, and one number for the rest, the
+tail."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from functools import cached_property
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import tiles
-from .backward_plan import BackwardPlan, Kept, SparseRows, floors, sparse_rows, tail_weights
-from .tiles.interface import BLOCK, Head, Results
+from .inputs import HeadInputs
+from .kernels.interface import LOG_ZERO, VOCAB_BLOCK, Candidates, Coefficients, RowStats
+
+if TYPE_CHECKING:
+    from .plan import BackwardPlan
 
 
-class SparsePart:
-    """The sparse rows' share of the gradients: what is kept of them, each entry by itself, and their tails, which enter
-    the products as one row before the dense ones."""
+class SparseEntries(NamedTuple):
+    """dL/dproducts of R rows: of each candidate that is above ``min_prob`` and of the target, and of all others
+    together."""
+
+    vocab_ids: Tensor  # [R, K + 1] int64, the target last
+    values: Tensor  # [R, K + 1], zero where not used
+    used: Tensor  # [R, K + 1] bool
+    tail: Tensor  # [R] the sum over all others
+    mass: Tensor  # [R] their probability
+
+
+def sparse_entries(
+    inputs: HeadInputs,  # R rows, as the next four
+    stats: RowStats,
+    candidates: Candidates,
+    logprob_grad: Tensor,  # [R] g
+    entropy_grad: Tensor | None,  # [R] e
+    min_prob: float,
+) -> SparseEntries:
+    coefficients = Coefficients.of(stats, logprob_grad, entropy_grad)
+    targets, temperature, transform = inputs.targets, inputs.temperature, inputs.transform
+    z, vocab_ids = candidates.logits, candidates.vocab_ids.long()
+    used = candidates.present() & (z >= stats.min_logits(min_prob).unsqueeze(1)) & (vocab_ids != targets.unsqueeze(1))
+    log_p = (z - stats.maximum.unsqueeze(1)) - stats.log_sum.unsqueeze(1)
+    p = log_p.exp().where(used, 0)
+    per_p = logprob_grad.unsqueeze(1)
+    if entropy_grad is not None:
+        log_p = log_p.clamp(min=LOG_ZERO)
+        per_p = per_p + entropy_grad.unsqueeze(1) * (log_p + stats.entropy.unsqueeze(1))
+    dz = torch.cat([-p * per_p, coefficients.at_target.unsqueeze(1)], 1)
+    tail = -dz.sum(1)
+    mass = (-torch.expm1(stats.logprob) - p.sum(1)).clamp(min=0)
+
+    slope = torch.as_tensor(transform.linear_slope(temperature), dtype=tail.dtype, device=tail.device).expand_as(tail)
+    dz = dz * slope.unsqueeze(1)
+    if transform.softcap is not None:
+        target_logit = (stats.logprob + stats.log_sum) + stats.maximum
+        dz = dz * transform.softcap_slope(torch.cat([z, target_logit.unsqueeze(1)], 1), temperature)
+    used = pad(used, (0, 1), value=True)
+    return SparseEntries(torch.cat([vocab_ids, targets.unsqueeze(1)], 1), dz.where(used, 0), used, tail * slope, mass)
+
+
+def tail_weights(logprob_grad: Tensor, entropy_grad: Tensor | None) -> Tensor:  # [R]
+    """How much the tails of rows matter."""
+    return logprob_grad.abs() if entropy_grad is None else logprob_grad.abs() + entropy_grad.abs()
+
+
+class Tails(NamedTuple):
+    """The tails of T dense rows, which stand for those of the sparse rows.
+
+    Tail k is a row Q_k of its own in the products: Q_k[v] = p[v] / min_prob times the slope of the softcap, of the k-th
+    dense row, for its vocabulary ids below ``min_logits`` that are not its target. Its entries are at most 1, so that
+    they keep their digits in 16 bits. An engine puts the tails in front of the dense rows for the products with
+    dL/dproducts, and strips them afterwards."""
+
+    states: Tensor  # [T, D] float32 or float64: sum over the sparse rows r with tail k of tail_r * size_k * hidden_r
+    min_logits: Tensor  # [T]
+    bias_counts: Tensor  # [T] what Q_k counts in the gradient of the bias: the sum of tail_r * size_k
+    scale: float  # 1 / min_prob
+
+    @property
+    def rows(self) -> int:  # T
+        return len(self.min_logits)
+
+
+class WeightRows(NamedTuple):
+    """The sparse rows' share in the gradients of a slice of the head: of the vocabulary ids that they touch."""
+
+    vocab_ids: Tensor  # [n] int64, within the slice
+    weight: Tensor | None  # [n, D]; None where not needed
+    bias: Tensor  # [n]
+
+
+class SparseGradient:
+    """The sparse rows' share of the gradients, S rows: their entries in CSR form, by row for dL/dhidden and by
+    vocabulary id for dL/dweight, and their tails. The order of every sum is fixed."""
 
     def __init__(
         self,
         plan: BackwardPlan,
-        chosen: Tensor,  # [S] the sparse rows
-        hidden: Tensor,  # [N, D]
-        weight: Tensor,  # [V, D]
-        targets: Tensor,  # [N], as are the next four
-        temperature: Tensor | None,
-        results: Results,
+        inputs: HeadInputs,  # N rows, as the next four
+        stats: RowStats,
+        candidates: Candidates,
         g: Tensor,
         e: Tensor | None,
-        head: Head,
-        kept: Kept,
-        floor: float,
+        min_prob: float,
+        kernels: ModuleType,
     ) -> None:
-        self.chosen, self.hidden, self.weight, self.dtype = chosen, hidden, weight, g.dtype
-        self.ops = tiles.select(hidden.device)
+        """Waits for the device, which has to say how many sparse rows and entries there are."""
+        self._inputs, self._kernels, self.dtype = inputs, kernels, g.dtype
+        min_prob = min_prob or 1.0  # zero: nothing is sparse, and any number does
 
-        def of(rows: Tensor) -> SparseRows:
-            t, e_ = (None if x is None else x[rows] for x in (temperature, e))
-            results_ = Results._make(r[rows] for r in results)
-            return sparse_rows(kept.rows(rows), results_, targets[rows], g[rows], e_, head, t, floor)
+        def entries_of(rows: Tensor) -> SparseEntries:
+            taken = inputs._replace(
+                targets=inputs.targets[rows],
+                temperature=None if inputs.temperature is None else inputs.temperature[rows],
+            )
+            e_rows = None if e is None else e[rows]
+            return sparse_entries(taken, stats.take(rows), candidates.take(rows), g[rows], e_rows, min_prob)
 
-        rows = of(chosen)
-        # By token, and for each by entry; by entry, and for each by token: the order of every sum is fixed.
-        token, place = rows.used.nonzero(as_tuple=True)
-        entry, value = rows.entries[token, place], rows.values[token, place]
-        order = entry.argsort(stable=True)
-        self.w_tokens, self.w_values = chosen[token[order]], value[order]
-        self.touched, counts = entry[order].unique_consecutive(return_counts=True)
-        self.w_offsets = pad(counts.cumsum(0), (1, 0))
-        order = order[token[order].argsort(stable=True)]
-        self.h_entries, self.h_values = entry[order], value[order]
-        self.h_offsets = pad(rows.used.sum(1).cumsum(0), (1, 0))
+        self.rows = plan.sparse.nonzero().squeeze(1)  # [S]
+        entries = entries_of(self.rows)
+        row, place = entries.used.nonzero(as_tuple=True)
+        vocab_id, value = entries.vocab_ids[row, place], entries.values[row, place]
+        order = vocab_id.argsort(stable=True)
+        self._by_id_rows, self._by_id_values = self.rows[row[order]], value[order]
+        self.touched_ids, counts = vocab_id[order].unique_consecutive(return_counts=True)  # [n]
+        self._by_id_offsets = pad(counts.cumsum(0), (1, 0))
+        order = order[row[order].argsort(stable=True)]
+        self._by_row_ids, self._by_row_values = vocab_id[order], value[order]
+        self._by_row_offsets = pad(entries.used.sum(1).cumsum(0), (1, 0))
 
-        # The tail's row is a sum that is at most 1, so that it keeps its digits in 16 bit; times ``size`` it adds up to
-        # 1 and stands for the tail of every row, times that row's ``tails``.
-        mixed = plan.tail_rows
-        weights = tail_weights(g, e)[mixed]
-        floors_ = floors(Results._make(r[mixed] for r in results), floor)
-        share = weights / (weights.sum() * floor)
-        share = share.where(weights.sum() != 0, 0)  # a gradient of zero from outside
-        total = (share * of(mixed).mass).sum()
-        self.size = (1 / total).where(total != 0, 0)
-        self.tails = rows.tail
-        self.tail = tuple(pad(x, (1, 0)).contiguous() for x in (share, floors_))
-        self.bias = self.tails.sum() * self.size
-        self.state = hidden.new_zeros(hidden.shape[1], dtype=self.dtype)
-        for i in range(0, len(chosen), BLOCK):
-            self.state += self.tails[i : i + BLOCK] @ hidden[chosen[i : i + BLOCK]].to(self.dtype)
-        self.state *= self.size
+        self.tail_rows = plan.tail_rows if len(self.rows) else plan.tail_rows[:0]  # [T]
+        self._tail_of = plan.tail_of[self.rows]
+        mass = entries_of(self.tail_rows).mass
+        size = (min_prob / mass).where(mass != 0, 0)  # so that size * Q_k sums to 1
+        self._tail = entries.tail * size[self._tail_of]  # [S]
+        # [S, T]: the tail of each sparse row in the column of the one it borrows.
+        by_tail = self._tail.new_zeros(len(self.rows), len(self.tail_rows))
+        by_tail.scatter_(1, self._tail_of.unsqueeze(1), self._tail.unsqueeze(1))
+        states = self._tail.new_zeros(len(self.tail_rows), inputs.hidden.shape[1])
+        for i in range(0, len(self.rows), VOCAB_BLOCK):
+            block = self.rows[i : i + VOCAB_BLOCK]
+            states += by_tail[i : i + VOCAB_BLOCK].T @ inputs.hidden[block].to(self.dtype)
+        min_logits = stats.take(self.tail_rows).min_logits(min_prob)
+        self.tails = Tails(states, min_logits, by_tail.sum(0), 1 / min_prob)
 
-    def of_slices(self, edges: list[int]) -> list[tuple[slice, slice]]:
-        """The touched entries from each edge to the next, and their values."""
-        places = torch.searchsorted(self.touched, torch.tensor(edges, device=self.touched.device))
-        both = zip(places.tolist(), self.w_offsets[places].tolist(), strict=True)  # the only wait for a GPU
-        return [(slice(a, c), slice(b, d)) for (a, b), (c, d) in itertools.pairwise(both)]
+    def weight_rows(self, edges: list[int], need_weight: bool, need_bias: bool) -> Iterator[WeightRows]:
+        """For each slice of the vocabulary, from each edge to the next. Waits for the device once."""
+        places = torch.searchsorted(self.touched_ids, torch.tensor(edges, device=self.touched_ids.device))
+        both = list(zip(places.tolist(), self._by_id_offsets[places].tolist(), strict=True))
+        bias = self._bias_rows() if need_bias else self._by_id_values[:0]
+        for edge, ((a, first), (b, end)) in zip(edges, itertools.pairwise(both), strict=False):
+            weight = None
+            if need_weight:
+                weight = self._by_id_values.new_empty(b - a, self._inputs.hidden.shape[1])
+                self._kernels.sparse_product(
+                    self._by_id_values[first:end], self._by_id_rows[first:end],
+                    self._by_id_offsets[a : b + 1] - first, self._inputs.hidden, weight,
+                )  # fmt: skip
+            yield WeightRows(self.touched_ids[a:b] - edge, weight, bias[a:b])
 
-    def weight_rows(self, entries: slice, values: slice) -> Tensor:
-        """[n, D] gradients of the touched entries of a slice."""
-        offsets = self.w_offsets[entries.start : entries.stop + 1] - values.start
-        out = self.hidden.new_empty(len(offsets) - 1, self.hidden.shape[1], dtype=self.dtype)
-        self.ops.sparse_product(self.w_values[values], self.w_tokens[values], offsets, self.hidden, out)
-        return out
-
-    @cached_property
-    def bias_rows(self) -> Tensor:
-        """[n] gradients of the bias, of all touched entries."""
-        out, ones = self.w_values.new_empty(len(self.touched), 1), self.w_values.new_ones(1, 1)
-        self.ops.sparse_product(self.w_values, torch.zeros_like(self.w_tokens), self.w_offsets, ones, out)
+    def _bias_rows(self) -> Tensor:  # [n]
+        out, ones = self._by_id_values.new_empty(len(self.touched_ids), 1), self._by_id_values.new_ones(1, 1)
+        rows = torch.zeros_like(self._by_id_rows)
+        self._kernels.sparse_product(self._by_id_values, rows, self._by_id_offsets, ones, out)
         return out.squeeze(1)
 
-    def hidden_rows(self, tail_product: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """([n] rows, [n, D] their gradients), some rows at a time; ``tail_product`` [D] is the tail's row times W."""
-        of_tail = tail_product * self.size
-        for i in range(0, len(self.chosen), BLOCK):
-            offsets = self.h_offsets[i : i + BLOCK + 1]
-            part = slice(int(offsets[0]), int(offsets[-1]))
-            out = self.hidden.new_empty(len(offsets) - 1, self.hidden.shape[1], dtype=self.dtype)
-            self.ops.sparse_product(self.h_values[part], self.h_entries[part], offsets - offsets[0], self.weight, out)
-            yield self.chosen[i : i + BLOCK], out.addcmul_(self.tails[i : i + BLOCK].unsqueeze(1), of_tail)
+    def hidden_rows(self, tail_products: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """([n] rows, [n, D] their gradients), some rows at a time; ``tail_products`` [T, D] is Q @ weight."""
+        offsets = [*self._by_row_offsets[::VOCAB_BLOCK].tolist(), len(self._by_row_values)]
+        for i, (first, end) in zip(range(0, len(self.rows), VOCAB_BLOCK), itertools.pairwise(offsets), strict=False):
+            block = slice(i, min(i + VOCAB_BLOCK, len(self.rows)))
+            out = self._by_row_values.new_empty(block.stop - i, self._inputs.hidden.shape[1])
+            self._kernels.sparse_product(
+                self._by_row_values[first:end], self._by_row_ids[first:end],
+                self._by_row_offsets[i : block.stop + 1] - first, self._inputs.weight, out,
+            )  # fmt: skip
+            yield self.rows[block], out.addcmul_(self._tail[block].unsqueeze(1), tail_products[self._tail_of[block]])

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from . import reference
 from .config import IGNORE_INDEX, CovGRPOConfig
-from .layout import flatten_tokens
+from .inputs import flatten_tokens
+from .kernels.interface import LOG_ZERO
 from .objective import policy_objective
-from .tiles.interface import LOG_ZERO
 
 # What a function of the head returns here: name -> tensor, gradients as "d" + input.
 Results = dict[str, Tensor]

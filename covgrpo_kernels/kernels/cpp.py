@@ -1,8 +1,7 @@
 """The kernels in C++ (csrc/), for the CPU. Importing this raises ImportError where the extension was not built.
 
-On processors with AVX512-BF16 there are two more, which multiply as well (`fused_forward`, `fused_backward`): the logits
-stay in registers, and are float32 even from bfloat16 operands, which no product of PyTorch gives on a CPU.
-"""
+On processors with AVX512-BF16 there are two more, which multiply as well (`fused_forward`, `fused_backward`): the
+logits stay in registers, and are float32 even from bfloat16 operands, which no product of PyTorch gives on a CPU."""
 
 from __future__ import annotations
 
@@ -22,8 +21,9 @@ _ops = torch.ops.covgrpo_cpp
 
 
 def isa() -> str:
-    """The instruction set in use: avx512bf16, avx512, avx2 or baseline. The environment variable COVGRPO_CPU_ISA names a
-    lesser one than the processor has. Raises ValueError where it names none, RuntimeError where the processor lacks it."""
+    """The instruction set in use: avx512bf16, avx512, avx2 or baseline. The environment variable COVGRPO_CPU_ISA names
+    a lesser one than the processor has. Raises ValueError where it names none, RuntimeError where the processor lacks
+    it."""
     return _cpp.isa()
 
 
@@ -113,14 +113,12 @@ def fused_forward(
     keep_packed: bool = False,
     collecting: Collecting | None = None,  # of R rows, updated in place
 ) -> None:
-    """`online_softmax_` of the products hidden @ weight.T. The bits of a row do not depend on the other rows, on the number
-    of threads, or on where the head is cut between blocks of VOCAB_BLOCK ids.
+    """`online_softmax_` of the products hidden @ weight.T. The bits of a row do not depend on the other rows, on the
+    number of threads, or on where the head is cut between blocks of VOCAB_BLOCK ids.
 
     ``keep_packed``: the workspace was used by a call with the same hidden states, whose packed copy is in it.
     """
-    _ops.fused_forward(
-        hidden, weight, running.packed, *_flat(tile), entropy, _list(collecting), workspace, keep_packed
-    )
+    _ops.fused_forward(hidden, weight, running.packed, *_flat(tile), entropy, _list(collecting), workspace, keep_packed)
 
 
 def fused_backward_bytes(rows: int, vocab: int, depth: int, dtype: torch.dtype, needs: tuple[bool, bool, bool]) -> int:
@@ -135,7 +133,8 @@ def fused_backward(
     coefficients: Coefficients,  # of R rows
     *,
     hidden_sum: Tensor | None,  # [R, D] float32, added to where tile.first > 0; None: not wanted
-    weight_sum: Tensor | None,  # [C, D] float32, for all calls with rows of a slice but the last; None: there is one call
+    weight_sum: Tensor
+    | None,  # [C, D] float32, for all calls with rows of a slice but the last; None: there is one call
     add_to_weight: bool,
     weight_grad: Tensor | None,  # [C, D] of weight's dtype, for the call with the last rows of a slice
     weight_scale: float,  # what the sum is multiplied by before it is rounded into weight_grad
@@ -147,14 +146,14 @@ def fused_backward(
     addend: Tensor | None = None,  # [n, D] float32, rows that belong to dL/dweight before it is scaled
     addend_rows: Tensor | None = None,  # [C] int32, which of them belongs to a vocabulary id, or -1
 ) -> None:
-    """`dlogits` of the products hidden @ weight.T, rounded to the dtype of hidden, and what is made of it: dL/dproducts @
-    weight, its transpose @ hidden (not wanted where neither ``weight_sum`` nor ``weight_grad`` is given), its sums over rows.
+    """`dlogits` of the products hidden @ weight.T, rounded to the dtype of hidden, and what is made of it: dL/dproducts
+    @ weight, its transpose @ hidden (not wanted where neither ``weight_sum`` nor ``weight_grad`` is given), its sums
+    over rows.
 
-    ``tails``: the first sixteen rows have no logits of their own: row k has in place of dL/dproducts the tail of row 16 + k,
-    ``tail_scale`` * p * softcap' of the vocabulary ids whose logit is below min_logits[k] and that are not that row's target,
-    and counts bias_counts[k] times in the sum of the bias. Their hidden states take part in the product with dL/dproducts only.
-    ``keep_packed``: the workspace was used by a call with the same hidden states and needs.
-    """
+    ``tails``: the first sixteen rows have no logits of their own: row k has in place of dL/dproducts the tail of row 16
+    + k, ``tail_scale`` * p * softcap' of the vocabulary ids whose logit is below min_logits[k] and that are not that
+    row's target, and counts bias_counts[k] times in the sum of the bias. Their hidden states take part in the product
+    with dL/dproducts only. ``keep_packed``: the workspace was used by a call with the same hidden states and needs."""
     _ops.fused_backward(
         hidden, weight, *_flat(tile), coefficients.packed, hidden_sum, tile.first > 0, weight_sum, add_to_weight,
         weight_grad, weight_scale, bias_sum, [] if tails is None else list(tails), tail_scale, addend, addend_rows,

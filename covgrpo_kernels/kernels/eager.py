@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..covariance import covariance_weights
-from .interface import LOG_ZERO, NO_MAX, VOCAB_BLOCK, Candidates, Coefficients, Collecting, OnlineSoftmax, Tile
+from .interface import LOG_ZERO, NO_MAX, VOCAB_BLOCK, Coefficients, Collecting, OnlineSoftmax, Tile
 
 # Exponentials and masks.
 TILE_BUFFERS = 2
@@ -109,22 +109,22 @@ def dlogits(
 
 
 def tail_probabilities(
-    products: Tensor,  # [R, C], not changed
-    tile: Tile,
-    coefficients: Coefficients,  # of R rows
-    weights: Tensor,  # [R]
-    min_logits: Tensor,  # [R]
-) -> Tensor:  # [C]
-    """The mixture of the tails of R rows: sum over the rows of weight * p * softcap', of the vocabulary ids below the row's
-    ``min_logits`` that are not its target."""
+    products: Tensor,  # [T, C] of the rows whose tails are wanted; not changed
+    tile: Tile,  # of these rows, as the next
+    coefficients: Coefficients,
+    min_logits: Tensor,  # [T]
+    scale: float,
+) -> Tensor:  # [T, C]
+    """scale * p * softcap' of the vocabulary ids that are below the row's ``min_logits`` and are not its target, else
+    zero."""
     column, is_here = _target_column(tile, products.shape[1])
     z = tile.transform.apply_(products.clone(), tile.bias, tile.temperature)
-    p = ((z - coefficients.maximum.unsqueeze(1)) - coefficients.log_sum.unsqueeze(1)).exp_()
+    p = ((z - coefficients.maximum.unsqueeze(1)) - coefficients.log_sum.unsqueeze(1)).exp_().mul_(scale)
     p.masked_fill_(~(z < min_logits.unsqueeze(1)), 0)
     p.scatter_(1, column, p.gather(1, column).masked_fill(is_here.unsqueeze(1), 0))
     if tile.transform.softcap is not None:
         p.mul_(tile.transform.softcap_slope(z, tile.temperature))
-    return weights @ p
+    return p
 
 
 # Elements of the temporary of `sparse_product`, 4 MiB in float32.

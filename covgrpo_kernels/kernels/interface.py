@@ -1,8 +1,8 @@
 """What kernels take and give.
 
 A *tile* is a contiguous [R, C] block of the raw products h_t . W_v in float32 (float64 for float64 inputs): R rows by C
-vocabulary ids, of which ``Tile.first`` is the first. C is a multiple of VOCAB_BLOCK, or smaller than it. Kernels may overwrite
-the products. All other tensors are contiguous along their last dimension.
+vocabulary ids, of which ``Tile.first`` is the first. C is a multiple of VOCAB_BLOCK, or smaller than it. Kernels may
+overwrite the products. All other tensors are contiguous along their last dimension.
 
 A set of kernels is a module with these functions (`eager.py` has their signatures and is their specification):
 
@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Vocabulary ids that are reduced together before they join a row's running softmax. It is fixed so that the order of every
-# sum, and with it every bit of a result, does not depend on how the vocabulary is cut into tiles.
+# Vocabulary ids that are reduced together before they join a row's running softmax. It is fixed so that the order of
+# every sum, and with it every bit of a result, does not depend on how the vocabulary is cut into tiles.
 VOCAB_BLOCK = 1024
 
 # The maximum of no logit at all: smaller than every finite logit, and unlike -inf it can be subtracted without a NaN.
@@ -30,8 +30,8 @@ LOG_ZERO = -1e3
 
 # Candidates that a row has room for. A row with more of them is dense in the backward.
 MAX_CANDIDATES = 64
-# Dense rows whose tails stand for the tails of all sparse rows. One less than the lanes of a vector in the C++ kernels.
-TAIL_ROWS = 15
+# Dense rows whose tails stand for the tails of all sparse rows: as many as a vector of the C++ kernels has lanes.
+TAIL_ROWS = 16
 
 
 class LogitTransform(NamedTuple):
@@ -55,6 +55,11 @@ class LogitTransform(NamedTuple):
     def linear_slope(self, temperature: Tensor | None) -> Tensor | float:
         """dlogit/dproduct of each row, [R] or one number, without the slope of the softcap."""
         return self.scale if temperature is None else self.scale / temperature
+
+    def size_of_slope(self, temperature: Tensor | None) -> Tensor | float:
+        """The absolute value of `linear_slope`."""
+        slope = self.linear_slope(temperature)
+        return slope.abs() if isinstance(slope, Tensor) else abs(slope)
 
     def softcap_slope(self, logits: Tensor, temperature: Tensor | None) -> Tensor:
         """The derivative of softcap, 1 - tanh^2, as a function of the logits; of their shape. Only with a softcap."""
@@ -109,8 +114,8 @@ class RowStats(NamedTuple):
 
 
 class OnlineSoftmax(NamedTuple):
-    """The running softmax of R rows. The maximum is kept out of both sums: 1 - p and the entropy of a token that the policy is
-    sure of then have no cancellation."""
+    """The running softmax of R rows. The maximum is kept out of both sums: 1 - p and the entropy of a token that the
+    policy is sure of then have no cancellation."""
 
     packed: Tensor  # [4, R]
 
@@ -186,8 +191,8 @@ class Collecting(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """What dL/dlogits of R rows takes besides the logits, in one tensor: the first four rows of it, and all six where there is
-    a gradient of the entropy."""
+    """What dL/dlogits of R rows takes besides the logits, in one tensor: the first four rows of it, and all six where
+    there is a gradient of the entropy."""
 
     packed: Tensor  # [4 or 6, R]
 
@@ -226,9 +231,7 @@ class Coefficients(NamedTuple):
         if entropy_grad is None:
             return cls(torch.stack([stats.maximum, stats.log_sum, at_target, logprob_grad]))
         at_target = at_target - entropy_grad * logprob.exp() * (logprob.clamp(min=LOG_ZERO) + stats.entropy)
-        return cls(
-            torch.stack([stats.maximum, stats.log_sum, at_target, logprob_grad, stats.entropy, entropy_grad])
-        )
+        return cls(torch.stack([stats.maximum, stats.log_sum, at_target, logprob_grad, stats.entropy, entropy_grad]))
 
     def take(self, rows: slice | Tensor) -> Coefficients:
         return Coefficients(self.packed[:, rows])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 
-from ..interface import BLOCK
+from ..interface import VOCAB_BLOCK
 
 
 def _tile(rows: int, columns: int, warps: int) -> dict[str, int]:
@@ -22,40 +22,44 @@ def _tile(rows: int, columns: int, warps: int) -> dict[str, int]:
 # a time; columns of a sparse product. Registers, spills and shared memory of each are gated by tests/test_compiled.py.
 CONFIGS: dict[str, dict[str, dict[str, int]]] = {
     "sm_80": {
-        "fold": _tile(1, BLOCK, 4),
-        "grad": _tile(1, 1024, 4),
+        "online_softmax": _tile(1, VOCAB_BLOCK, 4),
+        "dlogits": _tile(1, 1024, 4),
         "weights": dict(B_T=1024, num_warps=8),
         "sparse": dict(B_D=512, num_warps=4),
     },
     "sm_90": {
-        "fold": _tile(1, BLOCK, 4),
-        "grad": _tile(1, 2048, 4),
+        "online_softmax": _tile(1, VOCAB_BLOCK, 4),
+        "dlogits": _tile(1, 2048, 4),
         "weights": dict(B_T=1024, num_warps=8),
         "sparse": dict(B_D=512, num_warps=4),
     },
     "sm_100": {
-        "fold": _tile(1, BLOCK, 4),
-        "grad": _tile(1, 2048, 4),
+        "online_softmax": _tile(1, VOCAB_BLOCK, 4),
+        "dlogits": _tile(1, 2048, 4),
         "weights": dict(B_T=1024, num_warps=8),
         "sparse": dict(B_D=512, num_warps=4),
     },
     "gfx942": {
-        "fold": _tile(1, BLOCK, 4),
-        "grad": _tile(1, 1024, 4),
+        "online_softmax": _tile(1, VOCAB_BLOCK, 4),
+        "dlogits": _tile(1, 1024, 4),
         "weights": dict(B_T=1024, num_warps=8),
         "sparse": dict(B_D=512, num_warps=4),
     },
     # An operation costs the interpreter the same, whatever its size.
     "interpreter": {
-        "fold": _tile(32, BLOCK, 1),
-        "grad": _tile(32, 1024, 1),
+        "online_softmax": _tile(32, VOCAB_BLOCK, 1),
+        "dlogits": _tile(32, 1024, 1),
         "weights": dict(B_T=1024, num_warps=1),
         "sparse": dict(B_D=1024, num_warps=1),
     },
 }
 SEARCH = {
-    "fold": [_tile(rows, BLOCK, warps) for rows in (1, 2, 4) for warps in (1, 2, 4, 8) if rows <= 2 * warps],
-    "grad": [_tile(rows, columns, warps) for rows in (1, 2) for columns in (1024, 2048, 4096) for warps in (2, 4, 8)],
+    "online_softmax": [
+        _tile(rows, VOCAB_BLOCK, warps) for rows in (1, 2, 4) for warps in (1, 2, 4, 8) if rows <= 2 * warps
+    ],
+    "dlogits": [
+        _tile(rows, columns, warps) for rows in (1, 2) for columns in (1024, 2048, 4096) for warps in (2, 4, 8)
+    ],
 }
 
 

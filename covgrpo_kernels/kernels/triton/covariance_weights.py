@@ -1,4 +1,4 @@
-"""group_weights: the Gaussian covariance weights of every scope (arXiv 2605.11538), a program each, in float64.
+"""covariance_weights: the Gaussian covariance weights of every scope (arXiv 2605.11538), a program each, in float64.
 
 Two launches at most: means over sequences where a reading of the paper needs them, then everything else. A program
 passes over the tokens of its scope five times, two-pass numerics without anything in between written to memory; these
@@ -15,14 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...config import CovarianceWeighting
-from ...layout import Segments
-from ..interface import GroupWeights
+from ...covariance import CovarianceStats
+from ...segments import Segments
 from .configs import options
-
-
-def traffic(tokens: int, itemsize: int = 4) -> tuple[int, int]:
-    """Bytes (read, written), most of what is read again out of a cache."""
-    return 5 * tokens * (2 * itemsize + 1 + 8), 3 * 8 * tokens
 
 
 @triton.jit
@@ -80,7 +75,7 @@ def _deviations(  # type: ignore[no-untyped-def]
         "weights", "covariance", "deviation", "std",
     ],
 )  # fmt: skip
-def group_weights_kernel(  # type: ignore[no-untyped-def]
+def covariance_weights_kernel(  # type: ignore[no-untyped-def]
     logprobs,  # [N]
     advantages,  # [N]
     valid,  # [N] bool
@@ -176,14 +171,14 @@ def group_weights_kernel(  # type: ignore[no-untyped-def]
         tl.store(weights + i_t, w, mask=m_t)
 
 
-def group_weights(
+def covariance_weights(
     logprobs: Tensor,  # [N], zero where masked
     advantages: Tensor,  # [N], zero where masked
     valid: Tensor,  # [N] bool
     scopes: Segments,
     sequences: Segments | None,  # needed by two of the readings
     weighting: CovarianceWeighting,
-) -> GroupWeights:
+) -> CovarianceStats:
     """Gaussian covariance weights of every scope (arXiv 2605.11538), two-pass, in float64."""
     device = logprobs.device
     weights, covariance, deviation = (torch.empty_like(logprobs, dtype=torch.float64) for _ in range(3))
@@ -199,11 +194,11 @@ def group_weights(
             logprobs=logprobs, valid=valid, order=sequences.order, offsets=sequences.offsets,
             lengths=lengths, means=means, **options("weights", device),
         )  # fmt: skip
-    group_weights_kernel[(scopes.bound,)](
+    covariance_weights_kernel[(scopes.bound,)](
         logprobs=logprobs, advantages=advantages, valid=valid, order=scopes.order, offsets=scopes.offsets,
         segment=segment, lengths=lengths if by_response else None, means=means if by_sequence else None,
         weights=weights, covariance=covariance, deviation=deviation, std=std,
         NOISE=8 * torch.finfo(logprobs.dtype).eps, BANDWIDTH_EPS=weighting.bandwidth_eps,
         NUMEL=weighting.normalizer == "numel", **options("weights", device),
     )  # fmt: skip
-    return GroupWeights(weights, covariance, deviation, std)
+    return CovarianceStats(weights, covariance, deviation, std)

@@ -1,4 +1,4 @@
-"""grad: from a tile of raw products to the gradient in them, rounded once to the dtype of the next product.
+"""dlogits: from a tile of raw products to their gradient, rounded once to the dtype of the next product.
 
 Bytes: reads the tile once, and a few numbers a row; writes as many entries.
 """
@@ -9,33 +9,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..interface import LOG_ZERO, Coefficients, Head
+from ..interface import LOG_ZERO, Coefficients, Tile
 from .configs import options, tuned
 from .numerics import inverse, logit
 
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
 
 
-def traffic(rows: int, columns: int, out_itemsize: int, itemsize: int = 4) -> tuple[int, int]:
-    """Bytes (read, written) of a tile, without what is one number a column."""
-    return rows * columns * itemsize + rows * (4 * itemsize + 8), rows * columns * out_itemsize
-
-
-@tuned("grad", key=["width"], restored=["tile"])
+@tuned("dlogits", key=["width"], restored=["tile"])
 @triton.jit(
     do_not_specialize=["n_rows", "first"],
     do_not_specialize_on_alignment=[
-        "targets", "temperature", "maximum", "log_total", "at_target", "logprob_grad", "entropy_grad", "entropy",
+        "targets", "temperature", "maximum", "log_sum", "at_target", "logprob_grad", "entropy_grad", "entropy",
     ],
 )  # fmt: skip
-def grad_kernel(  # type: ignore[no-untyped-def]
+def dlogits_kernel(  # type: ignore[no-untyped-def]
     tile,  # [R, C]
     out,  # [R, C], may be the tile: every program reads what it writes before it does
     targets,  # [R] int64
     bias,  # [C] or None
     temperature,  # [R] or None
     maximum,  # [R], as are the next three
-    log_total,
+    log_sum,
     at_target,
     logprob_grad,
     entropy_grad,  # [R] or None
@@ -62,7 +57,7 @@ def grad_kernel(  # type: ignore[no-untyped-def]
     z, slope = logit(x, b, per_temperature, SCALE, CAP)
 
     m = tl.load(maximum + i_r, mask=m_r, other=0.0)[:, None]
-    l = tl.load(log_total + i_r, mask=m_r, other=0.0)[:, None]
+    l = tl.load(log_sum + i_r, mask=m_r, other=0.0)[:, None]
     g = tl.load(logprob_grad + i_r, mask=m_r, other=0.0)[:, None]
     log_p = (z - m) - l
     if entropy_grad is not None:
@@ -79,20 +74,21 @@ def grad_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + o_b, dz.to(out.dtype.element_ty), mask=m_b)
 
 
-def grad(
-    tile: Tensor,  # [R, C]
-    out: Tensor,  # [R, C], of any floating dtype; may be the tile
-    targets: Tensor,  # [R] int64
-    first: int,
-    head: Head,
-    bias: Tensor | None,  # [C]
-    temperature: Tensor | None,  # [R]
+def dlogits(
+    products: Tensor,  # [R, C]
+    tile: Tile,
     coefficients: Coefficients,  # of R rows
+    out: Tensor,  # [R, C], of any floating dtype; may be the products
 ) -> None:
     """From a tile of raw products to dL/dproducts:
     (g (1[v = y] - p) - e p (log p + H)) * softcap' * scale / temperature."""
-    rows, width = tile.shape
-    grad_kernel[lambda meta: (triton.cdiv(rows, meta["B_R"]), triton.cdiv(width, meta["B_C"]))](
-        tile=tile, out=out, targets=targets, bias=bias, temperature=temperature, **coefficients._asdict(),
-        n_rows=rows, width=width, first=first, SCALE=head.scale, CAP=head.softcap, **options("grad", tile.device),
+    rows, width = products.shape
+    dlogits_kernel[lambda meta: (triton.cdiv(rows, meta["B_R"]), triton.cdiv(width, meta["B_C"]))](
+        tile=products, out=out, targets=tile.targets, bias=tile.bias, temperature=tile.temperature,
+        maximum=coefficients.maximum, log_sum=coefficients.log_sum, at_target=coefficients.at_target,
+        logprob_grad=coefficients.logprob_grad,
+        entropy=coefficients.entropy if coefficients.has_entropy else None,
+        entropy_grad=coefficients.entropy_grad if coefficients.has_entropy else None,
+        n_rows=rows, width=width, first=tile.first, SCALE=tile.transform.scale, CAP=tile.transform.softcap,
+        **options("dlogits", products.device),
     )  # fmt: skip

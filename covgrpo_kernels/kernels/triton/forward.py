@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..interface import NO_MAX, State
+from ..interface import NO_MAX, OnlineSoftmax
 from .configs import FORWARD, MERGE, architecture
-from .numerics import fold_block, inverse, logit
+from .numerics import inverse, logit, online_softmax_block
 
 _NO_MAX = tl.constexpr(NO_MAX)
 
@@ -144,7 +144,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
                 if tl.max(here.to(tl.int32), 0) > 0:
                     z_y = tl.sum(tl.where(i_s[None, :] == y[:, None], z, 0.0), 1)
                     target = tl.where(here, z_y, target)
-                m, s, u = fold_block(z, m, s, u, ENTROPY)
+                m, s, u = online_softmax_block(z, m, s, u, ENTROPY)
 
         o_p = split.to(tl.int64) * n_rows + i_r
         plane = splits.to(tl.int64) * n_rows
@@ -216,7 +216,7 @@ def forward(
     softcap: float | None,
     entropy: bool,
     splits: int | None = None,
-) -> State:  # of N rows, float32; float64 for float64 inputs
+) -> OnlineSoftmax:  # of N rows, float32; float64 for float64 inputs
     """The running statistics of every row over the whole vocabulary; a target outside [0, V) gives NaN.
 
     ``splits``: pieces of the vocabulary that are folded side by side and then merged; None chooses. Rows that start
@@ -231,7 +231,7 @@ def forward(
             raise ValueError(f"rows of {argument} must be contiguous, got strides {x.stride()}")
     (rows, depth), vocab = hidden.shape, len(weight)
     if rows == 0 or vocab == 0:
-        return State.empty(rows, dtype, device)
+        return OnlineSoftmax.empty(rows, dtype, device)
 
     blocks = FORWARD[name][hidden.itemsize]
     programs = _multiprocessors(device)
@@ -257,9 +257,9 @@ def forward(
         GROUP=_GROUP, **(blocks | dict(DESCRIPTORS=descriptors)),
     )  # fmt: skip
     if splits == 1:
-        return State(*partial[:, 0])
+        return OnlineSoftmax(partial[:, 0])
     merged = torch.empty(4, rows, dtype=dtype, device=device)
     merge_kernel[(triton.cdiv(rows, MERGE["B_R"]),)](
         partial, merged, rows, splits, ENTROPY=entropy, B_S=triton.next_power_of_2(splits), **MERGE
     )
-    return State(*merged)
+    return OnlineSoftmax(merged)

@@ -1,4 +1,5 @@
-"""What kernels share: functions that Triton's language lacks, from a product to a logit, the fold of a block."""
+"""What kernels share: functions that Triton's language lacks, from a product to a logit, a block of an online
+softmax."""
 
 from __future__ import annotations
 
@@ -55,8 +56,8 @@ def logit(product, bias, per_temperature, SCALE: tl.constexpr, CAP: tl.constexpr
 
 
 @triton.jit
-def fold_block(z, m, s, u, ENTROPY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Folds logits [R, C] into running statistics [R]."""
+def online_softmax_block(z, m, s, u, ENTROPY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Adds logits [R, C] to a running softmax: maximum m, sum s and entropy sum u [R]."""
     mb = tl.maximum(tl.max(z, 1), _NO_MAX)  # a block of -inf has no maximum
     d = z - mb[:, None]
     at_max = d == 0.0

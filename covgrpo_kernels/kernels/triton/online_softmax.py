@@ -1,4 +1,4 @@
-"""fold: one pass over a tile of raw products into the running statistics of its rows.
+"""online_softmax_: one pass over a tile of raw products into the running softmax of its rows.
 
 Bytes: reads the tile once, and a few numbers a row; writes four numbers a row, and eight bytes for each candidate.
 """
@@ -9,35 +9,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..interface import Candidates, Head, State
+from ..interface import Collecting, OnlineSoftmax, Tile
 from .configs import options, tuned
-from .numerics import fold_block, inverse, logit
+from .numerics import inverse, logit, online_softmax_block
 
 
-def traffic(rows: int, columns: int, itemsize: int = 4) -> tuple[int, int]:
-    """Bytes (read, written) of a tile, without what is one number a column."""
-    return rows * columns * itemsize + rows * (4 * itemsize + 8), rows * 4 * itemsize
-
-
-@tuned("fold", key=["width", "ENTROPY"], restored=["maximum", "total", "moment", "target", "found"])
+@tuned("online_softmax", key=["width", "ENTROPY"], restored=["maximum", "sums", "entropy_sum", "target", "found"])
 @triton.jit(
     do_not_specialize=["n_rows", "first"],
     do_not_specialize_on_alignment=[
-        "targets", "temperature", "maximum", "total", "moment", "target", "threshold", "found", "entries", "logits",
+        "targets", "temperature", "maximum", "sums", "entropy_sum", "target", "min_logits", "found", "vocab_ids", "logits",
     ],
 )  # fmt: skip
-def fold_kernel(  # type: ignore[no-untyped-def]
+def online_softmax_kernel(  # type: ignore[no-untyped-def]
     tile,  # [R, C]
     targets,  # [R] int64
     bias,  # [C] or None
     temperature,  # [R] or None
     maximum,  # [R], as are the next three: updated
-    total,
-    moment,
+    sums,
+    entropy_sum,
     target,
-    threshold,  # [R], as is the next: of candidates, or None
-    found,
-    entries,  # [R, CAPACITY], as is the next
+    min_logits,  # [R] what candidates have to reach; this and the next three are None where none are wanted
+    found,  # [R]
+    vocab_ids,  # [R, CAPACITY], as the next
     logits,
     n_rows,
     width,  # C
@@ -52,16 +47,16 @@ def fold_kernel(  # type: ignore[no-untyped-def]
     i_r = tl.program_id(0).to(tl.int64) * B_R + tl.arange(0, B_R)
     m_r = i_r < n_rows
     m = tl.load(maximum + i_r, mask=m_r, other=0.0)
-    s = tl.load(total + i_r, mask=m_r, other=0.0)
-    u = tl.load(moment + i_r, mask=m_r, other=0.0)
+    s = tl.load(sums + i_r, mask=m_r, other=0.0)
+    u = tl.load(entropy_sum + i_r, mask=m_r, other=0.0)
     if temperature is not None:
         per_row = inverse(tl.load(temperature + i_r, mask=m_r, other=1.0))
         per_temperature = per_row[:, None]
     else:
         per_row = None
         per_temperature = None
-    if threshold is not None:
-        limit = tl.load(threshold + i_r, mask=m_r, other=float("inf"))
+    if min_logits is not None:
+        limit = tl.load(min_logits + i_r, mask=m_r, other=float("inf"))
         n = tl.load(found + i_r, mask=m_r, other=0)
 
     for o_c in range(0, width, B_C):
@@ -71,22 +66,22 @@ def fold_kernel(  # type: ignore[no-untyped-def]
         b = tl.load(bias + i_c, mask=m_c, other=0.0)[None, :] if bias is not None else None
         z, _ = logit(x, b, per_temperature, SCALE, CAP)
         z = tl.where(m_c[None, :], z, float("-inf"))
-        m, s, u = fold_block(z, m, s, u, ENTROPY)
-        if threshold is not None:
+        m, s, u = online_softmax_block(z, m, s, u, ENTROPY)
+        if min_logits is not None:
             hit = (z >= limit[:, None]).to(tl.int32)
             if tl.max(tl.max(hit, axis=1), axis=0) > 0:
                 place = n[:, None] + tl.cumsum(hit, axis=1) - 1
                 kept = (hit > 0) & (place < CAPACITY)
                 row = i_r[:, None] * CAPACITY
-                tl.store(entries + row + place, tl.broadcast_to((first + i_c)[None, :], B_R, B_C), mask=kept)
+                tl.store(vocab_ids + row + place, tl.broadcast_to((first + i_c)[None, :], B_R, B_C), mask=kept)
                 tl.store(logits + row + place, z, mask=kept)
                 n += tl.sum(hit, axis=1)
 
     tl.store(maximum + i_r, m, mask=m_r)
-    tl.store(total + i_r, s, mask=m_r)
+    tl.store(sums + i_r, s, mask=m_r)
     if ENTROPY:
-        tl.store(moment + i_r, u, mask=m_r)
-    if threshold is not None:
+        tl.store(entropy_sum + i_r, u, mask=m_r)
+    if min_logits is not None:
         tl.store(found + i_r, n, mask=m_r)
 
     column = tl.load(targets + i_r, mask=m_r, other=-1) - first
@@ -97,27 +92,23 @@ def fold_kernel(  # type: ignore[no-untyped-def]
     tl.store(target + i_r, z_y, mask=here)
 
 
-_NO_CANDIDATES = dict.fromkeys(Candidates._fields)
-
-
-def fold(
-    tile: Tensor,  # [R, C]
-    state: State,  # of R rows, updated in place
-    targets: Tensor,  # [R] int64
-    first: int,
-    head: Head,
-    bias: Tensor | None,  # [C]
-    temperature: Tensor | None,  # [R]
+def online_softmax_(
+    products: Tensor,  # [R, C]
+    tile: Tile,
+    running: OnlineSoftmax,  # of R rows, updated in place
     entropy: bool,
-    candidates: Candidates | None = None,  # of R rows, updated in place
+    collecting: Collecting | None = None,  # of R rows, updated in place
 ) -> None:
-    """Folds a tile of raw products into the running statistics, block after block from left to right."""
-    rows, width = tile.shape
-    fold_kernel[lambda meta: (triton.cdiv(rows, meta["B_R"]),)](
-        tile=tile, targets=targets, bias=bias, temperature=temperature,
-        maximum=state.maximum, total=state.total, moment=state.moment, target=state.target,
-        **(_NO_CANDIDATES if candidates is None else candidates._asdict()),
-        CAPACITY=0 if candidates is None else candidates.entries.shape[1],
-        n_rows=rows, width=width, first=first, SCALE=head.scale, CAP=head.softcap, ENTROPY=entropy,
-        **options("fold", tile.device),
+    """Adds a tile of raw products to the running softmax of its rows, VOCAB_BLOCK ids after VOCAB_BLOCK ids."""
+    rows, width = products.shape
+    min_logits = found = vocab_ids = logits = None
+    if collecting is not None:
+        min_logits, (found, vocab_ids, logits) = collecting
+    online_softmax_kernel[lambda meta: (triton.cdiv(rows, meta["B_R"]),)](
+        tile=products, targets=tile.targets, bias=tile.bias, temperature=tile.temperature,
+        maximum=running.maximum, sums=running.sum, entropy_sum=running.entropy_sum, target=running.target,
+        min_logits=min_logits, found=found, vocab_ids=vocab_ids, logits=logits,
+        CAPACITY=0 if vocab_ids is None else vocab_ids.shape[1],
+        n_rows=rows, width=width, first=tile.first, SCALE=tile.transform.scale, CAP=tile.transform.softcap,
+        ENTROPY=entropy, **options("online_softmax", products.device),
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""sparse_product: rows of a matrix, weighted and summed by segments.
+"""sparse_product: a sparse matrix in CSR form times a dense one.
 
-Bytes: reads D elements for each value, and 8 + 4 more; writes D numbers a segment.
+Bytes: reads D elements for each value, and 8 + 4 more; writes D numbers an output row.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ def sparse_product_kernel(  # type: ignore[no-untyped-def]
 def sparse_product(
     values: Tensor,  # [n]
     indices: Tensor,  # [n] rows of the matrix
-    offsets: Tensor,  # [S + 1] where each segment of values begins, and the end
+    offsets: Tensor,  # [S + 1] where the values of each output row begin, and the end
     matrix: Tensor,  # [*, D]
     out: Tensor,  # [S, D]
 ) -> None:
-    """out[i] = sum of values[k] * matrix[indices[k]] over segment i, in order."""
-    segments, depth = out.shape
-    if not segments:
+    """out[i] = sum of values[k] * matrix[indices[k]] over the values of output row i, in order."""
+    rows, depth = out.shape
+    if not rows:
         return
-    sparse_product_kernel[lambda meta: (segments, triton.cdiv(depth, meta["B_D"]))](
+    sparse_product_kernel[lambda meta: (rows, triton.cdiv(depth, meta["B_D"]))](
         values=values, indices=indices, offsets=offsets, matrix=matrix, out=out, depth=depth,
         row_stride=matrix.stride(0), column_stride=matrix.stride(1), **options("sparse", out.device),
     )  # fmt: skip
