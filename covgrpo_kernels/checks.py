@@ -42,7 +42,8 @@ def check_number(
     """A finite number in [low, high], or in (low, high] with ``above_low``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {_got(value)}")
-    if not (math.isfinite(value) and (low < value if above_low else low <= value) and value <= high):
+    # Not math.isfinite, which torch.compile does not trace.
+    if not (abs(value) < math.inf and (low < value if above_low else low <= value) and value <= high):
         interval = "" if low == -math.inf else f" and {'>' if above_low else '>='} {low:g}"
         interval += "" if high == math.inf else f" and <= {high:g}"
         raise ValueError(f"{name} must be finite{interval}, got {value!r}")
