@@ -39,7 +39,11 @@ class CovGRPOOutput(NamedTuple):
     metrics: dict[str, Tensor]  # [] each, on the device
 
 
-_METRICS = (*METRICS, "rows/live_fraction", "rows/dense_fraction", "rows/grad_error_bound", "rows/invalid_targets")
+_METRICS = (
+    *METRICS,
+    *("rows/live_fraction", "rows/dense_fraction", "rows/grad_error_bound"),
+    *("rows/invalid_targets", "rows/invalid_advantages"),
+)
 
 
 class _Batch(NamedTuple):
@@ -128,8 +132,9 @@ class _CovGRPO(torch.autograd.Function):
         metrics = x.new_empty(0)
         if settings.metrics:
             vocab = len(weight) if settings.vocab_slice is None else settings.vocab_slice.total
-            is_invalid = is_scored & ((targets < 0) | (targets >= vocab))
-            by_name = objective.metrics | _plan_metrics(plan, tokens.valid, is_invalid)
+            by_name = objective.metrics | _plan_metrics(plan, tokens.valid)
+            by_name["rows/invalid_targets"] = (is_scored & ((targets < 0) | (targets >= vocab))).sum()
+            by_name["rows/invalid_advantages"] = (tokens.valid & tokens.advantages.isnan()).sum()
             metrics = torch.stack([by_name[name].to(x.dtype) for name in _METRICS])
         ctx.mark_non_differentiable(logprobs, entropy, objective.weights, metrics)
         return objective.loss, logprobs, entropy, objective.weights, metrics
@@ -152,13 +157,12 @@ class _CovGRPO(torch.autograd.Function):
         return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
-def _plan_metrics(plan: BackwardPlan, valid: Tensor, is_invalid: Tensor) -> dict[str, Tensor]:
+def _plan_metrics(plan: BackwardPlan, valid: Tensor) -> dict[str, Tensor]:
     count = valid.sum().clamp(min=1)
     return {
         "rows/live_fraction": (plan.dense | plan.sparse).sum() / count,
         "rows/dense_fraction": plan.dense.sum() / count,
         "rows/grad_error_bound": plan.error_bound,
-        "rows/invalid_targets": is_invalid.sum(),
     }
 
 
@@ -206,7 +210,7 @@ def covgrpo_loss(
         group_size: instead, responses per prompt, where rows of one group follow each other.
         sequence_ids: integers as ``targets``: which response a packed token is of.
         old_logprobs: as ``targets``, of the policy that sampled; None: the current ones, ratio 1.
-        ref_logprobs: as ``targets``, of the KL reference.
+        ref_logprobs: as ``targets``, of the KL reference. Where ``beta`` is 0 they enter the metric ``kl`` only.
         rollout_weights: [B] or as ``targets``: multiply the policy term (truncated importance sampling).
         config: what is computed; None: `CovGRPOConfig.paper()`.
         normalizer: replaces the number of sequences (grpo, dr_grpo) or valid tokens (bnpo, dapo, cispo) in the
@@ -228,8 +232,9 @@ def covgrpo_loss(
         CovGRPOOutput. Only ``loss`` carries a gradient, once differentiable, in hidden, weight and bias.
 
     Raises:
-        TypeError, ValueError: a wrong argument, by name; on a CPU also a target outside [0, V). On a GPU such
-        a target gives NaN and is counted in the metric ``rows/invalid_targets``.
+        TypeError, ValueError: a wrong argument, by name; on a CPU also a target outside [0, V) and a NaN among the
+            advantages of valid tokens. On a GPU these give NaN and are counted in the metrics ``rows/invalid_targets``
+            and ``rows/invalid_advantages``.
     """
     config = _checked_config(config)
     check_flag("metrics", metrics)
@@ -243,6 +248,7 @@ def covgrpo_loss(
         targets, advantages, valid, dtype=dtype, group_ids=group_ids, group_size=group_size,
         sequence_ids=sequence_ids, process_group=process_group, sequence_group=sequence_group,
     )  # fmt: skip
+    _check_advantages(tokens)
     tokens, group_moments = with_moments(tokens, moments, config.token_weighting, group_ids, targets)
     _check_against_config(config, tokens, ref_logprobs)
     batch = _Batch(
@@ -268,6 +274,15 @@ def _checked_config(config: CovGRPOConfig | None) -> CovGRPOConfig:
     if config is not None and not isinstance(config, CovGRPOConfig):
         raise TypeError(f"config must be a CovGRPOConfig, got {type(config).__name__}")
     return CovGRPOConfig() if config is None else config
+
+
+def _check_advantages(tokens: Tokens) -> None:
+    """On a CPU. On a GPU nothing is read back: they are counted in a metric."""
+    if tokens.valid.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    count = int((tokens.valid & tokens.advantages.isnan()).sum())
+    if count:
+        raise ValueError(f"advantages must be numbers, got NaN for {count} valid tokens")
 
 
 def _check_against_config(config: CovGRPOConfig, tokens: Tokens, ref_logprobs: Tensor | None) -> None:

@@ -19,7 +19,7 @@ from .weighting import batch_covariance, clip_cov_choice, covariance_stats, kl_c
 
 COVARIANCE_QUANTILES = {"q01": 0.01, "q20": 0.2, "q50": 0.5, "q80": 0.8, "q99": 0.99}
 METRICS = (
-    *("loss/policy", "loss/kl", "loss/entropy", "entropy", "kl", "ratio/mean", "ratio/max"),
+    *("loss/policy", "loss/kl", "loss/entropy", "entropy", "kl", "ratio/mean", "ratio/max", "ratio/nonfinite"),
     *("weight/mean", "weight/min", "weight/max", "weight/ess", "clip/low", "clip/high", "clip/dual"),
     *("covariance/mean", "covariance/std", *(f"covariance/{q}" for q in COVARIANCE_QUANTILES)),
 )
@@ -110,21 +110,25 @@ def policy_objective(
         covariance = batch_covariance(x, tokens)
         penalised = kl_cov_choice(covariance, valid, kind)
 
-    # The policy term is -slope * a (times x for CISPO); dx and da are its derivatives in x and in a.
-    a = weights * a0
+    # The policy term is -slope * a (times x for CISPO); dx and da are its derivatives in x and in a. A zero advantage
+    # has none, whatever it would be multiplied with.
+    has_term = a0 != 0
+    a = (weights * a0).where(has_term, 0)
+    policy_ratio, within = ratio.where(has_term, 1), within.where(has_term, 1)
     bounded = torch.zeros_like(valid)
     if config.loss_type == "cispo":
         clipped = bounded if high is None else ratio > high
-        slope = ratio if high is None else ratio.clamp(max=high)
-        policy, dx, da = -slope * a * x, -slope * a, -slope * x
+        slope = policy_ratio if high is None else policy_ratio.clamp(max=high)
+        policy_x = x.where(has_term, 0)
+        policy, dx, da = -slope * a * policy_x, -slope * a, -slope * policy_x
     else:
-        clipped = within * a < ratio * a
-        slope = within.where(clipped, ratio)
+        clipped = within * a < policy_ratio * a
+        slope = within.where(clipped, policy_ratio)
         if config.dual_clip is not None:
             bounded = (a < 0) & (slope > config.dual_clip)
             slope = slope.masked_fill(bounded, config.dual_clip)
         policy, da = -slope * a, -slope
-        dx = (-ratio * a).masked_fill(clipped | bounded, 0)
+        dx = (-policy_ratio * a).masked_fill(clipped | bounded, 0)
 
     policy_share = share if rollout is None else share * rollout
     g = policy_share * dx
@@ -193,6 +197,7 @@ def _token_metrics(valid: Tensor, entropy: Tensor, kl: Tensor, ratio: Tensor) ->
         "kl": _mean(kl, valid),
         "ratio/mean": _mean(ratio, valid),
         "ratio/max": _extreme(ratio, valid, 1.0),
+        "ratio/nonfinite": (valid & ~ratio.isfinite()).sum().to(ratio.dtype),
     }
 
 

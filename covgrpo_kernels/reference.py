@@ -177,10 +177,11 @@ def covgrpo_loss(
         chosen = draw.where(candidate, 2.0).argsort()[: max(int(kind.ratio * n), 1)]
         W = W.index_fill(0, chosen[candidate[chosen]], 0.0)
 
-    # Policy term.
-    a = W * A
+    # Policy term. A zero advantage has none, whatever its ratio.
+    a = torch.where(A != 0, W * A, 0)
+    r, clipped = r.where(A != 0, 1), clipped.where(A != 0, 1)
     if config.loss_type == "cispo":
-        policy = -(r if high is None else r.clamp(max=high)).detach() * a * x
+        policy = -(r if high is None else r.clamp(max=high)).detach() * a * x.where(A != 0, 0)
     else:
         surrogate = torch.minimum(r * a, clipped * a)
         if config.dual_clip is not None:
