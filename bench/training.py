@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from covgrpo_kernels import linear_logprob, tiles
-from covgrpo_kernels.plan import resolve_grad_tol
+from covgrpo_kernels.backward_plan import resolve_grad_tol
 from covgrpo_kernels.study.summary import six_digits
 
 from .measure import environment, write_json
@@ -68,7 +68,7 @@ class Variant:
         return self.grad_tol == 0
 
     def active(self) -> contextlib.AbstractContextManager[Any]:
-        return mock.patch.dict(os.environ, {kernels.VARIABLE: self.backend} if self.backend else {})
+        return mock.patch.dict(os.environ, {tiles.VARIABLE: self.backend} if self.backend else {})
 
 
 EXACT = Variant("exact")
@@ -83,7 +83,7 @@ def variants() -> list[Variant]:
         Variant("auto", auto),
         Variant("10x auto", 10 * auto),
         Variant("exact, reordered", reorder=True),
-        *([] if kernels.describe(CPU) == "eager" else [other]),
+        *([] if tiles.describe(CPU) == "eager" else [other]),
         Variant("exact, float32", dtype=torch.float32),
     ]
 

@@ -13,8 +13,8 @@ import torch
 
 from covgrpo_kernels import engines, kernels
 from covgrpo_kernels.engines.tiling import largest_tile
-from covgrpo_kernels.testing import policy_head
 from covgrpo_kernels.kernels.interface import VOCAB_BLOCK, Coefficients, LogitTransform, OnlineSoftmax, Tile
+from covgrpo_kernels.testing import policy_head
 
 from .contenders import Ours
 from .measure import Problem, environment, step, timed, write_json

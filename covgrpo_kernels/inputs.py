@@ -211,7 +211,7 @@ def flatten_floats(
 
 
 def valid_tokens(name: str, like: Tensor, mask: Tensor | None) -> Tensor:
-    """[N] bool: where the mask is not zero, or everywhere; the mask is checked against ``like``, the argument ``name``."""
+    """[N] bool: where the mask is not zero, or everywhere. The mask must be like the argument called ``name``."""
     if like.ndim not in (1, 2):
         raise ValueError(f"{name} must have shape [B, T] or [N], got {list(like.shape)}")
     if mask is None:

@@ -49,7 +49,9 @@ def test_growth_is_a_fault(key: str, change: int, message: str, architecture: st
     table = copy.deepcopy(TABLE)
     assert not compiled.faults(table, TABLE)
     table["online softmax"][architecture][key] += change
-    assert any(message in fault and f"online softmax on {architecture}" in fault for fault in compiled.faults(table, TABLE))
+    assert any(
+        message in fault and f"online softmax on {architecture}" in fault for fault in compiled.faults(table, TABLE)
+    )
 
 
 def test_a_missing_instruction_or_kernel_is_a_fault() -> None:

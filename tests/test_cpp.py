@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from covgrpo_kernels import CovGRPOConfig, covgrpo_loss, engines, kernels, linear_logprob, reference
-from covgrpo_kernels.testing import ErrorBook, policy_head, random_batch, random_head, rms
 from covgrpo_kernels.kernels.interface import NO_MAX, VOCAB_BLOCK, Coefficients, LogitTransform, OnlineSoftmax, Tile
+from covgrpo_kernels.testing import ErrorBook, policy_head, random_batch, random_head, rms
 
 if os.environ.get("COVGRPO_BUILD_CPP") == "1":
     from covgrpo_kernels.kernels import cpp
@@ -103,7 +103,9 @@ def test_exponential(isa, dtype):
     result = x.clone()
     coefficients = torch.zeros(4, 200, dtype=dtype)
     coefficients[3] = -1
-    cpp.dlogits(result, Tile(torch.full((200,), -1), 0, LogitTransform(), None, None), Coefficients(coefficients), result)
+    cpp.dlogits(
+        result, Tile(torch.full((200,), -1), 0, LogitTransform(), None, None), Coefficients(coefficients), result
+    )
     exact, eps = x.double().exp(), torch.finfo(dtype).eps
     assert ((result - exact).abs() <= 2 * eps * exact + torch.finfo(dtype).smallest_normal).all()
 

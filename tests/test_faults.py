@@ -4,6 +4,8 @@ A fault names the function, what stands there and what is put in its place; if t
 follow, or this file is red itself.
 """
 
+import __future__
+
 import importlib.util
 import inspect
 import os
@@ -178,7 +180,7 @@ FAULTS = {
             "kernel * scopes.gather(moments.normalizer))",)
     ),
     "clip on the wrong side": (
-        losses, Fault(objective.policy_objective, "within * a < ratio * a", "within * a > ratio * a")
+        losses, Fault(objective.policy_objective, "within * a < policy_ratio * a", "within * a > policy_ratio * a")
     ),
     "KL-Cov without its penalty's sign": (kl_cov, Fault(objective.policy_objective, "gap.sign()", "gap.sign().abs()")),
     "bandwidth taken for a constant": (
@@ -306,7 +308,10 @@ def apply(fault: Fault, patch: pytest.MonkeyPatch) -> None:
     assert fault.old in source, f"{fault.old!r} is no longer in {function.__qualname__}"
     module = sys.modules[function.__module__]
     scope: dict = {}
-    exec(compile(source.replace(fault.old, fault.new), inspect.getfile(function), "exec"), vars(module), scope)
+    code = compile(
+        source.replace(fault.old, fault.new), inspect.getfile(function), "exec", __future__.annotations.compiler_flag
+    )
+    exec(code, vars(module), scope)
     *owner, _ = function.__qualname__.split(".")
     holder = vars(module)[owner[0]] if owner else module
     changed = scope[function.__name__]
@@ -471,7 +476,7 @@ def run_with_fault(fault: CppFault, test: str, folder: Path) -> subprocess.Compl
 @pytest.fixture
 def own_products():
     cpp = pytest.importorskip("covgrpo_kernels.kernels.cpp", reason="the C++ extension was not built")
-    if not cpp.multiplies(torch.float32):
+    if not cpp.can_multiply(torch.float32):
         pytest.skip("needs AVX512-BF16")
 
 

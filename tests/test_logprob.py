@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from covgrpo_kernels import engines, kernels, linear_logprob, reference
-from covgrpo_kernels.testing import ErrorBook, bounds, check_draw, policy_head, random_head, rms, run_logprob
 from covgrpo_kernels.kernels.interface import VOCAB_BLOCK, Coefficients, LogitTransform, OnlineSoftmax, Tile
+from covgrpo_kernels.testing import ErrorBook, bounds, check_draw, policy_head, random_head, rms, run_logprob
 
 pytestmark = pytest.mark.usefixtures("backend")
 DEVICE = torch.device("cpu")
@@ -148,7 +148,10 @@ def test_same_logits_same_bits_however_they_are_cut(seed, rows, blocks, rest):
     assert torch.equal(one_by_one, folded(logits, targets, [b * VOCAB_BLOCK for b in blocks] + tail))
     assert torch.equal(one_by_one, folded(logits, targets, [sum(blocks) * VOCAB_BLOCK, *tail]))
     each = torch.cat(
-        [folded(r, t, [sum(blocks) * VOCAB_BLOCK, *tail]) for r, t in zip(logits.split(1), targets.split(1), strict=True)],
+        [
+            folded(r, t, [sum(blocks) * VOCAB_BLOCK, *tail])
+            for r, t in zip(logits.split(1), targets.split(1), strict=True)
+        ],
         1,
     )
     assert torch.equal(one_by_one, each)
@@ -295,7 +298,9 @@ def test_suppressed_entries():
 def test_equal_logits_are_uniform():
     """Every entry is a maximum: the ties but one belong to the sum, in every block."""
     vocab = 2 * VOCAB_BLOCK + 11
-    x, h = linear_logprob(torch.zeros(3, 4), torch.randn(vocab, 4), torch.tensor([0, VOCAB_BLOCK, vocab - 1]), entropy=True)
+    x, h = linear_logprob(
+        torch.zeros(3, 4), torch.randn(vocab, 4), torch.tensor([0, VOCAB_BLOCK, vocab - 1]), entropy=True
+    )
     assert x.tolist() == pytest.approx([-math.log(vocab)] * 3, rel=3e-7, abs=0)
     assert h.tolist() == pytest.approx([math.log(vocab)] * 3, rel=3e-7, abs=0)
 

@@ -23,12 +23,11 @@ from covgrpo_kernels import (
     covariance_weights,
     covgrpo_loss,
     linear_logprob,
-    operators,
     reference,
 )
 from covgrpo_kernels.inputs import flatten_tokens
-from covgrpo_kernels.testing import check_draw, leaf, random_batch, random_head, rl_head, rms, run_logprob
 from covgrpo_kernels.plan import BackwardPlan, min_probability
+from covgrpo_kernels.testing import check_draw, leaf, random_batch, random_head, rl_head, rms, run_logprob
 from covgrpo_kernels.weighting import weighting_scopes
 
 pytestmark = [

@@ -181,7 +181,9 @@ def _scaled(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
     return faulty
 
 
-@pytest.mark.parametrize(("holder", "operation"), [(OnlineSoftmax, "stats"), (eager, "dlogits"), (eager, "covariance_weights")])
+@pytest.mark.parametrize(
+    ("holder", "operation"), [(OnlineSoftmax, "stats"), (eager, "dlogits"), (eager, "covariance_weights")]
+)
 def test_doctor_sees_a_small_fault(
     holder: Any, operation: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

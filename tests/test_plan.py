@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from products import recorded_products
 
 from covgrpo_kernels import covgrpo_loss, engines, kernels, linear_logprob, operators, reference
-from covgrpo_kernels.inputs import HeadInputs, Precision, resolve_grad_tol
-from covgrpo_kernels.plan import min_probability
 from covgrpo_kernels.config import CovGRPOConfig
-from covgrpo_kernels.testing import policy_head, random_batch, rl_head
+from covgrpo_kernels.inputs import HeadInputs, Precision, resolve_grad_tol
 from covgrpo_kernels.kernels.interface import TAIL_ROWS, LogitTransform, RowStats
+from covgrpo_kernels.plan import min_probability
+from covgrpo_kernels.testing import policy_head, random_batch, rl_head
 
 F64 = torch.float64
 

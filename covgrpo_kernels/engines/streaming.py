@@ -142,7 +142,7 @@ def _dense_index(plan: BackwardPlan, sparse: SparseGradient) -> Tensor | None:  
 
 
 def _hidden_sum(rows: Rows, tails: int, grad_hidden: Tensor, dtype: torch.dtype) -> Tensor:  # [T + R, D]
-    """In the first rows of the gradient itself where that has the right dtype and no tails: nothing is allocated then."""
+    """In the first rows of the gradient itself where it has that dtype and there are no tails: nothing is allocated."""
     if grad_hidden.dtype == dtype and not tails:
         return grad_hidden[: len(rows)]
     return grad_hidden.new_empty(tails + len(rows), grad_hidden.shape[1], dtype=dtype)

@@ -84,7 +84,7 @@ def sparse_product(
     matrix: Tensor,  # [*, D]
     out: Tensor,  # [S, D]
 ) -> None:
-    """A sparse matrix in CSR form times a dense one: out[i] = sum of values[k] * matrix[indices[k]], in the order of k."""
+    """A sparse matrix in CSR form times a dense one: out[i] = sum of values[k] * matrix[indices[k]], in order of k."""
     if matrix.dtype == torch.float16:  # C++ has no type for it
         return eager.sparse_product(values, indices, offsets, matrix, out)
     _ops.sparse_product(values, indices, offsets, matrix, out)

@@ -138,7 +138,7 @@ def sparse_product(
     matrix: Tensor,  # [*, D]
     out: Tensor,  # [S, D]
 ) -> None:
-    """A sparse matrix in CSR form times a dense one: out[i] = sum of values[k] * matrix[indices[k]], in the order of k."""
+    """A sparse matrix in CSR form times a dense one: out[i] = sum of values[k] * matrix[indices[k]], in order of k."""
     out.zero_()
     row = torch.repeat_interleave(torch.arange(len(out), device=out.device), offsets.diff(), output_size=len(values))
     step = max(1, _SPARSE_PRODUCT_ELEMENTS // max(out.shape[1], 1))

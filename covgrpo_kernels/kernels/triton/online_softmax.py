@@ -18,7 +18,8 @@ from .numerics import inverse, logit, online_softmax_block
 @triton.jit(
     do_not_specialize=["n_rows", "first"],
     do_not_specialize_on_alignment=[
-        "targets", "temperature", "maximum", "sums", "entropy_sum", "target", "min_logits", "found", "vocab_ids", "logits",
+        "targets", "temperature", "maximum", "sums", "entropy_sum", "target",
+        "min_logits", "found", "vocab_ids", "logits",
     ],
 )  # fmt: skip
 def online_softmax_kernel(  # type: ignore[no-untyped-def]
