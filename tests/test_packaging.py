@@ -73,7 +73,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
-    for package in ("covgrpo_kernels", "bench", "tests", "csrc"):
+    for package in ("covgrpo_kernels", "bench", "research", "tests", "csrc"):
         if (ROOT / package).exists():
             shutil.copytree(ROOT / package, folder / package, ignore=ignored)
     built = subprocess.run(
@@ -102,7 +102,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     required = metadata.get_all("Requires-Dist")
     assert [r for r in required if "extra ==" not in r] == ["torch>=2.11"]
-    assert {"grpo", "trl", "recipe", "bench", "dev"} == set(metadata.get_all("Provides-Extra"))
+    assert {"grpo", "trl", "research", "bench", "dev"} == set(metadata.get_all("Provides-Extra"))
     assert "covgrpo = covgrpo_kernels.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert "Apache License" in wheel.read(f"{info}/licenses/LICENSE").decode()
 

@@ -9,12 +9,11 @@ A natural policy gradient in the logits of each state by itself has dz = eta A, 
 state, its step is in parameters that all states share, and covariances are taken over the tokens of a group, which
 mixes states. Here entropies are exact sums over a small vocabulary, before and after real optimiser steps, in float64
 (but for the norms of the model, which transformers computes in float32), so that each of these differences can be seen
-by itself. `python -m covgrpo_kernels.study.entropy_law --help`.
+by itself. `python -m research entropy-law --help`.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -33,15 +32,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .. import CovGRPOConfig, covgrpo_loss
-from ..grpo.checkpoint import write_atomically
-from ..grpo.config import TrainConfig
-from ..grpo.policy import Policy, new_policy
-from ..grpo.rollout import Batch, sample
-from ..grpo.tasks import Task
-from ..grpo.train import Rollout, make_task, rollout, train_step, warm_start
-from .run import group_statistics
-from .summary import six_digits
+from covgrpo_kernels import CovGRPOConfig, covgrpo_loss
+from covgrpo_kernels.grpo.checkpoint import write_atomically
+from covgrpo_kernels.grpo.config import TrainConfig
+from covgrpo_kernels.grpo.policy import Policy, new_policy
+from covgrpo_kernels.grpo.rollout import Batch, sample
+from covgrpo_kernels.grpo.tasks import Task
+from covgrpo_kernels.grpo.train import Rollout, make_task, rollout, train_step, warm_start
+
+from ..covariances import group_statistics
+from ..study.summary import six_digits
 
 LOGITS = "gradient of each state's logits"
 STATES = ("own", "fresh")
@@ -433,7 +433,7 @@ def findings(results: dict[str, Any]) -> str:
         "bootstrap intervals over these batches, of each number by itself; they say nothing of other policies. *Own* "
         "states are those of the batch that gave the update; *fresh* ones are of held-out problems.",
         _in_short(results),
-        f"Seed {settings['seeds'][0]} in full; all of them are in `bench/results/entropy_law.json`:",
+        f"Seed {settings['seeds'][0]} in full; all of them are in `research/results/entropy_law.json`:",
     ]
     for stage in reported(results):
         text += _stage(results, stage)
@@ -700,7 +700,7 @@ def save_figure(results: dict[str, Any], out: Path) -> None:
     write_atomically(out / "entropy_law.png", lambda file: draw(results).savefig(file, format="png", dpi=110))
 
 
-BEGIN, END = "<!-- figures: python -m covgrpo_kernels.study.entropy_law -->", "<!-- end of figures -->"
+BEGIN, END = "<!-- figures: python -m research entropy-law -->", "<!-- end of figures -->"
 
 
 def updated(text: str, figures: str) -> str:
@@ -710,28 +710,15 @@ def updated(text: str, figures: str) -> str:
     return f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m covgrpo_kernels.study.entropy_law",
-        description="Measures how entropy changes with updates, and prints what was found.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of entropy_law.json and .png")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="seconds, to see that all works")
-    parser.add_argument("--report-only", action="store_true", help="from the entropy_law.json that is there")
-    parser.add_argument("--document", type=Path, help="file whose figures are rewritten, docs/method.md")
-    options = parser.parse_args()
+def command(*, out: Path, seed: int, quick: bool, report_only: bool, document: Path | None) -> None:
+    """Measures, or with `report_only` reads OUT/entropy_law.json; prints what was found, and writes it into a
+    document."""
     torch.set_num_threads(1)  # products this small lose with more
-    if options.report_only:
-        results = json.loads((options.out / "entropy_law.json").read_text())
-        save_figure(results, options.out)
+    if report_only:
+        results = json.loads((out / "entropy_law.json").read_text())
+        save_figure(results, out)
     else:
-        results = run(options.out, options.seed, options.quick)
+        results = run(out, seed, quick)
     print(findings(results))
-    if options.document:
-        options.document.write_text(updated(options.document.read_text(), findings(results)))
-
-
-if __name__ == "__main__":
-    main()
+    if document:
+        document.write_text(updated(document.read_text(), findings(results)))

@@ -1,6 +1,5 @@
 """The benchmark of training: it sees what the backward does wrong, and nothing where there is nothing to see."""
 
-import argparse
 import dataclasses
 import json
 
@@ -10,11 +9,11 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from bench import training
-from bench.training import EXACT, TOY, Comparison, Variant
 from covgrpo_kernels import linear_logprob
 from covgrpo_kernels.grpo.rollout import Batch
 from covgrpo_kernels.grpo.train import Rollout
+from research import training
+from research.training import EXACT, TOY, Comparison, Variant
 
 AUTO = torch.finfo(torch.bfloat16).eps / 8
 FLOAT32 = Variant("float32", dtype=torch.float32)
@@ -23,12 +22,6 @@ FLOAT32 = Variant("float32", dtype=torch.float32)
 @pytest.fixture(scope="module")
 def corpus():
     return training.make_corpus(TOY)
-
-
-def arguments(*words):
-    parser = argparse.ArgumentParser()
-    training.add_arguments(parser)
-    return parser.parse_args(words)
 
 
 def language_model(corpus, *chosen):
@@ -133,20 +126,20 @@ def test_reward():
 
 
 def test_too_little_text_is_said():
-    with pytest.raises(SystemExit, match="1000000 are needed"):
+    with pytest.raises(ValueError, match="1000000 are needed"):
         training.make_corpus(dataclasses.replace(TOY, vocab=10**6, files=2))
 
 
 def test_one_seed_is_refused(monkeypatch):
     monkeypatch.setattr(training, "measure", None)  # not for a quarter of an hour, if it isn't
-    with pytest.raises(SystemExit, match="2 or more"):
-        training.run(arguments("--seeds", "1"))
+    with pytest.raises(ValueError, match="seeds must be >= 2, got 1"):
+        training.run(seeds=1)
 
 
 def test_smoke(tmp_path, monkeypatch, capsys):
     results = tmp_path / "results"
     monkeypatch.setattr(training, "RESULTS", results)
-    training.run(arguments("--smoke"))
+    training.run(smoke=True)
     assert not results.exists()
     output = capsys.readouterr().out
     for tolerance in ("auto", "10x auto"):
@@ -155,7 +148,7 @@ def test_smoke(tmp_path, monkeypatch, capsys):
 
 
 def test_results(tmp_path, capsys):
-    training.run(arguments("--smoke", "--out", str(tmp_path)))
+    training.run(smoke=True, out=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["training.json", "training.png"]
     made = json.loads((tmp_path / "training.json").read_text())
     assert set(made["distinguishable"]) == {"auto", "10x auto"}

@@ -28,9 +28,11 @@ pytest.importorskip("matplotlib")
 from covgrpo_kernels import CovarianceWeighting, CovGRPOConfig, covariance_weights, covgrpo_loss
 from covgrpo_kernels.grpo.rollout import Batch
 from covgrpo_kernels.grpo.train import Rollout, TrainingError
-from covgrpo_kernels.study import run as running
-from covgrpo_kernels.study import statistics as study_statistics
-from covgrpo_kernels.study.arms import (
+from covgrpo_kernels.testing import random_batch
+from research import RESULTS
+from research.covariances import group_statistics, statistics_metrics
+from research.study import statistics as study_statistics
+from research.study.arms import (
     ABLATIONS,
     ALL_ARMS,
     ARMS,
@@ -42,15 +44,14 @@ from covgrpo_kernels.study.arms import (
     batch_bandwidth,
     permuted,
 )
-from covgrpo_kernels.study.report import CLAIMS, MEASURES, Study, document, in_short
-from covgrpo_kernels.study.run import RunSpec, make_start, perform, perform_all, read_run
-from covgrpo_kernels.study.statistics import TAILS, difference, pass_at_k, tail_means
-from covgrpo_kernels.study.study import all_runs, study
-from covgrpo_kernels.study.summary import Summaries, read_summaries, summary
-from covgrpo_kernels.testing import random_batch
+from research.study.report import CLAIMS, MEASURES, Study, document, in_short
+from research.study.run import RunSpec, make_start, perform, perform_all, read_run
+from research.study.statistics import TAILS, difference, pass_at_k, tail_means
+from research.study.study import all_runs, study
+from research.study.summary import Summaries, read_summaries, summary
 
 F64 = torch.float64
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOISE = [-1.0, -0.6, -0.3, -0.1, 0.1, 0.3, 0.6, 1.0]  # of eight seeds
 
 
@@ -179,7 +180,7 @@ def test_bandwidth_of_the_batch_with_means_of_the_group() -> None:
     x, advantages, mask = tokens(1)
     advantages[8:] *= 5  # a group with another variance
     weights = batch_bandwidth(x, advantages, mask, 4, torch.Generator())
-    found = running.group_statistics(x, _rollout(x, advantages, mask), 4)
+    found = group_statistics(x, _rollout(x, advantages, mask), 4)
     group_weights, c = found.weights.view_as(mask), found.covariance.view_as(mask)
     batch_variance = c[mask].var(correction=0)
     assert (weights[~mask] == 0).all()
@@ -220,18 +221,17 @@ def test_the_authors_code_is_fed_a_group_at_a_time() -> None:
 
 
 def test_what_the_weights_keep_of_the_advantages() -> None:
+    def kept(data: Rollout) -> float:
+        found = group_statistics(data.old_logprobs, data, 4)
+        return statistics_metrics(found, data)["advantages/kept"]
+
     x, advantages, mask = tokens(2)
     data = _rollout(x, advantages, mask)
     weights = covariance_weights(x, advantages, mask, group_size=4)
     sizes = advantages.abs().unsqueeze(1).expand_as(mask)[mask]
     expected = (weights[mask] * sizes).sum() / sizes.sum()
-    assert running.statistics_metrics(running.group_statistics(data.old_logprobs, data, 4), data)[
-        "advantages/kept"
-    ] == pytest.approx(expected.item(), rel=1e-12)
-    data = _rollout(x, torch.zeros_like(advantages), mask)
-    assert (
-        running.statistics_metrics(running.group_statistics(data.old_logprobs, data, 4), data)["advantages/kept"] == 1.0
-    )
+    assert kept(data) == pytest.approx(expected.item(), rel=1e-12)
+    assert kept(_rollout(x, torch.zeros_like(advantages), mask)) == 1.0
 
 
 def test_each_ablation_changes_one_reading() -> None:
@@ -394,7 +394,7 @@ MINIATURE = ["--miniature", "--tasks", "arithmetic", "--arms", "grpo", "cw_grpo"
 
 
 def command(out: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "covgrpo_kernels", "study", "--out", str(out), *arguments]
+    return [sys.executable, "-m", "research", "study", "--out", str(out), *arguments]
 
 
 def lines_but_for_seconds(out: Path) -> dict[str, list[dict[str, Any]]]:
@@ -599,9 +599,8 @@ def test_a_summary_says_what_the_run_did(started: Path) -> None:
 def test_the_committed_report_is_made_from_the_committed_numbers() -> None:
     """No sentence of it is written by hand; docs/method.md says the same of what holds, and
     has no number of two decimals or more that is not there."""
-    results = ROOT / "bench" / "results"
-    summaries = read_summaries(results / "study.json")
-    report = (results / "study.md").read_text()
+    summaries = read_summaries(RESULTS / "study.json")
+    report = (RESULTS / "study.md").read_text()
     assert report == document(summaries)
     section = (ROOT / "docs" / "method.md").read_text().split("## What the study showed")[1]
     assert "\n".join(in_short(Study(summaries))) in section

@@ -20,12 +20,13 @@ from covgrpo_kernels import covgrpo_loss, reference
 from covgrpo_kernels.grpo.policy import Policy, new_policy
 from covgrpo_kernels.grpo.rollout import sample
 from covgrpo_kernels.grpo.train import Rollout
-from covgrpo_kernels.study import entropy_law
-from covgrpo_kernels.study.entropy_law import States, entropy, first_order, gradients, interval, measure_step
+from research import RESULTS
+from research.entropy_law import law as entropy_law
+from research.entropy_law.law import States, entropy, first_order, gradients, interval, measure_step
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PLAN = entropy_law.plan(0, quick=True)
 STEPS = (1e-4, 1e-3)
 GROUP, TEMPERATURE = 4, PLAN.policy.temperature
@@ -268,8 +269,8 @@ def test_sentences_follow_the_numbers(quick: tuple[dict, Path]) -> None:
 
 def test_document_says_what_was_measured() -> None:
     """None of its figures is typed by hand, and the statistics are those of the batches."""
-    folder, document = ROOT / "bench" / "results", ROOT / "docs" / "method.md"
-    results = json.loads((folder / "entropy_law.json").read_text())
+    document = ROOT / "docs" / "method.md"
+    results = json.loads((RESULTS / "entropy_law.json").read_text())
     again = entropy_law.statistics(results["stages"])
     for kind, rows in results["statistics"].items():
         for row, expected in zip(rows, again[kind], strict=True):
@@ -277,5 +278,5 @@ def test_document_says_what_was_measured() -> None:
                 assert row[name] == (pytest.approx(value, rel=1e-4, abs=1e-9) if isinstance(value, list) else value)
     text = document.read_text()
     assert entropy_law.updated(text, entropy_law.findings(results)) == text
-    assert (folder / "entropy_law.png").exists()
-    assert "../bench/results/entropy_law.png" in text
+    assert (RESULTS / "entropy_law.png").exists()
+    assert "../research/results/entropy_law.png" in text
