@@ -59,7 +59,7 @@ def _recipe(file: str, overrides: list[str], dry_run: bool) -> None:
 
 
 def _entropy_law(**options: Any) -> None:
-    from .entropy_law.law import command
+    from .entropy_law.run import command
 
     command(**options)
 

@@ -10,7 +10,7 @@ import torch
 
 from covgrpo_kernels.grpo.checkpoint import write_atomically
 
-from ..entropy_law import law as entropy_law
+from ..entropy_law import run as entropy_law
 from .arms import (
     ABLATIONS,
     ALL_ARMS,

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -53,14 +52,6 @@ from research.study.summary import Summaries, read_summaries, summary
 F64 = torch.float64
 ROOT = Path(__file__).parents[2]
 NOISE = [-1.0, -0.6, -0.3, -0.1, 0.1, 0.3, 0.6, 1.0]  # of eight seeds
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- statistics --------------------------------------------------------------------------------------------
