@@ -32,6 +32,7 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+NOT_INSTALLED = {"bench", "research", "tests"}
 OPTIONAL = ("triton", "transformers", "trl", "liger_kernel", "matplotlib", "rich", "accelerate", "datasets")
 
 
@@ -93,6 +94,15 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> Non
     package = ROOT / "covgrpo_kernels"
     sources = {path.relative_to(ROOT).as_posix() for path in package.rglob("*.py")}
     assert packed == sources | {"covgrpo_kernels/py.typed"}
+    assert not {part for name in packed for part in Path(name).parts} & {"study", "recipe", *NOT_INSTALLED}
+
+
+def test_package_imports_nothing_that_is_not_installed() -> None:
+    for path in (ROOT / "covgrpo_kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            assert not {name.split(".")[0] for name in names} & NOT_INSTALLED, path
 
 
 def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:

@@ -67,8 +67,9 @@ def plan(seed: int, quick: bool) -> Plan:
     if quick:
         # A guess: one answer in seven is right.
         policy = dataclasses.replace(
-            policy, layers=1, task="arithmetic", max_new_tokens=4, warm_start_steps=25, warm_start_lr=5e-3
-        )
+            policy, layers=1, task="arithmetic", prompts_per_step=6, max_new_tokens=4, warm_start_steps=25,
+            warm_start_lr=5e-3,
+        )  # fmt: skip
         return Plan(policy, (seed,), (0, 2), 6, {"SGD": (0.01,), "AdamW": (1e-4,)})
     return Plan(
         policy, (seed, seed + 1, seed + 2), (0, 40), 48, {"SGD": (0.001, 0.01, 0.1), "AdamW": (1e-5, 1e-4, 1e-3)}

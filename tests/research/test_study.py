@@ -29,7 +29,9 @@ from covgrpo_kernels.grpo.rollout import Batch
 from covgrpo_kernels.grpo.train import Rollout, TrainingError
 from covgrpo_kernels.testing import random_batch
 from research import RESULTS
+from research.__main__ import main
 from research.covariances import group_statistics, statistics_metrics
+from research.entropy_law import run as entropy_law
 from research.study import statistics as study_statistics
 from research.study.arms import (
     ABLATIONS,
@@ -380,39 +382,37 @@ def test_wrong_arguments(wrong: dict[str, Any], message: str, tmp_path: Path) ->
 
 # --- the command -------------------------------------------------------------------------------------------
 
-LAW = ["entropy_law.json", "entropy_law.png"]
-MINIATURE = ["--miniature", "--tasks", "arithmetic", "--arms", "grpo", "cw_grpo", "permuted", "mean_weight"]
+LAW = {"entropy_law.json": b"{}", "entropy_law.png": b"PNG"}
+CHOSEN = ("grpo", "cw_grpo", "permuted", "mean_weight")
+MINIATURE = ["--miniature", "--tasks", "arithmetic", "--arms", *CHOSEN]
 
 
-def command(out: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "research", "study", "--out", str(out), *arguments]
-
-
-def lines_but_for_seconds(out: Path) -> dict[str, list[dict[str, Any]]]:
-    files = sorted(out.glob("*/*.jsonl"))
-    rows = {str(path.relative_to(out)): [json.loads(line) for line in path.read_text().splitlines()] for path in files}
-    for file in rows.values():
-        del file[-1]["seconds"]
+def lines_but_for_seconds(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    del rows[-1]["seconds"]
     return rows
 
 
 @pytest.mark.slow
-def test_the_miniature_interrupted_killed_and_resumed(tmp_path: Path) -> None:
+def test_the_miniature_interrupted_killed_and_resumed(
+    started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An interrupt and a kill take the workers with them and leave whole files; the same command goes on, and all is as
     if never interrupted. Then the report, again from study.json alone."""
-    killed, whole, errors = tmp_path / "killed", tmp_path / "whole", tmp_path / "errors"
+    out, results, errors = tmp_path / "out", tmp_path / "results", tmp_path / "errors"
+    command = ["study", "--out", str(out), *MINIATURE]
     deadline, there = time.monotonic() + 240, {}
     for stop in (signal.SIGINT, signal.SIGKILL):
         with errors.open("wb") as file:
             process = subprocess.Popen(
-                command(killed, *MINIATURE, "--workers", "1"),
+                [sys.executable, "-m", "research", *command, "--workers", "1"],
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
                 # Even where tests ignore it, as in the background of a shell.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
-        while len(list(killed.glob("*/*.jsonl"))) == len(there):
+        while len(list(out.glob("*/*.jsonl"))) == len(there):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -428,33 +428,40 @@ def test_the_miniature_interrupted_killed_and_resumed(tmp_path: Path) -> None:
             assert time.monotonic() < gone
             time.sleep(0.05)
         assert {path: path.stat().st_mtime_ns for path in there} == there
-        there = {path: path.stat().st_mtime_ns for path in killed.glob("*/*.jsonl")}
+        there = {path: path.stat().st_mtime_ns for path in out.glob("*/*.jsonl")}
     assert len(there) < 8
-    assert not (killed / "study.json").exists()
+    assert not (out / "study.json").exists()
 
-    for out, arguments in ((killed, []), (whole, ["--results", str(tmp_path / "results")])):
-        if out is whole:  # the entropy law once only
-            whole.mkdir()
-            for name in LAW:
-                (killed / name).rename(whole / name)
-        result = subprocess.run(command(out, *MINIATURE, *arguments), capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+    laws: list[bool] = []
+
+    def law(folder: Path, seed: int = 0, quick: bool = False) -> None:  # test_entropy_law.py has the real one
+        laws.append(quick)
+        for name, content in LAW.items():
+            (folder / name).write_bytes(content)
+
+    monkeypatch.setattr(entropy_law, "run", law)
+    for _ in range(2):  # the second time there is nothing to be done but the report
+        assert main([*command, "--results", str(results)]) == 0
+    assert laws == [True]
     assert {path: path.stat().st_mtime_ns for path in there} == there
-    assert len(lines_but_for_seconds(whole)) == 8
-    assert lines_but_for_seconds(killed) == lines_but_for_seconds(whole)
+    files = sorted(out.glob("*/*.jsonl"))
+    assert len(files) == 8
+    for path in files:
+        arm, seed = path.stem.split("-")
+        whole = spec(started, arm, int(seed))
+        steps_of(whole)
+        assert lines_but_for_seconds(path) == lines_but_for_seconds(whole.path)
 
-    assert {path.name for path in whole.iterdir()} == {"arithmetic", *LAW}
-    results = tmp_path / "results"
+    assert {path.name for path in out.iterdir()} == {"arithmetic", *LAW}
     assert {path.name for path in results.iterdir()} == {
         *("study.json", "study.md", "study_curves.png", "study_differences.png", *LAW),
     }
-    for name in LAW:
-        assert (results / name).read_bytes() == (whole / name).read_bytes()
+    for name, content in LAW.items():
+        assert (results / name).read_bytes() == content
     report = (results / "study.md").read_text()
     assert "## Is it the covariance?" in report
     (results / "study.md").unlink()
-    again = subprocess.run(command(results, "--report-only"), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    assert main(["study", "--out", str(results), "--report-only"]) == 0
     assert (results / "study.md").read_text() == report
 
 
@@ -464,13 +471,6 @@ def _alive(session: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def test_a_report_of_nothing(tmp_path: Path) -> None:
-    result = subprocess.run(command(tmp_path, "--report-only"), capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "study.json" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
 
 
 # --- the report --------------------------------------------------------------------------------------------

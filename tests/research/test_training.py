@@ -137,18 +137,12 @@ def test_one_seed_is_refused(monkeypatch):
 
 
 def test_smoke(tmp_path, monkeypatch, capsys):
-    results = tmp_path / "results"
-    monkeypatch.setattr(training, "RESULTS", results)
-    training.run(smoke=True)
-    assert not results.exists()
+    """All that a run does, at toy sizes; and that it writes nothing unless it is told where."""
+    training.run(smoke=True, out=tmp_path)
     output = capsys.readouterr().out
     for tolerance in ("auto", "10x auto"):
         assert f"{tolerance} (grad_tol=" in output
     assert all(f"{phase}: {what}" in output for phase, what in training.PHASES.items())
-
-
-def test_results(tmp_path, capsys):
-    training.run(smoke=True, out=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["training.json", "training.png"]
     made = json.loads((tmp_path / "training.json").read_text())
     assert set(made["distinguishable"]) == {"auto", "10x auto"}
@@ -162,3 +156,12 @@ def test_results(tmp_path, capsys):
             assert len(steps) == 1
             assert all(wanted <= set(run) for run in runs.values())
             assert not any(runs["exact"]["weights"])
+
+    written = []
+    monkeypatch.setattr(training, "measure", lambda *arguments: made)
+    monkeypatch.setattr(training, "write_json", lambda path, report: written.append(path))
+    monkeypatch.setattr(training, "save_plot", lambda report, path: written.append(path))
+    training.run(smoke=True)
+    assert written == []
+    training.run()
+    assert written == [training.RESULTS / "training.json", training.RESULTS / "training.png"]
