@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from ..grpo.checkpoint import write_atomically
-from . import entropy_law
+from covgrpo_kernels.grpo.checkpoint import write_atomically
+
+from ..entropy_law import run as entropy_law
 from .arms import (
     ABLATIONS,
     ALL_ARMS,

@@ -1,4 +1,4 @@
-"""`covgrpo study`: does CW-GRPO do what its paper says (arXiv 2605.11538)?
+"""`python -m research study`: does CW-GRPO do what its paper says (arXiv 2605.11538)?
 
 study.py       which runs, then the runs, then the report; start reading here
 arms.py        what is compared: tasks, methods, controls, readings of the paper
@@ -7,5 +7,4 @@ summary.py     from the runs to study.json
 statistics.py  pass@k, tails of the covariance, differences with intervals
 report.py      from study.json to the sentences and tables of the report
 figures.py     and to its pictures
-entropy_law.py the law that the paper starts from, measured
 """

@@ -19,18 +19,15 @@ from statistics import mean
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.utils import logging
 
-from ..config import CovarianceWeighting
-from ..grpo.checkpoint import write_atomically
-from ..grpo.config import TrainConfig
-from ..grpo.policy import Policy, load_policy
-from ..grpo.progress import ProgressBar
-from ..grpo.rollout import sample
-from ..grpo.tasks import Problem, Task
-from ..grpo.train import (
-    Rollout,
+from covgrpo_kernels.grpo.checkpoint import write_atomically
+from covgrpo_kernels.grpo.config import TrainConfig
+from covgrpo_kernels.grpo.policy import Policy, load_policy
+from covgrpo_kernels.grpo.progress import ProgressBar
+from covgrpo_kernels.grpo.rollout import sample
+from covgrpo_kernels.grpo.tasks import Problem, Task
+from covgrpo_kernels.grpo.train import (
     TrainingError,
     claim_folder,
     make_task,
@@ -40,10 +37,8 @@ from ..grpo.train import (
     starting_policy,
     update,
 )
-from ..layout import flatten_tokens
-from ..objective import weighting_metrics
-from ..tiles.interface import GroupWeights
-from ..weighting import group_weights
+
+from ..covariances import group_statistics, statistics_metrics, weight_metrics
 from .arms import ALL_ARMS, Evaluation
 from .statistics import pass_at_k, tail_means
 
@@ -152,8 +147,7 @@ def perform(spec: RunSpec) -> None:
             data = dataclasses.replace(data, advantages=data.advantages.unsqueeze(1) * weights)
         updated = update(step, data, policy, optimizer, config, generator, arm.loss)
         if weights is not None:  # the loss does not know of them
-            values = weighting_metrics(weights.flatten(), found.covariance, valid)
-            updated |= {name: value.item() for name, value in values.items()}
+            updated |= weight_metrics(weights, found, data)
         metrics = updated | metrics
         if step % spec.evaluation.every == 0 or step == config.steps:
             metrics |= evaluate(policy, held_out, config, spec.evaluation.samples)
@@ -165,27 +159,6 @@ def perform(spec: RunSpec) -> None:
 
 def _generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(63))
-
-
-def group_statistics(x: Tensor, data: Rollout, group_size: int) -> GroupWeights:  # [B, T]
-    """CW-GRPO's covariances and weights [N] of log-probs of the rollout's tokens, whatever an arm does with them."""
-    valid = data.batch.mask.flatten()
-    tokens = flatten_tokens(
-        x, data.advantages, valid, dtype=x.dtype, group_ids=None, group_size=group_size, sequence_ids=None
-    )
-    return group_weights(x.flatten().where(valid, 0), tokens, CovarianceWeighting())[0]
-
-
-def statistics_metrics(found: GroupWeights, data: Rollout) -> dict[str, float]:
-    """How far covariances spread, and what CW-GRPO's weights leave of the size of the advantages: sum |W A| / sum |A|,
-    1 where there are none."""
-    valid = data.batch.mask.flatten()
-    sizes = data.advantages.double().abs().unsqueeze(1).expand_as(data.batch.mask).flatten().where(valid, 0)
-    total = sizes.sum().item()
-    return {
-        "covariance/std": found.covariance[valid].std(correction=0).item(),
-        "advantages/kept": (found.weights * sizes).sum().item() / total if total else 1.0,
-    }
 
 
 def held_out_problems(task: Task, count: int) -> list[Problem]:

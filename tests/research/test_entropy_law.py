@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,23 +19,19 @@ from covgrpo_kernels import covgrpo_loss, reference
 from covgrpo_kernels.grpo.policy import Policy, new_policy
 from covgrpo_kernels.grpo.rollout import sample
 from covgrpo_kernels.grpo.train import Rollout
-from covgrpo_kernels.study import entropy_law
-from covgrpo_kernels.study.entropy_law import States, entropy, first_order, gradients, interval, measure_step
+from research import RESULTS
+from research.entropy_law import law
+from research.entropy_law.law import States, entropy, first_order, gradients, measure_step
+from research.entropy_law.report import findings, updated
+from research.entropy_law.run import run
+from research.entropy_law.statistics import agreement, correlation, interval, slope, statistics
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps
-ROOT = Path(__file__).parent.parent
-PLAN = entropy_law.plan(0, quick=True)
+ROOT = Path(__file__).parents[2]
+PLAN = law.plan(0, quick=True)
 STEPS = (1e-4, 1e-3)
 GROUP, TEMPERATURE = 4, PLAN.policy.temperature
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +71,9 @@ def test_error_of_the_law_falls_with_the_square_of_the_step() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, advantages = torch.randn(50, 33, generator=generator, dtype=F64), torch.randn(50, generator=generator)
     responses = torch.randint(33, (50,), generator=generator)
-    law = entropy_law.logit_law(logits, advantages.double(), responses, generator)
-    assert list(law["laws"]) == ["natural gradient", "gradient", "gradient of a sampled token"]
-    for found in law["laws"].values():
+    laws = law.logit_law(logits, advantages.double(), responses, generator)["laws"]
+    assert list(laws) == ["natural gradient", "gradient", "gradient of a sampled token"]
+    for found in laws.values():
         assert found["slope"] == pytest.approx(2, abs=0.05)
         assert found["error"][0] < 0.01 * found["change"][0]
 
@@ -88,8 +83,8 @@ def test_error_of_the_law_falls_with_the_square_of_the_step() -> None:
 
 def test_covariance_is_that_of_the_weights(policy: Policy, data: Rollout) -> None:
     """The weights of the reference are a softmax of the covariance measured here."""
-    logits = entropy_law.response_logits(policy, data.batch, TEMPERATURE).detach()
-    tokens = entropy_law.tokens_of(data, logits, GROUP)
+    logits = law.response_logits(policy, data.batch, TEMPERATURE).detach()
+    tokens = law.tokens_of(data, logits, GROUP)
     mask = data.batch.mask
     x = torch.zeros(mask.shape, dtype=F64).masked_scatter(mask, tokens.x)
     weights = reference.covariance_weights(x, data.advantages, mask, group_size=GROUP)[mask]
@@ -111,10 +106,10 @@ def test_covariance_is_that_of_the_weights(policy: Policy, data: Rollout) -> Non
 
 def test_predictions_are_the_laws(policy: Policy, data: Rollout) -> None:
     """Covariances within and between states add up, and all is negated: what raises the covariance lowers entropy."""
-    logits = entropy_law.response_logits(policy, data.batch, TEMPERATURE).detach()
-    tokens = entropy_law.tokens_of(data, logits, GROUP)
+    logits = law.response_logits(policy, data.batch, TEMPERATURE).detach()
+    tokens = law.tokens_of(data, logits, GROUP)
     responses = data.batch.responses[data.batch.mask]
-    found = entropy_law.predictions(tokens, logits, responses)
+    found = law.predictions(tokens, logits, responses)
     assert found["covariance"] == pytest.approx(-tokens.covariance.mean().item(), rel=1e-12)
     parts = found["covariance within states"] + found["covariance between states"]
     assert parts == pytest.approx(found["covariance"], rel=1e-10)
@@ -133,17 +128,17 @@ def test_covariance_within_a_state_is_estimated_without_bias() -> None:
     x = z[responses]
     for baseline in (A[responses].mean(), 3.0):
         dA = A[responses] - baseline
-        tokens = entropy_law.Tokens(x, entropy(z).expand(16), (x - x.mean()) * dA, dA, A[responses])
-        found = entropy_law.predictions(tokens, z.expand(16, 4), responses)
+        tokens = law.Tokens(x, entropy(z).expand(16), (x - x.mean()) * dA, dA, A[responses])
+        found = law.predictions(tokens, z.expand(16, 4), responses)
         assert found["covariance within states"] == pytest.approx(first_order(z, A).item(), rel=1e-12)
         assert found["covariance between states"] == pytest.approx(0, abs=1e-15)  # there is only one
 
 
 def test_updates_of_the_parts_add_up(policy: Policy, data: Rollout) -> None:
     """Of the tokens with the highest and lowest covariance and those between, the gradients make that of all."""
-    logits = entropy_law.response_logits(policy, data.batch, TEMPERATURE).detach()
-    c = entropy_law.tokens_of(data, logits, GROUP).covariance
-    parts = entropy_law.parts(c)
+    logits = law.response_logits(policy, data.batch, TEMPERATURE).detach()
+    c = law.tokens_of(data, logits, GROUP).covariance
+    parts = law.parts(c)
     assert (parts["top"] + parts["middle"] + parts["bottom"] == parts["all"]).all()
     assert parts["all"].all()
     assert parts["top"].sum() == pytest.approx(0.2 * len(c), abs=1)
@@ -192,18 +187,18 @@ def test_intervals() -> None:
     assert value == pytest.approx(x.mean().item())
     assert (value - low, high - value) == pytest.approx((width, width), rel=0.1)
     line = (1 - 3 * x).tolist()
-    assert interval(entropy_law.correlation, x.tolist(), line) == pytest.approx([-1, -1, -1])
-    assert interval(entropy_law.slope, x.tolist(), line) == pytest.approx([-3, -3, -3])
-    assert interval(entropy_law.agreement, x.tolist(), (-x).tolist()) == [0, 0, 0]
+    assert interval(correlation, x.tolist(), line) == pytest.approx([-1, -1, -1])
+    assert interval(slope, x.tolist(), line) == pytest.approx([-3, -3, -3])
+    assert interval(agreement, x.tolist(), (-x).tolist()) == [0, 0, 0]
     noise = torch.randn(200, generator=torch.Generator().manual_seed(1), dtype=F64)
-    _, low, high = interval(entropy_law.correlation, x.tolist(), noise.tolist())
+    _, low, high = interval(correlation, x.tolist(), noise.tolist())
     assert low < 0 < high
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     out = tmp_path_factory.mktemp("law")
-    return entropy_law.run(out, quick=True), out
+    return run(out, quick=True), out
 
 
 def test_quick_run(quick: tuple[dict, Path]) -> None:
@@ -211,7 +206,7 @@ def test_quick_run(quick: tuple[dict, Path]) -> None:
     assert json.loads((out / "entropy_law.json").read_text()) == results
     assert (out / "entropy_law.png").read_bytes().startswith(b"\x89PNG")
     assert [(stage["seed"], stage["grpo_steps"]) for stage in results["stages"]] == [(0, 0), (0, 2)]
-    text = entropy_law.findings(results)
+    text = findings(results)
     assert "nan" not in text
     assert text.count("#### After") == 2
     for stage in results["stages"]:
@@ -229,18 +224,18 @@ def test_sentences_follow_the_numbers(quick: tuple[dict, Path]) -> None:
         assert rows
         for row in rows:
             row[name] = found
-        return entropy_law.findings(results)
+        return findings(results)
 
-    law = dict(law="covariance", states="fresh")
+    fresh = dict(law="covariance", states="fresh")
     for found, words in (
         ([0.5, 0.2, 0.8], "the covariance predicts how the entropy of fresh"),
         ([0.1, -0.2, 0.3], "the covariance does not predict how the entropy of fresh"),
         ([-0.5, -0.8, -0.2], "the covariance predicts the opposite of how the entropy of fresh"),
     ):
-        assert text("laws", "correlation", found, **law).count(words) == 2
+        assert text("laws", "correlation", found, **fresh).count(words) == 2
         cases = 4 if found[1] > 0 else 0
         assert f"for own states and in {cases} for fresh ones; the gradient" in text(
-            "laws", "correlation", found, **law
+            "laws", "correlation", found, **fresh
         )
     for found, words in (
         ([-1e-3, -2e-3, -1e-4], "own states is lower than after GRPO's (-1.00 [-2.00, -0.10] thousandths"),
@@ -260,7 +255,7 @@ def test_sentences_follow_the_numbers(quick: tuple[dict, Path]) -> None:
         results = copy.deepcopy(quick[0])
         for row in results["statistics"]["updates"]:
             row["change"] = {"top": top, "bottom": bottom}.get(row["update"], row["change"])
-        assert entropy_law.findings(results).count(words) == 2
+        assert findings(results).count(words) == 2
 
 
 # --------------------------------------------------------------------------------------------- what is committed
@@ -268,14 +263,14 @@ def test_sentences_follow_the_numbers(quick: tuple[dict, Path]) -> None:
 
 def test_document_says_what_was_measured() -> None:
     """None of its figures is typed by hand, and the statistics are those of the batches."""
-    folder, document = ROOT / "bench" / "results", ROOT / "docs" / "method.md"
-    results = json.loads((folder / "entropy_law.json").read_text())
-    again = entropy_law.statistics(results["stages"])
+    document = ROOT / "docs" / "method.md"
+    results = json.loads((RESULTS / "entropy_law.json").read_text())
+    again = statistics(results["stages"])
     for kind, rows in results["statistics"].items():
         for row, expected in zip(rows, again[kind], strict=True):
             for name, value in expected.items():
                 assert row[name] == (pytest.approx(value, rel=1e-4, abs=1e-9) if isinstance(value, list) else value)
     text = document.read_text()
-    assert entropy_law.updated(text, entropy_law.findings(results)) == text
-    assert (folder / "entropy_law.png").exists()
-    assert "../bench/results/entropy_law.png" in text
+    assert updated(text, findings(results)) == text
+    assert (RESULTS / "entropy_law.png").exists()
+    assert "../research/results/entropy_law.png" in text

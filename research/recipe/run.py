@@ -10,7 +10,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ..grpo.checkpoint import write_atomically
+from covgrpo_kernels.grpo.checkpoint import write_atomically
+
 from .config import Recipe, load_recipe
 from .data import load_problems
 from .evaluate import evaluate

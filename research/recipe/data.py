@@ -9,7 +9,8 @@ from typing import Any
 
 from datasets import Dataset, load_dataset, load_from_disk
 
-from ..grpo.checkpoint import write_atomically
+from covgrpo_kernels.grpo.checkpoint import write_atomically
+
 from .config import Problems, TrainingData
 from .rewards import as_solution
 

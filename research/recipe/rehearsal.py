@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..grpo.checkpoint import save_folder_atomically
+from covgrpo_kernels.grpo.checkpoint import save_folder_atomically
+
 from .config import Problems, Recipe
 from .data import write_lines
 

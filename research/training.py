@@ -1,12 +1,9 @@
 """Whether training notices what the backward leaves out: the same runs with `grad_tol` exact, auto and ten times auto,
 and exact ones that differ by rounding alone, which say how far apart runs are that nobody would tell apart.
-
-Needs what `covgrpo train` needs: the package's extra `grpo`.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import dataclasses
@@ -33,12 +30,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from bench.measure import environment, write_json
 from covgrpo_kernels import linear_logprob, tiles
 from covgrpo_kernels.backward_plan import resolve_grad_tol
-from covgrpo_kernels.study.summary import six_digits
 
-from .measure import environment, write_json
-from .report import RESULTS
+from . import RESULTS
+from .study.summary import six_digits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -173,7 +170,7 @@ def make_corpus(sizes: Sizes) -> Corpus:
     )  # fmt: skip
     bpe.train_from_iterator(texts, trainer)
     if bpe.get_vocab_size() != sizes.vocab:
-        sys.exit(f"{stdlib} has text for a vocabulary of {bpe.get_vocab_size()} only, {sizes.vocab} are needed")
+        raise ValueError(f"{stdlib} has text for a vocabulary of {bpe.get_vocab_size()} only, {sizes.vocab} are needed")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
     half = len(texts) // 2
     return Corpus(
@@ -482,27 +479,30 @@ def verdicts(comparisons: dict[str, list[Comparison]]) -> dict[str, bool]:
 # ------------------------------------------------------------------------------------------------------------- output
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=45, help="of pretraining, in each of its two phases")
-    parser.add_argument("--seeds", type=int, default=4, help="2 at least; each on a core of its own")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes; nothing is written unless --out is given")
-    parser.add_argument("--out", type=Path, help=f"folder; default: {RESULTS.parent.name}/{RESULTS.name}")
-    parser.set_defaults(run=run)
+def run(*, steps: int = 45, seeds: int = 4, smoke: bool = False, out: Path | None = None) -> None:
+    """Trains, prints what was found, and writes training.json and training.png.
 
+    Args:
+        steps: of pretraining, in each of its two phases.
+        seeds: as many; each on a core of its own.
+        smoke: toy sizes, to see that all works; `steps` and `seeds` are then 2, and nothing is written without `out`.
+        out: folder of the results; None: `RESULTS`.
 
-def run(arguments: argparse.Namespace) -> None:
-    if arguments.seeds < 2:
-        sys.exit("--seeds must be 2 or more: what differs between seeds is part of the verdict")
+    Raises:
+        ValueError: fewer than two seeds.
+    """
+    if seeds < 2:
+        raise ValueError(f"seeds must be >= 2, got {seeds}: what differs between seeds is part of the verdict")
     console = Console(width=None if sys.stdout.isatty() else 160)
     start = time.monotonic()
-    sizes, steps, seeds = (TOY, 2, 2) if arguments.smoke else (Sizes(), arguments.steps, arguments.seeds)
+    sizes, steps, seeds = (TOY, 2, 2) if smoke else (Sizes(), steps, seeds)
     # Products this small gain little from a second thread, and lose much where cores are shared: seeds share them.
     torch.set_num_threads(1)
-    processes = 1 if arguments.smoke else min(seeds, os.cpu_count() or 1)
+    processes = 1 if smoke else min(seeds, os.cpu_count() or 1)
     report = measure(sizes, steps, range(seeds), variants(), processes)
     report["seconds"] = time.monotonic() - start
     show(console, report)
-    out = arguments.out or (None if arguments.smoke else RESULTS)
+    out = out or (None if smoke else RESULTS)
     if out is not None:
         write_json(out / "training.json", report | dict(phases=six_digits(report["phases"])))
         save_plot(report, out / "training.png")

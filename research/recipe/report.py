@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from ..grpo.checkpoint import write_atomically
+from covgrpo_kernels.grpo.checkpoint import write_atomically
+
 from .config import Recipe
 from .data import read_lines
 from .evaluate import score, standard_error

@@ -9,7 +9,8 @@ from statistics import fmean
 
 import torch
 
-from ..grpo.checkpoint import write_atomically
+from covgrpo_kernels.grpo.checkpoint import write_atomically
+
 from .arms import ABLATIONS, ALL_ARMS, ARMS
 from .statistics import TAILS, Difference, difference
 from .summary import POINTS, Line, Summaries
@@ -236,9 +237,9 @@ def weight_table(study: Study, task: str) -> list[str]:
 # --- the document -----------------------------------------------------------------------------------------
 
 INTRODUCTION = """\
-Made by `covgrpo study` from `study.json`; nothing here is written by hand. The paper is arXiv 2605.11538. All this is
-of a policy with some 0.1 million parameters on generated problems: it can show what the weights do to a policy
-gradient, not what they do for a language model of billions."""
+Made by `python -m research study` from `study.json`; nothing here is written by hand. The paper is arXiv 2605.11538.
+All this is of a policy with some 0.1 million parameters on generated problems: it can show what the weights do to a
+policy gradient, not what they do for a language model of billions."""
 
 VERDICTS = """\
 *Holds*, *the opposite is seen*: the 95% interval of the paired difference leaves out zero, with all {comparisons}

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import CovarianceWeighting, CovGRPOConfig, covariance_weights
-from ..grpo.config import TrainConfig
+from covgrpo_kernels import CovarianceWeighting, CovGRPOConfig, covariance_weights
+from covgrpo_kernels.grpo.config import TrainConfig
 
 
 @dataclass(frozen=True)

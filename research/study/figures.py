@@ -11,7 +11,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..grpo.checkpoint import write_atomically
+from covgrpo_kernels.grpo.checkpoint import write_atomically
+
 from .arms import ABLATIONS, ALL_ARMS, ARMS
 from .report import MEASURES, Study
 from .summary import Summaries

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from trl import GRPOConfig
 
-from ..config import CovarianceWeighting
+from covgrpo_kernels.config import CovarianceWeighting
+
 from .rewards import REWARDS
 
 # Keywords of GRPOConfig that other sections give, and which.

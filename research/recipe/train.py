@@ -9,8 +9,9 @@ import torch
 from accelerate import PartialState
 from trl import GRPOConfig
 
-from ..grpo.checkpoint import save_folder_atomically
-from ..integrations.trl import CovGRPOTrainer
+from covgrpo_kernels.grpo.checkpoint import save_folder_atomically
+from covgrpo_kernels.integrations.trl import CovGRPOTrainer
+
 from .config import Recipe
 from .data import training_prompts, write_lines
 from .rewards import REWARDS

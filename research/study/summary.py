@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import fmean, pvariance
 from typing import Any
 
-from ..grpo.checkpoint import write_atomically
+from covgrpo_kernels.grpo.checkpoint import write_atomically
+
 from .run import Results, RunSpec, read_run
 
 POINTS = 25  # of a curve

@@ -20,17 +20,18 @@ from processes import processes  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from trl.rewards import accuracy_reward  # noqa: E402
 
-from covgrpo_kernels import CovarianceWeighting, cli  # noqa: E402
-from covgrpo_kernels.recipe import evaluate, rehearsal  # noqa: E402
-from covgrpo_kernels.recipe.config import Benchmark, Evaluation, Problems, TrainingData, load_recipe  # noqa: E402
-from covgrpo_kernels.recipe.data import load_problems, training_prompts  # noqa: E402
-from covgrpo_kernels.recipe.rewards import as_solution, format_reward  # noqa: E402
-from covgrpo_kernels.recipe.run import run  # noqa: E402
-from covgrpo_kernels.recipe.train import _last_checkpoint  # noqa: E402
+from covgrpo_kernels import CovarianceWeighting  # noqa: E402
+from research.__main__ import main  # noqa: E402
+from research.recipe import evaluate, rehearsal  # noqa: E402
+from research.recipe.config import Benchmark, Evaluation, Problems, TrainingData, load_recipe  # noqa: E402
+from research.recipe.data import load_problems, training_prompts  # noqa: E402
+from research.recipe.rewards import as_solution, format_reward  # noqa: E402
+from research.recipe.run import run  # noqa: E402
+from research.recipe.train import _last_checkpoint  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-SMALL = ROOT / "recipes" / "open_rs_1.5b.yaml"
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "research" / "recipes").glob("*.yaml"))
+SMALL = ROOT / "research" / "recipes" / "open_rs_1.5b.yaml"
 
 
 # --- the dry run -------------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ def check_run(out: Path, recipe: Path) -> None:
 
 def test_dry_run_by_command_and_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["recipe", str(SMALL), "--dry-run", "--set", f"trainer.output_dir={tmp_path / 'run'}"]
-    assert cli.main(command) == 0
+    assert main(command) == 0
     out = tmp_path / "run-dry-run"
     assert str(out / "report.md") in capfd.readouterr().out
     check_run(out, SMALL)
@@ -81,7 +82,7 @@ def test_dry_run_by_command_and_again(tmp_path: Path, capfd: pytest.CaptureFixtu
     for file in lost:
         kept.pop(file, None)
         file.unlink()
-    assert cli.main(command) == 0
+    assert main(command) == 0
     assert [file.read_bytes() for file in lost] == texts
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
 
@@ -90,7 +91,7 @@ def test_dry_run_by_command_and_again(tmp_path: Path, capfd: pytest.CaptureFixtu
     first = (out / "checkpoint-1" / "trainer_state.json").stat().st_mtime_ns
     weights = (out / "model" / "model.safetensors").read_bytes()
     shutil.rmtree(out / "model")
-    assert cli.main(command) == 0
+    assert main(command) == 0
     assert (out / "checkpoint-1" / "trainer_state.json").stat().st_mtime_ns == first
     assert (out / "model" / "model.safetensors").read_bytes() == weights
     assert [json.loads(line)["step"] for line in (out / "training.jsonl").read_text().splitlines()] == [1, 2, 2]
@@ -103,10 +104,10 @@ def test_dry_run_by_command_and_again(tmp_path: Path, capfd: pytest.CaptureFixtu
     texts = [file.read_bytes() for file in lost]
     for file in lost:
         file.unlink()
-    assert cli.main(command) == 0
+    assert main(command) == 0
     assert [file.read_bytes() == text for file, text in zip(lost, texts, strict=True)] == [True, False]
 
-    assert cli.main([*command, "--set", "trainer.seed=1"]) == 2
+    assert main([*command, "--set", "trainer.seed=1"]) == 2
     assert "holds a run with another trainer" in capfd.readouterr().err
 
 
@@ -115,7 +116,7 @@ def run_dry(recipe: str, out: str) -> str:
 
 
 def test_dry_run_in_two_processes(tmp_path: Path) -> None:
-    recipe = ROOT / "recipes" / "open_rs_7b.yaml"
+    recipe = ROOT / "research" / "recipes" / "open_rs_7b.yaml"
     out = tmp_path / "run-dry-run"
     assert processes(2).run(run_dry, str(recipe), str(tmp_path / "run")) == [str(out / "report.md")] * 2
     check_run(out, recipe)
@@ -187,7 +188,7 @@ def test_wrong_key_is_named(override: str, message: str) -> None:
 
 
 def test_wrong_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["recipe", str(tmp_path / "none.yaml")]) == 2
+    assert main(["recipe", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml" in capsys.readouterr().err
     (tmp_path / "list.yaml").write_text("- model\n")
     with pytest.raises(TypeError, match="a recipe must be a mapping"):

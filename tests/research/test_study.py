@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,13 @@ pytest.importorskip("matplotlib")
 from covgrpo_kernels import CovarianceWeighting, CovGRPOConfig, covariance_weights, covgrpo_loss
 from covgrpo_kernels.grpo.rollout import Batch
 from covgrpo_kernels.grpo.train import Rollout, TrainingError
-from covgrpo_kernels.study import run as running
-from covgrpo_kernels.study import statistics as study_statistics
-from covgrpo_kernels.study.arms import (
+from covgrpo_kernels.testing import random_batch
+from research import RESULTS
+from research.__main__ import main
+from research.covariances import group_statistics, statistics_metrics
+from research.entropy_law import run as entropy_law
+from research.study import statistics as study_statistics
+from research.study.arms import (
     ABLATIONS,
     ALL_ARMS,
     ARMS,
@@ -42,24 +45,15 @@ from covgrpo_kernels.study.arms import (
     batch_bandwidth,
     permuted,
 )
-from covgrpo_kernels.study.report import CLAIMS, MEASURES, Study, document, in_short
-from covgrpo_kernels.study.run import RunSpec, make_start, perform, perform_all, read_run
-from covgrpo_kernels.study.statistics import TAILS, difference, pass_at_k, tail_means
-from covgrpo_kernels.study.study import all_runs, study
-from covgrpo_kernels.study.summary import Summaries, read_summaries, summary
-from covgrpo_kernels.testing import random_batch
+from research.study.report import CLAIMS, MEASURES, Study, document, in_short
+from research.study.run import RunSpec, make_start, perform, perform_all, read_run
+from research.study.statistics import TAILS, difference, pass_at_k, tail_means
+from research.study.study import all_runs, study
+from research.study.summary import Summaries, read_summaries, summary
 
 F64 = torch.float64
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOISE = [-1.0, -0.6, -0.3, -0.1, 0.1, 0.3, 0.6, 1.0]  # of eight seeds
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- statistics --------------------------------------------------------------------------------------------
@@ -179,7 +173,7 @@ def test_bandwidth_of_the_batch_with_means_of_the_group() -> None:
     x, advantages, mask = tokens(1)
     advantages[8:] *= 5  # a group with another variance
     weights = batch_bandwidth(x, advantages, mask, 4, torch.Generator())
-    found = running.group_statistics(x, _rollout(x, advantages, mask), 4)
+    found = group_statistics(x, _rollout(x, advantages, mask), 4)
     group_weights, c = found.weights.view_as(mask), found.covariance.view_as(mask)
     batch_variance = c[mask].var(correction=0)
     assert (weights[~mask] == 0).all()
@@ -220,18 +214,17 @@ def test_the_authors_code_is_fed_a_group_at_a_time() -> None:
 
 
 def test_what_the_weights_keep_of_the_advantages() -> None:
+    def kept(data: Rollout) -> float:
+        found = group_statistics(data.old_logprobs, data, 4)
+        return statistics_metrics(found, data)["advantages/kept"]
+
     x, advantages, mask = tokens(2)
     data = _rollout(x, advantages, mask)
     weights = covariance_weights(x, advantages, mask, group_size=4)
     sizes = advantages.abs().unsqueeze(1).expand_as(mask)[mask]
     expected = (weights[mask] * sizes).sum() / sizes.sum()
-    assert running.statistics_metrics(running.group_statistics(data.old_logprobs, data, 4), data)[
-        "advantages/kept"
-    ] == pytest.approx(expected.item(), rel=1e-12)
-    data = _rollout(x, torch.zeros_like(advantages), mask)
-    assert (
-        running.statistics_metrics(running.group_statistics(data.old_logprobs, data, 4), data)["advantages/kept"] == 1.0
-    )
+    assert kept(data) == pytest.approx(expected.item(), rel=1e-12)
+    assert kept(_rollout(x, torch.zeros_like(advantages), mask)) == 1.0
 
 
 def test_each_ablation_changes_one_reading() -> None:
@@ -389,39 +382,37 @@ def test_wrong_arguments(wrong: dict[str, Any], message: str, tmp_path: Path) ->
 
 # --- the command -------------------------------------------------------------------------------------------
 
-LAW = ["entropy_law.json", "entropy_law.png"]
-MINIATURE = ["--miniature", "--tasks", "arithmetic", "--arms", "grpo", "cw_grpo", "permuted", "mean_weight"]
+LAW = {"entropy_law.json": b"{}", "entropy_law.png": b"PNG"}
+CHOSEN = ("grpo", "cw_grpo", "permuted", "mean_weight")
+MINIATURE = ["--miniature", "--tasks", "arithmetic", "--arms", *CHOSEN]
 
 
-def command(out: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "covgrpo_kernels", "study", "--out", str(out), *arguments]
-
-
-def lines_but_for_seconds(out: Path) -> dict[str, list[dict[str, Any]]]:
-    files = sorted(out.glob("*/*.jsonl"))
-    rows = {str(path.relative_to(out)): [json.loads(line) for line in path.read_text().splitlines()] for path in files}
-    for file in rows.values():
-        del file[-1]["seconds"]
+def lines_but_for_seconds(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    del rows[-1]["seconds"]
     return rows
 
 
 @pytest.mark.slow
-def test_the_miniature_interrupted_killed_and_resumed(tmp_path: Path) -> None:
+def test_the_miniature_interrupted_killed_and_resumed(
+    started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An interrupt and a kill take the workers with them and leave whole files; the same command goes on, and all is as
     if never interrupted. Then the report, again from study.json alone."""
-    killed, whole, errors = tmp_path / "killed", tmp_path / "whole", tmp_path / "errors"
+    out, results, errors = tmp_path / "out", tmp_path / "results", tmp_path / "errors"
+    command = ["study", "--out", str(out), *MINIATURE]
     deadline, there = time.monotonic() + 240, {}
     for stop in (signal.SIGINT, signal.SIGKILL):
         with errors.open("wb") as file:
             process = subprocess.Popen(
-                command(killed, *MINIATURE, "--workers", "1"),
+                [sys.executable, "-m", "research", *command, "--workers", "1"],
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
                 # Even where tests ignore it, as in the background of a shell.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
-        while len(list(killed.glob("*/*.jsonl"))) == len(there):
+        while len(list(out.glob("*/*.jsonl"))) == len(there):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -437,33 +428,40 @@ def test_the_miniature_interrupted_killed_and_resumed(tmp_path: Path) -> None:
             assert time.monotonic() < gone
             time.sleep(0.05)
         assert {path: path.stat().st_mtime_ns for path in there} == there
-        there = {path: path.stat().st_mtime_ns for path in killed.glob("*/*.jsonl")}
+        there = {path: path.stat().st_mtime_ns for path in out.glob("*/*.jsonl")}
     assert len(there) < 8
-    assert not (killed / "study.json").exists()
+    assert not (out / "study.json").exists()
 
-    for out, arguments in ((killed, []), (whole, ["--results", str(tmp_path / "results")])):
-        if out is whole:  # the entropy law once only
-            whole.mkdir()
-            for name in LAW:
-                (killed / name).rename(whole / name)
-        result = subprocess.run(command(out, *MINIATURE, *arguments), capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+    laws: list[bool] = []
+
+    def law(folder: Path, seed: int = 0, quick: bool = False) -> None:  # test_entropy_law.py has the real one
+        laws.append(quick)
+        for name, content in LAW.items():
+            (folder / name).write_bytes(content)
+
+    monkeypatch.setattr(entropy_law, "run", law)
+    for _ in range(2):  # the second time there is nothing to be done but the report
+        assert main([*command, "--results", str(results)]) == 0
+    assert laws == [True]
     assert {path: path.stat().st_mtime_ns for path in there} == there
-    assert len(lines_but_for_seconds(whole)) == 8
-    assert lines_but_for_seconds(killed) == lines_but_for_seconds(whole)
+    files = sorted(out.glob("*/*.jsonl"))
+    assert len(files) == 8
+    for path in files:
+        arm, seed = path.stem.split("-")
+        whole = spec(started, arm, int(seed))
+        steps_of(whole)
+        assert lines_but_for_seconds(path) == lines_but_for_seconds(whole.path)
 
-    assert {path.name for path in whole.iterdir()} == {"arithmetic", *LAW}
-    results = tmp_path / "results"
+    assert {path.name for path in out.iterdir()} == {"arithmetic", *LAW}
     assert {path.name for path in results.iterdir()} == {
         *("study.json", "study.md", "study_curves.png", "study_differences.png", *LAW),
     }
-    for name in LAW:
-        assert (results / name).read_bytes() == (whole / name).read_bytes()
+    for name, content in LAW.items():
+        assert (results / name).read_bytes() == content
     report = (results / "study.md").read_text()
     assert "## Is it the covariance?" in report
     (results / "study.md").unlink()
-    again = subprocess.run(command(results, "--report-only"), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    assert main(["study", "--out", str(results), "--report-only"]) == 0
     assert (results / "study.md").read_text() == report
 
 
@@ -473,13 +471,6 @@ def _alive(session: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def test_a_report_of_nothing(tmp_path: Path) -> None:
-    result = subprocess.run(command(tmp_path, "--report-only"), capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "study.json" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
 
 
 # --- the report --------------------------------------------------------------------------------------------
@@ -599,9 +590,8 @@ def test_a_summary_says_what_the_run_did(started: Path) -> None:
 def test_the_committed_report_is_made_from_the_committed_numbers() -> None:
     """No sentence of it is written by hand; docs/method.md says the same of what holds, and
     has no number of two decimals or more that is not there."""
-    results = ROOT / "bench" / "results"
-    summaries = read_summaries(results / "study.json")
-    report = (results / "study.md").read_text()
+    summaries = read_summaries(RESULTS / "study.json")
+    report = (RESULTS / "study.md").read_text()
     assert report == document(summaries)
     section = (ROOT / "docs" / "method.md").read_text().split("## What the study showed")[1]
     assert "\n".join(in_short(Study(summaries))) in section

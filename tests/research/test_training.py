@@ -1,6 +1,5 @@
 """The benchmark of training: it sees what the backward does wrong, and nothing where there is nothing to see."""
 
-import argparse
 import dataclasses
 import json
 
@@ -10,11 +9,11 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from bench import training
-from bench.training import EXACT, TOY, Comparison, Variant
 from covgrpo_kernels import linear_logprob
 from covgrpo_kernels.grpo.rollout import Batch
 from covgrpo_kernels.grpo.train import Rollout
+from research import training
+from research.training import EXACT, TOY, Comparison, Variant
 
 AUTO = torch.finfo(torch.bfloat16).eps / 8
 FLOAT32 = Variant("float32", dtype=torch.float32)
@@ -23,12 +22,6 @@ FLOAT32 = Variant("float32", dtype=torch.float32)
 @pytest.fixture(scope="module")
 def corpus():
     return training.make_corpus(TOY)
-
-
-def arguments(*words):
-    parser = argparse.ArgumentParser()
-    training.add_arguments(parser)
-    return parser.parse_args(words)
 
 
 def language_model(corpus, *chosen):
@@ -133,29 +126,23 @@ def test_reward():
 
 
 def test_too_little_text_is_said():
-    with pytest.raises(SystemExit, match="1000000 are needed"):
+    with pytest.raises(ValueError, match="1000000 are needed"):
         training.make_corpus(dataclasses.replace(TOY, vocab=10**6, files=2))
 
 
 def test_one_seed_is_refused(monkeypatch):
     monkeypatch.setattr(training, "measure", None)  # not for a quarter of an hour, if it isn't
-    with pytest.raises(SystemExit, match="2 or more"):
-        training.run(arguments("--seeds", "1"))
+    with pytest.raises(ValueError, match="seeds must be >= 2, got 1"):
+        training.run(seeds=1)
 
 
 def test_smoke(tmp_path, monkeypatch, capsys):
-    results = tmp_path / "results"
-    monkeypatch.setattr(training, "RESULTS", results)
-    training.run(arguments("--smoke"))
-    assert not results.exists()
+    """All that a run does, at toy sizes; and that it writes nothing unless it is told where."""
+    training.run(smoke=True, out=tmp_path)
     output = capsys.readouterr().out
     for tolerance in ("auto", "10x auto"):
         assert f"{tolerance} (grad_tol=" in output
     assert all(f"{phase}: {what}" in output for phase, what in training.PHASES.items())
-
-
-def test_results(tmp_path, capsys):
-    training.run(arguments("--smoke", "--out", str(tmp_path)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["training.json", "training.png"]
     made = json.loads((tmp_path / "training.json").read_text())
     assert set(made["distinguishable"]) == {"auto", "10x auto"}
@@ -169,3 +156,12 @@ def test_results(tmp_path, capsys):
             assert len(steps) == 1
             assert all(wanted <= set(run) for run in runs.values())
             assert not any(runs["exact"]["weights"])
+
+    written = []
+    monkeypatch.setattr(training, "measure", lambda *arguments: made)
+    monkeypatch.setattr(training, "write_json", lambda path, report: written.append(path))
+    monkeypatch.setattr(training, "save_plot", lambda report, path: written.append(path))
+    training.run(smoke=True)
+    assert written == []
+    training.run()
+    assert written == [training.RESULTS / "training.json", training.RESULTS / "training.png"]
