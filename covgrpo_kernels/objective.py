@@ -19,7 +19,7 @@ from .weighting import batch_covariance, clip_cov_choice, covariance_stats, kl_c
 
 COVARIANCE_QUANTILES = {"q01": 0.01, "q20": 0.2, "q50": 0.5, "q80": 0.8, "q99": 0.99}
 METRICS = (
-    *("loss/policy", "loss/kl", "loss/entropy", "entropy", "kl", "ratio/mean", "ratio/max", "ratio/nonfinite"),
+    *("loss/policy", "loss/kl", "loss/entropy", "entropy", "kl", "ratio/mean", "ratio/max", "ratio/non_finite"),
     *("weight/mean", "weight/min", "weight/max", "weight/ess", "clip/low", "clip/high", "clip/dual"),
     *("covariance/mean", "covariance/std", *(f"covariance/{q}" for q in COVARIANCE_QUANTILES)),
 )
@@ -197,7 +197,7 @@ def _token_metrics(valid: Tensor, entropy: Tensor, kl: Tensor, ratio: Tensor) ->
         "kl": _mean(kl, valid),
         "ratio/mean": _mean(ratio, valid),
         "ratio/max": _extreme(ratio, valid, 1.0),
-        "ratio/nonfinite": (valid & ~ratio.isfinite()).sum().to(ratio.dtype),
+        "ratio/non_finite": (valid & ~ratio.isfinite()).sum().to(ratio.dtype),
     }
 
 
