@@ -1,5 +1,5 @@
-// Gaussian covariance weights of every scope (arXiv 2605.11538), two-pass, in double: group_weights of
-// covgrpo_kernels/tiles/eager.py.
+// Gaussian covariance weights of every scope (arXiv 2605.11538): covariance_weights of covgrpo_kernels/covariance.py,
+// which has the formulas. Means are taken first and deviations from them summed after, both in double.
 #pragma once
 
 #include <cmath>
@@ -8,12 +8,12 @@
 
 namespace covgrpo {
 
-// A partition of N tokens: Segments of covgrpo_kernels/layout.py.
+// A partition of N tokens: Segments of covgrpo_kernels/segments.py.
 struct Segments {
-  const int64_t* segment;  // [N]
-  const int64_t* offsets;  // [bound + 1], into the tokens in order
-  const int64_t* order;    // [N] or null: in order already
-  int64_t bound;
+  const int64_t* segment;  // [N] the segment of each token
+  const int64_t* offsets;  // [bound + 1] where each segment begins in the order, and the end
+  const int64_t* order;    // [N] the tokens, segment after segment; null where they are in that order already
+  int64_t bound;           // segments there may be; some may be empty
 
   int64_t token(int64_t i) const { return order ? order[i] : i; }
 };
@@ -24,7 +24,7 @@ struct Tokens {
   const bool* valid;               // [N]
 };
 
-// Mean log-prob and number of valid tokens of one sequence.
+// The number of valid tokens of sequence s, and the mean of their log-probs.
 template <class T>
 void sequence_mean(const Tokens<T>& tokens, const Segments& sequences, int64_t s, double* length, double* mean) {
   double n = 0, sum = 0;
@@ -38,22 +38,23 @@ void sequence_mean(const Tokens<T>& tokens, const Segments& sequences, int64_t s
 }
 
 struct Weighting {
-  const int64_t* sequence;  // [N] sequence of each token, or null
-  const double* lengths;    // of the sequences, or null: A is centred over tokens, not responses
-  const double* means;      // of the sequences, or null: x is centred in the scope
-  bool numel;               // weights add up to the number of tokens, masked ones included
-  double bandwidth_eps;
+  const int64_t* sequence;  // [N] the sequence of each token; null where the next two are
+  const double* lengths;    // of the sequences: the advantage's mean is over responses; null: over tokens
+  const double* means;      // of the sequences: log-probs are centred by these; null: by the mean of the scope
+  bool numel;               // weights add up to the number of all tokens, masked ones included; else of valid ones
+  double bandwidth_eps;     // added to the standard deviation
 };
 
-struct GroupWeights {
+// CovarianceStats of covariance.py.
+struct CovarianceStats {
   double *weights, *covariance, *deviation;  // [N]
   double* std;                               // [bound]
 };
 
-// One scope. A NaN in it reaches all its weights and no other scope's.
+// The weights of one scope. A NaN among its tokens reaches all weights of the scope, and of no other.
 template <class T>
 void weigh_scope(const Tokens<T>& tokens, const Segments& scopes, const Weighting& how, int64_t scope,
-                 const GroupWeights& out) {
+                 const CovarianceStats& out) {
   const int64_t begin = scopes.offsets[scope], end = scopes.offsets[scope + 1];
   double n = 0, shares = 0, sum_x = 0, sum_a = 0, largest_x = 0, largest_a = 0;
   for (int64_t i = begin; i < end; ++i) {
@@ -95,12 +96,14 @@ void weigh_scope(const Tokens<T>& tokens, const Segments& scopes, const Weightin
     least = std::fmin(least, c * c);
   }
   const double variance = squares / std::fmax(n, 1.0);
-  // Zero within rounding: two tokens always have equal c, constant x or A leaves noise. NaN is not zero.
+  // A variance that rounding alone could have made is zero: two tokens have equal c in exact arithmetic, and so have
+  // all tokens where x or A is constant. A product of deviations is off by a few eps * |x| * |A|; 8 is a bound of the
+  // few. A NaN is not zero.
   const double noise = 8 * static_cast<double>(std::numeric_limits<T>::epsilon()) * largest_x * largest_a;
   const double sigma = variance <= noise * noise ? 0.0 : std::sqrt(variance);
   out.std[scope] = sigma;
   const double bandwidth = sigma + how.bandwidth_eps;
-  // Without variance every exponent is zero, and every weight one.
+  // Without variance every exponent is zero and every weight is one.
   const double factor = sigma == 0 ? 0.0 : 0.5 / (bandwidth * bandwidth);
 
   double total = 0;
