@@ -31,8 +31,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench.measure import environment, write_json
-from covgrpo_kernels import linear_logprob, tiles
-from covgrpo_kernels.backward_plan import resolve_grad_tol
+from covgrpo_kernels import kernels, linear_logprob
+from covgrpo_kernels.inputs import resolve_grad_tol
 
 from . import RESULTS
 from .study.summary import six_digits
@@ -65,7 +65,7 @@ class Variant:
         return self.grad_tol == 0
 
     def active(self) -> contextlib.AbstractContextManager[Any]:
-        return mock.patch.dict(os.environ, {tiles.VARIABLE: self.backend} if self.backend else {})
+        return mock.patch.dict(os.environ, {kernels.VARIABLE: self.backend} if self.backend else {})
 
 
 EXACT = Variant("exact")
@@ -80,7 +80,7 @@ def variants() -> list[Variant]:
         Variant("auto", auto),
         Variant("10x auto", 10 * auto),
         Variant("exact, reordered", reorder=True),
-        *([] if tiles.describe(CPU) == "eager" else [other]),
+        *([] if kernels.describe(CPU) == "eager" else [other]),
         Variant("exact, float32", dtype=torch.float32),
     ]
 
