@@ -261,24 +261,31 @@ def test_version_has_a_changelog_entry_with_a_line_on_numerics() -> None:
     assert not [version for version, entry in entries.items() if "\n- Numerics: " not in entry]
 
 
-def test_layers_import_only_what_is_below() -> None:
-    """The numbered list of CONTRIBUTING.md."""
+def _layers() -> dict[str, int]:
+    """Module or folder of the package -> number, by the list in CONTRIBUTING.md."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     layer: dict[str, int] = {}
     for number, item in re.findall(r"^(\d)\. (.*?)(?=^\d\. |^$)", text, re.M | re.S):
-        for path in re.findall(r"`covgrpo_kernels/([\w/]+)(?:\.py)?`", item):
-            layer[path.strip("/")] = int(number)
-    assert len(layer) >= 8
-    for source in sorted((ROOT / "covgrpo_kernels").rglob("*.py")):
-        name = source.relative_to(ROOT / "covgrpo_kernels").with_suffix("")
-        own = layer.get(name.parts[0])
-        if own is None:
+        for path in re.findall(r"`covgrpo_kernels/(\w+)(?:\.py|/)`", item):
+            assert path not in layer, f"{path} is in two layers"
+            layer[path] = int(number)
+    return layer
+
+
+def test_layers_import_only_what_is_below() -> None:
+    """The numbered list of CONTRIBUTING.md, which has every module; and within a function, too."""
+    layer, package = _layers(), ROOT / "covgrpo_kernels"
+    modules = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert layer.keys() == modules - {"__init__"}
+    for source in sorted(package.rglob("*.py")):
+        name = source.relative_to(package).with_suffix("").parts
+        if name == ("__init__",):
             continue
         for node in ast.walk(ast.parse(source.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == len(name.parts):
-                modules = [node.module] if node.module else [alias.name for alias in node.names]
-                higher = [m for m in modules if layer.get(m.split(".")[0], 9) < own]
-                assert not higher, f"{source.name} imports {higher}"
+            if isinstance(node, ast.ImportFrom) and node.level == len(name):  # from the package itself
+                imported = [node.module] if node.module else [alias.name for alias in node.names]
+                for other in {module.split(".")[0] for module in imported} & modules:
+                    assert layer[other] >= layer[name[0]], f"{source.relative_to(package)} imports {other}"
 
 
 def test_figures_are_those_of_the_benchmark() -> None:
