@@ -172,19 +172,7 @@ def covgrpo_loss(
         chosen = draw.where(candidate, 2.0).argsort()[: max(int(kind.ratio * n), 1)]
         W = W.index_fill(0, chosen[candidate[chosen]], 0.0)
 
-    # Policy term. A zero advantage has none, whatever its ratio.
-    a = torch.where(A != 0, W * A, 0)
-    r, clipped = r.where(A != 0, 1), clipped.where(A != 0, 1)
-    if config.loss_type == "cispo":
-        policy = -(r if high is None else r.clamp(max=high)).detach() * a * x.where(A != 0, 0)
-    else:
-        surrogate = torch.minimum(r * a, clipped * a)
-        if config.dual_clip is not None:
-            surrogate = torch.where(a < 0, torch.maximum(surrogate, config.dual_clip * a), surrogate)
-        policy = -surrogate
-    if isinstance(kind, KLCov):
-        top = cov.argsort(descending=True, stable=True)[: max(int(kind.fraction * n), 1)]
-        policy = policy + kind.coef * (x - old).abs() * torch.zeros_like(x).index_fill(0, top, 1.0)
+    policy = _policy_term(x, old, A, W, cov, r, clipped, high, config)
     token_loss = policy if tis is None else policy * tis
     if config.beta != 0:
         d = ref.to(x.dtype) - x
@@ -207,6 +195,34 @@ def _ratios(
         means = [log_ratio[seq == s].mean() for s in seq.unique()]
         log_ratio = torch.stack(means or [log_ratio.new_zeros(())])[order]
     return log_ratio.exp()
+
+
+def _policy_term(
+    x: Tensor,  # [n] of the valid tokens, as the next six
+    old: Tensor,
+    A: Tensor,
+    W: Tensor,
+    cov: Tensor,
+    r: Tensor,
+    clipped: Tensor,
+    high: float | None,
+    config: CovGRPOConfig,
+) -> Tensor:
+    """Minus the surrogate. A zero advantage has none, whatever its ratio."""
+    kind = config.token_weighting
+    a = torch.where(A != 0, W * A, 0)
+    r, clipped = r.where(A != 0, 1), clipped.where(A != 0, 1)
+    if config.loss_type == "cispo":
+        policy = -(r if high is None else r.clamp(max=high)).detach() * a * x.where(A != 0, 0)
+    else:
+        surrogate = torch.minimum(r * a, clipped * a)
+        if config.dual_clip is not None:
+            surrogate = torch.where(a < 0, torch.maximum(surrogate, config.dual_clip * a), surrogate)
+        policy = -surrogate
+    if isinstance(kind, KLCov):
+        top = cov.argsort(descending=True, stable=True)[: max(int(kind.fraction * len(x)), 1)]
+        policy = policy + kind.coef * (x - old).abs() * torch.zeros_like(x).index_fill(0, top, 1.0)
+    return policy
 
 
 def _aggregate(token_loss: Tensor, seq: Any, config: CovGRPOConfig, normalizer: float | Tensor | None) -> Tensor:
