@@ -97,8 +97,8 @@ void weigh_scope(const Tokens<T>& tokens, const Segments& scopes, const Weightin
   }
   const double variance = squares / std::fmax(n, 1.0);
   // A variance that rounding alone could have made is zero: two tokens have equal c in exact arithmetic, and so have
-  // all tokens where x or A is constant. A product of deviations is off by a few eps * |x| * |A|; 8 is a bound of the
-  // few. A NaN is not zero.
+  // all tokens where x or A is constant. Rounding makes c differ by at most about 8 eps max|x| max|A|. A NaN is not
+  // zero.
   const double noise = 8 * static_cast<double>(std::numeric_limits<T>::epsilon()) * largest_x * largest_a;
   const double sigma = variance <= noise * noise ? 0.0 : std::sqrt(variance);
   out.std[scope] = sigma;

@@ -54,7 +54,9 @@ class Case:
         self.bias = torch.randn(vocab, generator=g) if bias else None
         self.temperature = torch.rand(rows, generator=g) + 0.5 if temperature else None
 
-        z = self.tile(F64).transform.apply_(self.products(), *self.tile(F64)[3:])
+        self.targets = torch.zeros(rows, dtype=torch.int64)
+        _, _, transform, *per_logit = self.tile(F64)
+        z = transform.apply_(self.products(), *per_logit)
         # Targets in the tail, and targets that are not: half of the rows each.
         self.targets = z.argmin(1).where(torch.arange(rows) % 2 == 0, z.argmax(1))
         # Half-way across the widest gap between two logits in the middle of a row, so that rounding moves none across.
@@ -80,38 +82,38 @@ class Case:
 
     def tile(self, dtype=torch.float32, part=slice(None)) -> Tile:
         bias, temperature = (None if x is None else x.to(dtype) for x in (self.bias, self.temperature))
-        targets = getattr(self, "targets", torch.zeros(self.rows, dtype=torch.int64))
-        return Tile(targets, part.start or 0, self.transform, None if bias is None else bias[part], temperature)
+        return Tile(self.targets, part.start or 0, self.transform, None if bias is None else bias[part], temperature)
 
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """dL/dproducts [R, V] in float64, and what an element is off by at most in float32, per eps: the error of its
-        logit (a sum of DEPTH products), of the exponential, and of the slope of the softcap, which is a difference."""
+        """dL/dproducts [R, V] in float64, and what float32 arithmetic may be off by in each element."""
         tile, products = self.tile(F64), self.products()
         coefficients = Coefficients(self.coefficients.packed.double())
         dz = products.clone()
         eager.dlogits(dz, tile, coefficients, dz)
 
+        z = self.transform.apply_(products.clone(), tile.bias, tile.temperature)
+        log_p = z - (coefficients.maximum + coefficients.log_sum).unsqueeze(1)
+        is_target = torch.arange(self.vocab) == tile.targets.unsqueeze(1)
+        softcap_slope = None if self.transform.softcap is None else self.transform.softcap_slope(z, tile.temperature)
         heavy = slice(LANES, 2 * LANES)
-        temperature = None if tile.temperature is None else tile.temperature[heavy]
-        raw = products[heavy].clone()
-        z = self.transform.apply_(raw, tile.bias, temperature)
-        p = (z - (coefficients.maximum + coefficients.log_sum)[heavy].unsqueeze(1)).exp()
-        is_target = torch.arange(self.vocab) == tile.targets[heavy].unsqueeze(1)
-        p[is_target | (z >= self.min_logits.double().unsqueeze(1))] = 0
-        slope = 1 if self.transform.softcap is None else self.transform.softcap_slope(z, temperature)
-        dz[:LANES] = TAIL_SCALE * p * slope
+        in_tail = ~is_target[heavy] & (z[heavy] < self.min_logits.double().unsqueeze(1))
+        tails = TAIL_SCALE * log_p[heavy].exp() * in_tail
+        dz[:LANES] = tails if softcap_slope is None else tails * softcap_slope[heavy]
 
-        size = self.hidden.double().abs() @ self.weight.double().abs().T + (0 if tile.bias is None else tile.bias.abs())
-        size *= self.transform.scale
+        # Relative to the gradient without the slope of the softcap, a difference: the error of log p, in which
+        # products, maximum and log_sum cancel, and those of the exponential and the slope, at most 4 eps each.
+        _, _, at_target, g, *of_entropy = coefficients.packed.abs().unsqueeze(2)
+        size = log_p.exp() * g
+        if of_entropy:
+            size += log_p.exp() * of_entropy[1] * (log_p.abs() + of_entropy[0] + 1)
+        size = at_target.where(is_target, size) * self.transform.linear_slope(None)
+        terms = self.hidden.double().abs() @ self.weight.double().abs().T
+        terms = (terms if tile.bias is None else terms + tile.bias.abs()) * self.transform.scale
         if tile.temperature is not None:
-            size /= tile.temperature.unsqueeze(1)
-        of_logits = size + coefficients.maximum.abs().unsqueeze(1) + 1
-        unit = torch.zeros_like(dz)
-        unit[:LANES] = 16 * TAIL_SCALE * p * of_logits[heavy]
-        linear = self.transform.scale * (1 if tile.temperature is None else 1 / tile.temperature.unsqueeze(1))
-        largest = coefficients.packed[2:].abs().sum(0).unsqueeze(1) * linear
-        unit[LANES:] = (16 * largest * (1 + of_logits))[LANES:]
-        return dz, unit * torch.finfo(torch.float32).eps
+            size, terms = (x / tile.temperature.unsqueeze(1) for x in (size, terms))
+        unit = terms + coefficients.maximum.abs().unsqueeze(1) + log_p.abs() + 8
+        error = torch.cat([tails * unit[heavy], (size * unit)[LANES:]])
+        return dz, error * torch.finfo(torch.float32).eps
 
     def run(self, edges: tuple[int, ...], with_tails: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """dL/dhidden, dL/dweight and dL/dbias of a head that is cut at the edges."""
@@ -132,19 +134,18 @@ class Case:
         return hidden_sum, weight_grad, bias_sum
 
 
-@pytest.mark.parametrize("rows", [32, 33, 150])
+@pytest.mark.parametrize("rows", [32, 150])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_tails(dtype, options, rows):
     """Each of the first sixteen rows has the tail of the row sixteen after it, and that of no other."""
-    case = Case(dtype, rows, 1500, entropy=rows == 33, **options)
+    case = Case(dtype, rows, 1500, entropy=rows > 32, **options)
     exact, error = case.exact()
     for edges in ((0, 1500), (0, 1024, 1500)):
         hidden_sum, weight_grad, bias_sum = case.run(edges)
         dz = weight_grad[:, :rows].T.double()
-        # bfloat16 products are rounded twice: the processor makes denormals zero.
+        # The processor makes denormals zero.
         rounding = torch.finfo(dtype).eps * exact.abs() + torch.finfo(torch.float32).smallest_normal
-        assert ((dz - exact).abs() <= error + rounding)[:LANES].all()
         assert ((dz - exact).abs() <= error + rounding).all()
 
         # The products with it, whose sums are in float32.
