@@ -354,27 +354,31 @@ ABOVE = "test_plan.py::test_every_entry_above_the_floor_is_kept"
 CPP_FAULTS = {
     "candidates of the lane beside": (
         f"{ABOVE}[cpp-dtype0]",
-        CppFault("products.h", "candidates.add(lanes.first + lane,", "candidates.add(lanes.first + (lane ^ 1),"),
+        CppFault("fused.h", "candidates.add(lanes.first + lane,", "candidates.add(lanes.first + (lane ^ 1),"),
     ),
     "candidates of a tile numbered from zero": (
         f"{ABOVE}[portable-dtype1]",
         CppFault("tiles.h", "candidates.add(r, tile.first + o + c", "candidates.add(r, o + c"),
     ),
     "target in the tail": (
-        "test_plan.py::test_tail_of_the_backends_own_products",
-        CppFault("products.h", "here || !(z < floors)", "!(z < floors)"),
+        "test_cpp_tails.py::test_tails",
+        CppFault("fused.h", "is_target || !(z < min_logits)", "!(z < min_logits)"),
     ),
     "probable entries in the tail": (
-        "test_plan.py::test_tail_of_the_backends_own_products",
-        CppFault("products.h", "here || !(z < floors)", "here"),
+        "test_cpp_tails.py::test_tails",
+        CppFault("fused.h", "is_target || !(z < min_logits)", "is_target"),
+    ),
+    "tail of the wrong lanes": (
+        "test_cpp_tails.py::test_tails",
+        CppFault("fused.h", "is_tail ? 1 : vector;", "is_tail ? 0 : vector;"),
     ),
     "tail counted once in the bias": (
         ONE_DLOGITS,
-        CppFault("products.h", "if (has_tail) counted[0] *= g.tail.bias;", ""),
+        CppFault("fused.h", "is_tail ? dz * bias_counts : dz", "dz"),
     ),
     "addend of another row": (
         ONE_DLOGITS,
-        CppFault("products.h", "g.addend + row * depth", "g.addend + 0 * depth"),
+        CppFault("fused.h", "g.addend + addend_row * depth", "g.addend + 0 * depth"),
     ),
     "sparse sums not from zero": (
         "test_plan.py::test_sparse_product",
@@ -398,21 +402,21 @@ CPP_FAULTS = {
     ),
     "lanes without a token take part": (
         "test_cpp.py::test_bad_bias",
-        CppFault("products.h", "lanes.load(g.maximum, INFINITY)", "lanes.load(g.maximum, 0)"),
+        CppFault("fused.h", "tokens.load(g.coefficients.maximum, INFINITY)", "tokens.load(g.coefficients.maximum, 0)"),
     ),
-    "ties dropped": (UNIFORM.format("cpp"), CppFault("products.h", "larger(sums.ties - 1.0F, F32{})", "F32{}")),
+    "ties dropped": (UNIFORM.format("cpp"), CppFault("fused.h", "larger(sums.ties - 1.0F, F32{})", "F32{}")),
     "ties dropped from a tile": (
         UNIFORM.format("portable"),
-        CppFault("tiles.h", "sum_of<T>(sums.total) + ties", "sum_of<T>(sums.total)"),
+        CppFault("tiles.h", "sum_of<T>(sums.sum) + ties", "sum_of<T>(sums.sum)"),
     ),
     "maximum kept in the sum": (SURE, CppFault("softmax.h", "at_maximum ? zero : e;", "e;")),
-    "lesser maximum forgotten": (MANY_TILES.format("portable"), CppFault("softmax.h", "b.total + lesser;", "b.total;")),
+    "lesser maximum forgotten": (MANY_TILES.format("portable"), CppFault("softmax.h", "b.sum + lesser;", "b.sum;")),
     "target of another slice": (
         MANY_TILES.format("cpp"),
-        CppFault("products.h", "s.targets[lanes.first + i] - s.first - row", "s.targets[lanes.first + i] - row"),
+        CppFault("fused.h", "s.targets[tokens.first + i] - s.first - row", "s.targets[tokens.first + i] - row"),
     ),
     "entropy gradient without H": (MANY_TILES.format("portable"), CppFault("softmax.h", "(log_p + entropy)", "log_p")),
-    "softcap's slope lost": (MANY_TILES.format("cpp"), CppFault("products.h", "dz *= 1.0F - t * t;", "")),
+    "softcap's slope lost": (MANY_TILES.format("cpp"), CppFault("fused.h", "dz *= 1.0F - t * t;", "")),
     "softcap's slope lost from a tile": (MANY_TILES.format("portable"), CppFault("tiles.h", "dz *= 1 - t * t;", "")),
     "exponential": ("test_cpp.py::test_exponential", CppFault("vectors.h", "1.6666665459e-1F", "1.6667665459e-1F")),
     "tanh near zero": (
@@ -425,19 +429,19 @@ CPP_FAULTS = {
     ),
     "order of threads": (
         "test_cpp.py::test_bits_do_not_depend_on_where_the_vocabulary_is_cut",
-        CppFault("products.h", "SEGMENT = 1024", "SEGMENT = 1536"),
+        CppFault("softmax.h", "VOCAB_BLOCK = 1024", "VOCAB_BLOCK = 1536"),
     ),
     "variance about zero": (
         GROUPS.format("paper"),
-        CppFault("group_weights.h", "(c - mean_c) * (c - mean_c)", "c * c"),
+        CppFault("covariance_weights.h", "(c - mean_c) * (c - mean_c)", "c * c"),
     ),
     "noise taken for variance": (
         "test_weights.py::test_no_variance_means_one",
-        CppFault("group_weights.h", "variance <= noise * noise", "variance < 0"),
+        CppFault("covariance_weights.h", "variance <= noise * noise", "variance < 0"),
     ),
     "sequence of the first token": (
         GROUPS.format("author"),
-        CppFault("group_weights.h", "how.means[how.sequence[t]]", "how.means[how.sequence[0]]"),
+        CppFault("covariance_weights.h", "how.means[how.sequence[t]]", "how.means[how.sequence[0]]"),
     ),
 }
 
