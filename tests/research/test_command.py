@@ -53,10 +53,10 @@ def test_missing_extra(
 def test_torchrun_is_for_the_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    assert main(["study"]) == 2
+    assert main(["study", "--seeds", "1"]) == 2
     assert "study starts its own processes" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
-    assert main(["study"]) == 2
+    assert main(["study", "--seeds", "1"]) == 2
     assert capsys.readouterr().err == ""
 
 

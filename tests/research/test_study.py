@@ -602,6 +602,9 @@ def test_the_committed_report_is_made_from_the_committed_numbers() -> None:
     specs = all_runs(Path(), None, None, SEEDS, None, False)
     there = [(run["task"], run["arm"], run["seed"]) for run in summaries.runs]
     assert there == [(spec.task, spec.arm, spec.seed) for spec in specs]
-    for spec in specs:
-        options = {name: spec.settings()[name] for name in ("options", "evaluation")}
-        assert summaries.tasks[spec.task] == options
+    for task, first in {spec.task: spec for spec in reversed(specs)}.items():
+        settings = first.settings()
+        assert summaries.tasks[task] == {name: settings[name] for name in ("options", "evaluation")}
+        assert {(spec.config, spec.evaluation) for spec in specs if spec.task == task} == {
+            (first.config, first.evaluation)
+        }
