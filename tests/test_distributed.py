@@ -481,7 +481,7 @@ def test_moments_refuse_what_does_not_belong_together():
         GroupMoments.of(*inputs)
     with pytest.raises(TypeError, match="process_group must be a torch"):
         moments.reduce(None)
-    with pytest.raises(TypeError, match="moments must be GroupMoments"):
+    with pytest.raises(TypeError, match="moments must be a GroupMoments"):
         covariance_weights(*inputs, group_ids=batch["group_ids"], moments=1)
     with pytest.raises(ValueError, match="group_ids must be given where moments are"):
         covariance_weights(*inputs, moments=moments)
