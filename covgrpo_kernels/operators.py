@@ -83,10 +83,12 @@ def plan_backward_op(
 def _(hidden, weight, bias, targets, temperature, scale, softcap, stats, notes, g, e, grad_tol, uniform):  # type: ignore[no-untyped-def]
     (rows,) = targets.shape
     may_be_sparse = uniform is None and can_have_tails(rows, notes[1].shape[1] if len(notes) else 0, grad_tol)
-    flags = [targets.new_empty(rows, dtype=torch.bool) for _ in range(2)]
-    tail_rows, tail_of = targets.new_empty(TAIL_ROWS if may_be_sparse else 0), targets.new_empty(rows)
+    row_class, tail_rows = (
+        targets.new_empty(rows, dtype=torch.int8),
+        targets.new_empty(TAIL_ROWS if may_be_sparse else 0),
+    )
     inverse_prob = stats.new_empty(rows if uniform is not None and grad_tol else 0, dtype=torch.float64)
-    return [*flags, tail_rows, tail_of, inverse_prob.new_empty(()), inverse_prob]
+    return [row_class, tail_rows, inverse_prob.new_empty(()), inverse_prob]
 
 
 @torch.library.custom_op("covgrpo::head_backward", mutates_args=())

@@ -19,25 +19,39 @@ from torch import Tensor
 
 from .inputs import HeadInputs, Precision
 from .kernels.interface import TAIL_ROWS, Candidates, Coefficients, RowStats
-from .sparse import SparseEntries, sparse_entries, tail_weights
+from .sparse import SparseEntries, sparse_entries, tail_mix
+
+# What happens to a row: the values of `BackwardPlan.row_class`.
+DROPPED, SPARSE, DENSE = range(3)
+
+# In the budget for errors no row counts for more than this many times the mean. Below 16 the ordinary spread of a
+# policy's tokens would be cut off; with 32 it is not, and one token in 32 may be of any size without buying errors in
+# the others.
+MAX_SHARE_OF_BUDGET = 32
 
 
 class BackwardPlan(NamedTuple):
-    dense: Tensor  # [N] bool
-    sparse: Tensor  # [N] bool
+    row_class: Tensor  # [N] int8: DROPPED, SPARSE or DENSE
     tail_rows: (
         Tensor  # [TAIL_ROWS] int64, dense rows whose tails stand for those of sparse rows; [0] where none can be sparse
     )
-    tail_of: Tensor  # [N] int64, which of the tails a sparse row borrows
     error_bound: Tensor  # [] float64: |error in dL/dlogits|_F <= error_bound * |dL/dlogits|_F; unbiased mode: its RMS
     inverse_prob: Tensor  # [N] what coefficients are multiplied by in the unbiased mode; [0] in the other
 
+    @property
+    def dense(self) -> Tensor:  # [N] bool
+        return self.row_class == DENSE
+
+    @property
+    def sparse(self) -> Tensor:  # [N] bool
+        return self.row_class == SPARSE
+
     @classmethod
     def all_dense(cls, live: Tensor) -> BackwardPlan:  # [N] bool
+        """Of the rows that are live; the others are dropped."""
         none = torch.zeros(0, dtype=torch.int64, device=live.device)
         zero = torch.zeros((), dtype=torch.float64, device=live.device)
-        no_tail = torch.zeros(len(live), dtype=torch.int64, device=live.device)
-        return cls(live, torch.zeros_like(live), none, no_tail, zero, zero.new_zeros(0))
+        return cls(live.to(torch.int8) * DENSE, none, zero, zero.new_zeros(0))
 
     def weigh(self, coefficient: Tensor) -> Tensor:  # [N]
         """The coefficients that the backward takes."""
@@ -84,18 +98,20 @@ def plan_backward(
         return _drop_at_random(live, bound, norm, precision.grad_tol, precision.uniform)
 
     plan = BackwardPlan.all_dense(live)
-    can_be_sparse = plan.sparse
-    min_prob = min_probability(precision.grad_tol)
+    finite = bound.isfinite() & norm.isfinite()
+    can_be_sparse = torch.zeros_like(live)
     if can_have_tails(len(live), candidates.capacity, precision.grad_tol):
+        min_prob = min_probability(precision.grad_tol)
         entries = sparse_entries(inputs, stats, candidates, logprob_grad, entropy_grad, min_prob)
-        can_be_sparse = live & (candidates.found <= candidates.capacity) & entries.values.isfinite().all(1)
+        finite &= entries.values.isfinite().all(1) & entries.tail.isfinite()
+        can_be_sparse = live & finite & (candidates.found <= candidates.capacity)
         norm = torch.linalg.vector_norm(entries.values, dim=1, dtype=torch.float64).square()
-        tail_rows, tail_of, sparse_bound = _choose_tails(
+        tail_rows, sparse_bound = _choose_tails(
             inputs, stats, entries, can_be_sparse, logprob_grad, entropy_grad, min_prob
         )
-        plan = plan._replace(tail_rows=tail_rows, tail_of=tail_of)
+        plan = plan._replace(tail_rows=tail_rows)
         bound = sparse_bound.where(can_be_sparse, bound)
-    return _within_budget(plan, live, can_be_sparse, bound, norm, precision.grad_tol)
+    return _within_budget(plan, live, finite, can_be_sparse, bound, norm, precision.grad_tol)
 
 
 def _row_bounds(
@@ -124,28 +140,27 @@ def _choose_tails(
     g: Tensor,
     e: Tensor | None,
     min_prob: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # [TAIL_ROWS] int64, [N] int64, [N] float64
-    """(rows whose tails are used, which of them each row borrows, bound on the squared error of the row as a sparse
-    one).
+) -> tuple[Tensor, Tensor]:  # [TAIL_ROWS] int64, [N] float64
+    """(rows whose tails are used, bound on the squared error of each row as a sparse one).
 
-    The rows with the heaviest tails are dense anyway and give theirs. A sparse row borrows that of the row whose hidden
-    state is nearest in direction: contexts alike have tails alike.
+    The rows with the heaviest tails are dense anyway and give theirs; `sparse.tail_mix` says how a row mixes them.
 
     In a tail of mass m every p is below min_prob, and p (|g| + |e| (|log p| + H))^2 grows with p below 1/10: the sum of
-    squares is at most m times its value at min_prob. What replaces the tail is its sum times a distribution whose sum
-    of squares is at most its largest entry, min_prob over the mass of the tail it is made of. Both have one sign where
-    there is no entropy coefficient, so that their squares add up; with one, twice them. A softcap only makes all of
-    this smaller."""
+    squares is at most m times its value at min_prob. What replaces the tail is its sum times a mixture of
+    distributions, whose sum of squares is at most its largest entry, min_prob over the mass of the tails that it is
+    made of. Both have one sign where there is no entropy coefficient, so that their squares add up; with one, twice
+    them. A softcap only makes all of this smaller."""
     slope = inputs.transform.size_of_slope(inputs.temperature)
     # What a subtraction leaves of 1 - p is known up to a few roundings of it.
     mass = entries.mass - torch.expm1(stats.logprob) * (16 * torch.finfo(stats.packed.dtype).eps)
+    # A row of a huge coefficient is dense anyway, and its tail may have next to no mass.
+    coefficient = (g.abs() if e is None else g.abs() + e.abs()).double().where(can_be_sparse, 0)
+    most = budget_total(coefficient.square()) * MAX_SHARE_OF_BUDGET / (coefficient > 0).sum().clamp(min=1)
     # Where fewer rows than that can be sparse, all of them are dense: a tail is never that of a row without a gradient.
-    weight = (tail_weights(g, e) * mass * slope).where(can_be_sparse, -1.0)
+    weight = (torch.minimum(coefficient, most.sqrt()) * mass * slope).where(can_be_sparse, -1.0)
     tail_rows = weight.topk(TAIL_ROWS).indices
-    directions = torch.nn.functional.normalize(inputs.hidden[tail_rows].float(), dim=1).to(inputs.hidden.dtype)
-    tail_of = (inputs.hidden @ directions.T).argmax(1)
-
-    largest = (min_prob / entries.mass[tail_rows]).clamp(max=1)[tail_of]
+    largest = (min_prob / mass[tail_rows]).clamp(max=1).double()
+    largest = tail_mix(inputs.hidden, inputs.hidden[tail_rows]).double() @ largest
     per_p = g.abs()
     if e is not None:
         per_p = per_p + e.abs() * (stats.entropy - math.log(min_prob))
@@ -153,26 +168,44 @@ def _choose_tails(
     borrowed_tail = entries.tail.double().square() * largest
     bound = own_tail + borrowed_tail if e is None else 2 * (own_tail + borrowed_tail)
     bound[tail_rows] = torch.inf
-    return tail_rows, tail_of, bound
+    return tail_rows, bound
 
 
 def _within_budget(
     plan: BackwardPlan,
     live: Tensor,  # [N] bool
+    finite: Tensor,  # [N] bool
     can_be_sparse: Tensor,  # [N] bool
     bound: Tensor,  # [N] float64, on the squared error of the row if it is sparse, or else dropped
     norm: Tensor,  # [N] float64, a lower bound on the squared norm of the row
     grad_tol: float,
 ) -> BackwardPlan:
     """A row that is not finite is dense and takes part in no sum: no gradient is quieter than the exact one."""
-    finite = bound.isfinite() & norm.isfinite()
-    bound = bound.where(live, 0).where(finite | ~live, torch.inf)
-    total = norm.where(live & finite, 0).sum()
+    # A bound of zero where the row is not zero is a square that underflowed.
+    bound = bound.where(finite & ((bound > 0) | (norm == 0)), torch.inf).where(live, 0)
+    norm = norm.where(live & finite, 0)
     ascending, order = bound.sort()
-    within = torch.zeros_like(live).scatter_(0, order, ascending.cumsum(0) <= grad_tol**2 * total)
+    budget = grad_tol**2 * budget_total(norm)
+    within = torch.zeros_like(live).scatter_(0, order, ascending.cumsum(0) <= budget)
     error = bound.where(within, 0).sum()
-    error_bound = (error / total).sqrt().where(error > 0, 0)
-    return plan._replace(dense=live & ~within, sparse=live & within & can_be_sparse, error_bound=error_bound)
+    error_bound = (error / norm.sum()).sqrt().where(error > 0, 0).where((finite | ~live).all(), torch.inf)
+    row_class = torch.where(live & ~within, DENSE, torch.where(live & can_be_sparse, SPARSE, DROPPED))
+    return plan._replace(row_class=row_class.to(torch.int8), error_bound=error_bound)
+
+
+def budget_total(norm: Tensor) -> Tensor:  # [N] float64, finite -> []
+    """The sum of squared norms in which no row counts for more than s = MAX_SHARE_OF_BUDGET times the mean: the largest
+    T with T = sum of min(norm, s * T / n), where n rows have a norm. A token with a coefficient a million times the
+    others' then buys no errors in theirs. T is at most the sum of all norms, so that the bound holds for that too.
+
+    If the j largest rows count as if they were at the limit, T is at most (sum of the others) / (1 - j * s / n), for
+    any j for which that is positive; for the number of rows that are above the limit it is equal to it."""
+    if not len(norm):
+        return norm.sum()
+    share = MAX_SHARE_OF_BUDGET / (norm > 0).sum().clamp(min=1).double()
+    others = norm.sort().values.cumsum(0).flip(0)
+    left = 1 - share * torch.arange(len(norm), dtype=torch.float64, device=norm.device)
+    return (others / left).where(left > 0, torch.inf).amin()
 
 
 def _drop_at_random(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 
 from .inputs import HeadInputs
 from .kernels.interface import LOG_ZERO, VOCAB_BLOCK, Candidates, Coefficients, RowStats
@@ -61,9 +61,22 @@ def sparse_entries(
     return SparseEntries(torch.cat([vocab_ids, targets.unsqueeze(1)], 1), dz.where(used, 0), used, tail * slope, mass)
 
 
-def tail_weights(logprob_grad: Tensor, entropy_grad: Tensor | None) -> Tensor:  # [R]
-    """How much the tails of rows matter."""
-    return logprob_grad.abs() if entropy_grad is None else logprob_grad.abs() + entropy_grad.abs()
+# What similarities are multiplied by before the softmax. At 10 two kinds of context with disjoint tails keep their own
+# tails apart, and within one kind the mixture averages over what is particular to a single row.
+MIX_SHARPNESS = 10.0
+
+
+def tail_mix(hidden: Tensor, tail_hidden: Tensor) -> Tensor:  # [R, D], [T, D] -> [R, T] float32 or float64
+    """How much each row takes of the T tails, since contexts alike have tails alike: the softmax of MIX_SHARPNESS times
+    the cosine of the angle between its hidden state and that of the tail's row, less the mean of the T states."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    center = tail_hidden.to(dtype).mean(0)
+    directions = normalize(tail_hidden.to(dtype) - center, dim=1)
+    parts = [
+        (normalize(block.to(dtype) - center, dim=1) @ directions.T * MIX_SHARPNESS).softmax(1)
+        for block in hidden.split(VOCAB_BLOCK)
+    ]
+    return torch.cat(parts) if parts else directions.new_zeros(0, len(tail_hidden))
 
 
 class Tails(NamedTuple):
@@ -74,9 +87,11 @@ class Tails(NamedTuple):
     they keep their digits in 16 bits. An engine puts the tails in front of the dense rows for the products with
     dL/dproducts, and strips them afterwards."""
 
-    states: Tensor  # [T, D] float32 or float64: sum over the sparse rows r with tail k of tail_r * size_k * hidden_r
+    states: (
+        Tensor  # [T, D] float32 or float64: sum over the sparse rows of what they take of Q_k times their hidden state
+    )
     min_logits: Tensor  # [T]
-    bias_counts: Tensor  # [T] what Q_k counts in the gradient of the bias: the sum of tail_r * size_k
+    bias_counts: Tensor  # [T] what Q_k counts in the gradient of the bias: the sum of what they take of it
     scale: float  # 1 / min_prob
 
     @property
@@ -132,19 +147,18 @@ class SparseGradient:
         self._by_row_offsets = pad(entries.used.sum(1).cumsum(0), (1, 0))
 
         self.tail_rows = plan.tail_rows if len(self.rows) else plan.tail_rows[:0]  # [T]
-        self._tail_of = plan.tail_of[self.rows]
         mass = entries_of(self.tail_rows).mass
-        size = (min_prob / mass).where(mass != 0, 0)  # so that size * Q_k sums to 1
-        self._tail = entries.tail * size[self._tail_of]  # [S]
-        # [S, T]: the tail of each sparse row in the column of the one it borrows.
-        by_tail = self._tail.new_zeros(len(self.rows), len(self.tail_rows))
-        by_tail.scatter_(1, self._tail_of.unsqueeze(1), self._tail.unsqueeze(1))
+        size = (min_prob / mass).where(mass != 0, 0)  # size * Q_k sums to 1
+        tail_hidden = inputs.hidden[self.tail_rows]
+        self._tail = entries.tail.new_empty(len(self.rows), len(self.tail_rows))  # [S, T] what a row takes of each Q_k
         states = self._tail.new_zeros(len(self.tail_rows), inputs.hidden.shape[1])
         for i in range(0, len(self.rows), VOCAB_BLOCK):
-            block = self.rows[i : i + VOCAB_BLOCK]
-            states += by_tail[i : i + VOCAB_BLOCK].T @ inputs.hidden[block].to(self.dtype)
+            block = slice(i, i + VOCAB_BLOCK)
+            hidden = inputs.hidden[self.rows[block]]
+            self._tail[block] = entries.tail[block].unsqueeze(1) * tail_mix(hidden, tail_hidden) * size
+            states += self._tail[block].T @ hidden.to(self.dtype)
         min_logits = stats.take(self.tail_rows).min_logits(min_prob)
-        self.tails = Tails(states, min_logits, by_tail.sum(0), 1 / min_prob)
+        self.tails = Tails(states, min_logits, self._tail.sum(0), 1 / min_prob)
 
     def weight_rows(self, edges: list[int], need_weight: bool, need_bias: bool) -> Iterator[WeightRows]:
         """For each slice of the vocabulary, from each edge to the next. Waits for the device once."""
@@ -177,4 +191,4 @@ class SparseGradient:
                 self._by_row_values[first:end], self._by_row_ids[first:end],
                 self._by_row_offsets[i : block.stop + 1] - first, self._inputs.weight, out,
             )  # fmt: skip
-            yield self.rows[block], out.addcmul_(self._tail[block].unsqueeze(1), tail_products[self._tail_of[block]])
+            yield self.rows[block], out.addmm_(self._tail[block], tail_products)

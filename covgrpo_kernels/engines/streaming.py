@@ -125,11 +125,10 @@ def _empty_grads(inputs: HeadInputs, needs: Needs, partial_hidden: bool) -> Head
 def _to_unit_scale(g: Tensor, e: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """(power of two, coefficients divided by it): the largest is in [1/2, 1), since float16 would lose the small
     entries of a loss that is averaged over many tokens. The division is exact. Undone at the end."""
-    largest = g.abs().amax() if len(g) else g.new_zeros(())
-    if e is not None and len(e):
-        largest = torch.maximum(largest, e.abs().amax())
+    sizes = g.abs() if e is None else torch.maximum(g.abs(), e.abs())
+    largest = sizes.where(sizes.isfinite(), 0).amax() if len(g) else g.new_zeros(())
     # 2^100 and its inverse are float32 numbers.
-    exponent = torch.frexp(largest).exponent.where(largest.isfinite(), 0).clamp(-100, 100)
+    exponent = torch.frexp(largest).exponent.clamp(-100, 100)
     scale = torch.ldexp(torch.ones_like(largest), exponent)
     return scale, torch.ldexp(g, -exponent), None if e is None else torch.ldexp(e, -exponent)
 
