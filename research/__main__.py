@@ -15,7 +15,7 @@ from typing import Any
 from . import RESULTS
 from .study.arms import ALL_ARMS, SEEDS, TASKS
 
-POLICIES = ("transformers", "rich", "matplotlib")  # what the commands that train small policies need
+POLICIES = ("transformers", "matplotlib")  # what the commands that train small policies need
 INTERRUPTED = 130
 
 
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     law.add_argument("--document", metavar="FILE", type=Path, help="whose findings are rewritten: docs/method.md")
 
     training = command(
-        "training", _training, POLICIES,
+        "training", _training, (*POLICIES, "rich"),
         "whether training notices what the backward leaves out",
         "Trains the same models with grad_tol exact, auto and ten times auto, and exactly with other rounding, and "
         "compares where their weights end.",

@@ -21,21 +21,20 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from covgrpo_kernels.grpo.checkpoint import write_atomically
+from covgrpo_kernels.grpo.checkpoint import save_folder_atomically, write_atomically
 from covgrpo_kernels.grpo.config import TrainConfig
-from covgrpo_kernels.grpo.policy import Policy, load_policy
+from covgrpo_kernels.grpo.policy import Policy, load_policy, new_policy
 from covgrpo_kernels.grpo.progress import ProgressBar
 from covgrpo_kernels.grpo.rollout import sample
 from covgrpo_kernels.grpo.tasks import Problem, Task
 from covgrpo_kernels.grpo.train import (
     TrainingError,
-    claim_folder,
     make_task,
     reference_policy,
     reward,
     rollout,
-    starting_policy,
     update,
+    warm_start,
 )
 
 from ..covariances import group_statistics, statistics_metrics, weight_metrics
@@ -222,10 +221,18 @@ def perform_all(specs: Sequence[RunSpec], workers: int) -> None:
 
 
 def make_start(spec: RunSpec) -> None:
-    """The policy that all runs of a task start from, in OUT/task/warm_start."""
-    config = dataclasses.replace(spec.config, out=str(spec.start))
-    claim_folder(spec.start, config)
-    starting_policy(config, make_task(config), spec.start, CPU)
+    """The policy that all runs of a task start from, in OUT/task/warm_start. Raises TrainingError where there is one of
+    other options."""
+    config, file, folder = spec.config, spec.start / "options.json", spec.start / "warm_start"
+    options = {name: value for name, value in spec.settings()["options"].items() if name != "steps"}  # of GRPO
+    if folder.exists():
+        if json.loads(file.read_text()) != options:
+            raise TrainingError(f"{spec.start} holds runs with other options: give another --out")
+        return
+    write_atomically(file, lambda opened: opened.write(json.dumps(options).encode()))
+    policy = new_policy(config.hidden_size, config.layers, config.seed, CPU)
+    warm_start(policy, make_task(config), config)
+    save_folder_atomically(folder, policy.save)
 
 
 def _start_worker() -> None:

@@ -282,21 +282,31 @@ def test_seeds_differ_in_problems_but_not_in_those_held_out(started: Path) -> No
 
 
 def test_weights_given_as_advantages_are_those_of_the_loss(started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one update a rollout, when both are of the same log-probs. What an arm draws for them changes nothing."""
+    """With one update a rollout, when both are of the same log-probs."""
 
-    def unchanged(x: Any, advantages: Any, mask: Any, group_size: int, generator: Any) -> torch.Tensor:
-        torch.rand(7, generator=generator)
+    def by_hand(x: Any, advantages: Any, mask: Any, group_size: int, _: Any) -> torch.Tensor:
         return covariance_weights(x, advantages, mask, group_size=group_size)
 
-    monkeypatch.setitem(ALL_ARMS, "by_hand", Arm("", CovGRPOConfig(weighting="none"), unchanged))
-    options = dict(inner_steps=1, minibatch_prompts=4)  # which half of the groups is drawn
-    make_start(spec(started / "once", **options))
-    runs = [steps_of(spec(started / "once", arm, **options)) for arm in ("cw_grpo", "by_hand")]
+    monkeypatch.setitem(ALL_ARMS, "by_hand", Arm("", CovGRPOConfig(weighting="none"), by_hand))
+    make_start(spec(started / "once", inner_steps=1))
+    runs = [steps_of(spec(started / "once", arm, inner_steps=1)) for arm in ("cw_grpo", "by_hand")]
     for ours, theirs in zip(*runs, strict=True):
         # Statistics of the weights are of what was drawn, or of all.
         same = [name for name in ours if not name.startswith("weight/")]
         assert [ours[name] for name in same] == pytest.approx([theirs[name] for name in same], rel=1e-4, abs=1e-6)
     assert runs[0][2]["weight/min"] < 0.9
+
+
+def test_what_an_arm_draws_for_its_weights_changes_nothing_else(started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which groups are in which of the updates is drawn after the weights."""
+
+    def ones(x: Any, advantages: Any, mask: torch.Tensor, group_size: int, generator: Any) -> torch.Tensor:
+        torch.rand(7, generator=generator)
+        return mask.to(torch.float32)
+
+    monkeypatch.setitem(ALL_ARMS, "ones", Arm("", CovGRPOConfig(weighting="none"), ones))
+    for ours, theirs in zip(steps_of(spec(started, "ones")), steps_of(spec(started)), strict=True):
+        assert ours == theirs
 
 
 def test_smaller_steps_are_as_small_as_the_weights_make_the_advantages(started: Path) -> None:
@@ -314,6 +324,12 @@ def test_results_of_other_settings_are_not_taken(started: Path) -> None:
     assert not spec(started, seed=99).is_finished()
     with pytest.raises(TrainingError, match=r"grpo-0\.jsonl is a run with other options: give another --out"):
         spec(started, steps=7).is_finished()
+
+
+def test_a_start_of_other_settings_is_not_taken(started: Path) -> None:
+    make_start(spec(started, steps=7))  # which the start does not depend on
+    with pytest.raises(TrainingError, match=r"arithmetic holds runs with other options: give another --out"):
+        make_start(spec(started, warm_start_steps=61))
 
 
 def test_a_run_that_fails_ends_the_study(started: Path) -> None:
@@ -603,8 +619,10 @@ def test_the_committed_report_is_made_from_the_committed_numbers() -> None:
     there = [(run["task"], run["arm"], run["seed"]) for run in summaries.runs]
     assert there == [(spec.task, spec.arm, spec.seed) for spec in specs]
     for task, first in {spec.task: spec for spec in reversed(specs)}.items():
-        settings = first.settings()
-        assert summaries.tasks[task] == {name: settings[name] for name in ("options", "evaluation")}
+        settings, there = first.settings(), summaries.tasks[task]
+        # Options that there are no more may stand in the file.
+        assert {name: there["options"].get(name) for name in settings["options"]} == settings["options"]
+        assert there["evaluation"] == settings["evaluation"]
         assert {(spec.config, spec.evaluation) for spec in specs if spec.task == task} == {
             (first.config, first.evaluation)
         }
