@@ -20,7 +20,7 @@ from covgrpo_kernels.grpo.config import TrainConfig
 
 SMALL = [
     *("--hidden-size", "64", "--layers", "1", "--task", "arithmetic", "--difficulty", "1", "--max-new-tokens", "4"),
-    *("--prompts-per-step", "2", "--group-size", "4", "--minibatch-prompts", "2", "--eval-problems", "4"),
+    *("--prompts-per-step", "2", "--group-size", "4", "--eval-problems", "4"),
     *("--warm-start-steps", "2", "--checkpoint-every", "2"),
 ]
 needs_extra = pytest.mark.skipif(
@@ -59,7 +59,7 @@ def test_every_option_of_a_run_is_an_option_of_train(capsys: pytest.CaptureFixtu
     [
         (["--group-size", "1"], "group_size must be >= 2, got 1"),
         (["--lr", "0"], "lr must be > 0"),
-        (["--minibatch-prompts", "5"], "minibatch_prompts must divide"),
+        (["--inner-steps", "33"], "inner_steps must be at most prompts_per_step (32)"),
         (["--grad-tol", "tiny"], "grad_tol must be"),
     ],
 )
@@ -95,7 +95,7 @@ def test_train_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     out = tmp_path / "run"
     assert cli.main(["train", "--out", str(out), *SMALL, "--steps", "2"]) == 0
     assert {path.name for path in out.iterdir()} == {
-        *("config.json", "warm_start", "metrics.jsonl", "checkpoint.pt", "model", "report.png")
+        *("covgrpo_run.json", "warm_start", "metrics.jsonl", "checkpoint.pt", "model", "report.png")
     }
     assert cli.main(["train", "--out", str(out), *SMALL, "--steps", "3"]) == 0
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
@@ -109,11 +109,12 @@ def test_train_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 @needs_extra
 def test_unusable_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "run")]
+    (tmp_path / "empty").mkdir()
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c"}\n')
     for arguments, message in (
         (["--data", str(tmp_path / "rows.jsonl")], "line 2: 'answer'"),
         (["--data", str(tmp_path / "none.jsonl")], "none.jsonl"),
-        (["--model", str(tmp_path)], f"model {tmp_path} cannot be loaded"),
+        (["--model", str(tmp_path / "empty")], "empty cannot be used"),
         (["--device", "abacus"], "device abacus"),
     ):
         assert cli.main(["train", *out, *SMALL, *arguments]) == 2
@@ -136,14 +137,14 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "CW-GRPO" in shown
     assert "report.png" in shown
     assert (out / "report.png").stat().st_size > 10_000
-    runs = [(out / name / "metrics.jsonl").read_text() for name in ("none", "covariance")]
+    runs = [(out / name / "metrics.jsonl").read_text() for name in ("grpo", "cw-grpo")]
     first = [json.loads(run.splitlines()[1]) for run in runs]
     for name in ("reward/mean", "response/tokens", "entropy"):
         assert first[0][name] == first[1][name]
-    assert json.loads((out / "none" / "config.json").read_text())["weighting"] == "none"
+    assert json.loads((out / "grpo" / "covgrpo_run.json").read_text())["weighting"] == "none"
     assert cli.main(arguments) == 0
     assert "CW-GRPO" in capsys.readouterr().out
-    assert [(out / name / "metrics.jsonl").read_text() for name in ("none", "covariance")] == runs
+    assert [(out / name / "metrics.jsonl").read_text() for name in ("grpo", "cw-grpo")] == runs
 
 
 @needs_extra
