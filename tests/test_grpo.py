@@ -521,7 +521,7 @@ def test_a_run_leaves(uninterrupted: Path) -> None:
     assert timed["seconds/rollout"] > 0
     assert timed["seconds/update"] > 0
     assert (uninterrupted / "report.png").read_bytes()[:4] == b"\x89PNG"
-    assert not list(uninterrupted.rglob("*.tmp"))
+    assert not list(uninterrupted.rglob("*tmp"))
     model = transformers.AutoModelForCausalLM.from_pretrained(uninterrupted / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(uninterrupted / "model")
     state = torch.load(uninterrupted / "checkpoint.pt", weights_only=True)
@@ -592,9 +592,7 @@ def test_a_crash_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         if countdown[0] == 0:
             raise Killed
 
-    real_replace, real_fsync, real_save, real_line = (
-        os.replace, os.fsync, torch.save, checkpoint.MetricsFile.append,
-    )  # fmt: skip
+    real_replace, real_fsync, real_save, real_line = os.replace, os.fsync, torch.save, training.append_metrics
 
     def replace(*arguments: object) -> None:
         tick()
@@ -613,19 +611,19 @@ def test_a_crash_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             raise
         real_save(state, file)
 
-    def append(self: checkpoint.MetricsFile, row: dict) -> None:
+    def append(path: Path, row: dict) -> None:
         try:
             tick()
         except Killed:
-            self._file.write(checkpoint._line(row)[:-9])
-            self._file.flush()
+            with open(path, "ab") as file:
+                file.write(checkpoint._line(row)[:-9])
             raise
-        real_line(self, row)
+        real_line(path, row)
 
     monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(torch, "save", save)
-    monkeypatch.setattr(checkpoint.MetricsFile, "append", append)
+    monkeypatch.setattr(training, "append_metrics", append)
     monkeypatch.setattr(training, "save_report", lambda run, runs: None)  # slow, and the last write of all
     options = {"steps": 3, "warm_start_steps": 5, "eval_problems": 1, "inner_steps": 1}
     train(tiny(tmp_path / "whole", **options))
@@ -644,6 +642,7 @@ def test_a_crash_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             break
         countdown[0] = 0
         train(tiny(out, **options))
+        assert not list(out.rglob("*.covgrpo-tmp")), k
         assert metrics(out) == want, k
         state = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
         assert all(torch.equal(state[name], weights[name]) for name in weights), k

@@ -13,7 +13,6 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,16 +39,19 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 def save_folder_atomically(path: Path, save: Callable[[Path], Any]) -> None:
     """The folder exists only when it is whole."""
-    temporary = path.with_name(path.name + _TEMPORARY)
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, old = path.with_name(path.name + _TEMPORARY), path.with_name(path.name + ".old" + _TEMPORARY)
+    for folder in (temporary, old):
+        shutil.rmtree(folder, ignore_errors=True)
     temporary.mkdir(parents=True)
     save(temporary)
     for file in temporary.rglob("*"):
         _sync(file)
     _sync(temporary)
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():  # moved away whole: a kill while it is deleted would leave a part of it
+        os.replace(path, old)
     os.replace(temporary, path)
     _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -60,62 +62,61 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    path: Path
-    id: str  # the same for all commands that may continue the run
+    """The folder OUT of one run.
 
-    @classmethod
-    def claim(cls, path: Path, command: str, options: dict[str, Any], free: Collection[str]) -> RunFolder:
-        """Makes the folder the run's: a new or empty one, or one that holds this run already.
+    Args:
+        path: OUT.
+        command: which command of `covgrpo` it is.
+        options: its options, and digests of the files it reads, as JSON takes them.
+        free: options that may change when a run is resumed.
+    """
 
-        Args:
-            command: which of `covgrpo` it is.
-            options: its options, and digests of the files it reads, as JSON takes them.
-            free: options that may change when a run is resumed.
+    def __init__(self, path: Path, command: str, options: dict[str, Any], free: Collection[str]) -> None:
+        self.path, self.settings = path, {"command": command, **options}
+        self.fixed = {name: value for name, value in self.settings.items() if name not in free}
+        # The same for all commands that may continue the run.
+        self.id = hashlib.sha256(json.dumps(self.fixed, sort_keys=True).encode()).hexdigest()[:16]
 
-        Raises:
-            TrainingError: the folder holds something else. Nothing was written then.
-        """
-        if path.exists() and not path.is_dir():
-            raise TrainingError(f"{path} is a file: --out must be a folder")
-        settings = {"command": command, **options}
-        fixed = json.dumps({name: value for name, value in settings.items() if name not in free}, sort_keys=True)
-        run = cls(path, hashlib.sha256(fixed.encode()).hexdigest()[:16])
-        there = [file.name for file in path.iterdir() if not file.name.endswith(_TEMPORARY)] if path.exists() else []
-        if there:
-            run._compare_settings(there, settings, free)
+    def claim(self) -> None:
+        """Makes the folder the run's, if it is new or empty or holds this run already. Raises TrainingError, before
+        anything is written, where it holds something else."""
+        if self.path.exists() and not self.path.is_dir():
+            raise TrainingError(f"{self.path} is a file: --out must be a folder")
+        there = [file.name for file in self.path.iterdir()] if self.path.exists() else []
+        if there := sorted(name for name in there if not name.endswith(_TEMPORARY)):
+            if RUN_FILE not in there:
+                names = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "")
+                raise TrainingError(
+                    f"{self.path} holds files that are not of a covgrpo run ({names}): give another --out"
+                )
+            self._compare_settings()
             for name in OUTPUTS:
-                if os.path.lexists(path / name):
-                    run._check_output(path / name)
-        content = json.dumps({"run": run.id, **settings}, indent=2).encode()
-        write_atomically(path / RUN_FILE, lambda file: file.write(content))
-        return run
+                if os.path.lexists(self.path / name):
+                    self._check_output(self.path / name)
+        content = json.dumps({"run": self.id, **self.settings}, indent=2).encode()
+        write_atomically(self.path / RUN_FILE, lambda file: file.write(content))
 
-    def _compare_settings(self, there: list[str], settings: dict[str, Any], free: Collection[str]) -> None:
-        if RUN_FILE not in there:
-            raise TrainingError(
-                f"{self.path} holds files that are not of a covgrpo run ({', '.join(sorted(there)[:3])}"
-                f"{', ...' if len(there) > 3 else ''}): give another --out"
-            )
+    def _compare_settings(self) -> None:
         try:
-            old = json.loads((self.path / RUN_FILE).read_text())
-            command = old["command"]
+            there = json.loads((self.path / RUN_FILE).read_text())
+            command = there["command"]
         except (OSError, ValueError, TypeError, KeyError):
             raise TrainingError(f"{self.path / RUN_FILE} is damaged or not of a run: give another --out") from None
-        if command != settings["command"]:
+        if command != self.settings["command"]:
             raise TrainingError(f"{self.path} holds a run of covgrpo {command}: give another --out")
-        for name, value in settings.items():
-            if name in free or old.get(name) == value:
+        # Options before digests: another file has another name, too.
+        for name, value in self.fixed.items():
+            if there.get(name) == value:
                 continue
             if name.endswith("_digest"):
-                what = f"--{name.removesuffix('_digest')} {settings[name.removesuffix('_digest')]}"
+                option = name.removesuffix("_digest")
                 raise TrainingError(
-                    f"{what} has changed since the run in {self.path} began: put it back to resume the run, "
-                    "or give another --out"
+                    f"--{option} {self.settings[option]} has changed since the run in {self.path} began: put it back "
+                    "to resume the run, or give another --out"
                 )
             raise TrainingError(
-                f"{self.path} holds a run with --{name.replace('_', '-')} {old.get(name)}, not {value}: "
+                f"{self.path} holds a run with --{name.replace('_', '-')} {there.get(name)}, not {value}: "
                 "give the same value to resume it, or another --out"
             )
 
@@ -125,13 +126,12 @@ class RunFolder:
             _check_whole(path)
         if not marked.is_file() or self.id.encode() not in _first_bytes(marked):
             raise TrainingError(
-                f"{path} was not written by the run in {self.path} and would be overwritten: move it, "
-                "or give another --out"
+                f"{path} is not of the run in {self.path}, which would overwrite it: move it, or give another --out"
             )
         if path.is_dir():
             listed = json.loads(marked.read_text())["files"]
             if added := sorted({file.name for file in path.iterdir()} - {*listed, RUN_FILE}):
-                raise TrainingError(f"{path / added[0]} was not written by the run and would be deleted: move it")
+                raise TrainingError(f"{path / added[0]} is not of the run, which would delete it: move it")
 
     def save_folder(self, name: str, save: Callable[[Path], Any]) -> None:
         def save_with_list(folder: Path) -> None:
@@ -159,22 +159,18 @@ def _check_whole(checkpoint: Path) -> None:
         )
 
 
-class MetricsFile:
-    """JSON lines, one per step, each on the disk before the next step begins."""
+def write_metrics(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """metrics.jsonl anew: a JSON line for each step."""
+    lines = [_line(row) for row in rows]
+    write_atomically(path, lambda file: file.writelines(lines))
 
-    def __init__(self, path: Path, rows: Iterable[dict[str, Any]]) -> None:
-        """Begins with the rows, which replace what was there."""
-        lines = [_line(row) for row in rows]
-        write_atomically(path, lambda file: file.writelines(lines))
-        self._file = open(path, "ab")  # noqa: SIM115  (open until `close`)
 
-    def append(self, row: dict[str, Any]) -> None:
-        self._file.write(_line(row))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
+def append_metrics(path: Path, row: dict[str, Any]) -> None:
+    """Another line, which is on the disk when this returns. A kill may tear it."""
+    with open(path, "ab") as file:
+        file.write(_line(row))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _line(row: dict[str, Any]) -> bytes:
@@ -183,5 +179,5 @@ def _line(row: dict[str, Any]) -> bytes:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines: a kill may have torn the last one."""
+    """All whole lines."""
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]

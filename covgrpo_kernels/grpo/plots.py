@@ -12,19 +12,18 @@ from matplotlib.figure import Figure
 from .checkpoint import RunFolder, read_metrics, write_atomically
 
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3")
-# Title, what is shown, the metric, and pairs of metrics that bound bands around it.
-PANELS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
-    ("Reward", "share of sampled responses that are right", "reward/mean", []),
-    ("Held-out accuracy", "most likely responses to problems never trained on", "eval/accuracy", []),
-    ("Entropy", "nats per token", "entropy", []),
+# Title, metric, and pairs of metrics that bound bands around it.
+PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
+    ("Reward: share of sampled responses that are right", "reward/mean", []),
+    ("Held-out accuracy: most likely responses", "eval/accuracy", []),
+    ("Entropy, nats per token", "entropy", []),
     (
-        "Covariance of log-prob and advantage",
-        "median, 20-80% and 1-99% of the tokens",
+        "Covariance of log-prob and advantage:\nmedian, 20-80% and 1-99% of the tokens",
         "covariance/q50",
         [("covariance/q01", "covariance/q99"), ("covariance/q20", "covariance/q80")],
     ),
-    ("Token weights", "effective share of tokens; smallest to largest", "weight/ess", [("weight/min", "weight/max")]),
-    ("Tokens with a gradient", "share of tokens in the backward pass", "rows/live_fraction", []),
+    ("Token weights: effective share of tokens,\nsmallest to largest", "weight/ess", [("weight/min", "weight/max")]),
+    ("Share of tokens in the backward pass", "rows/live_fraction", []),
 ]
 
 
@@ -33,9 +32,8 @@ def save_report(run: RunFolder, runs: Mapping[str, Path]) -> None:
     rows = {name: read_metrics(path) for name, path in runs.items()}
     with matplotlib.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.25}):
         figure = Figure(figsize=(13, 7), layout="constrained")
-        for axes, (title, what, metric, bands) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-            axes.set_title(title, fontweight="bold", loc="left", pad=18)
-            axes.text(0, 1.02, what, transform=axes.transAxes, color="0.4", fontsize=8)
+        for axes, (title, metric, bands) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+            axes.set_title(title, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_xlabel("step")
             if metric.startswith("covariance/"):
@@ -50,9 +48,7 @@ def save_report(run: RunFolder, runs: Mapping[str, Path]) -> None:
         )
 
 
-def _draw(
-    axes: Axes, name: str, rows: list[dict[str, float]], colour: str, metric: str, bands: list[tuple[str, str]]
-) -> None:
+def _draw(axes: Axes, name: str, rows: list[dict], colour: str, metric: str, bands: list[tuple[str, str]]) -> None:
     """The steps that have the metric: every one pale, and their running mean strong."""
     rows = [row for row in rows if row.get(metric) is not None]
     steps, values = [row["step"] for row in rows], [row[metric] for row in rows]

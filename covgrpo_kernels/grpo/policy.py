@@ -104,7 +104,8 @@ def load_policy(name: str, device: torch.device) -> Policy:
         kind = f" ({config.model_type})"
         if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError("it is not a decoder-only causal language model")
-        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model, loading = loaded
         if missing := sorted(loading["missing_keys"]):
             raise ValueError(f"its files lack weights: {', '.join(missing[:3])}")
         policy = Policy(model, AutoTokenizer.from_pretrained(name), device)

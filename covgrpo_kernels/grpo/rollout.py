@@ -88,16 +88,16 @@ def encode_solutions(policy: Policy, prompts: list[str], solutions: list[str]) -
     tokens, attention = _encode_prompts(policy, prompts)
     eos = int(policy.eos_ids[0])
     responses = [[*policy.tokenizer(s, add_special_tokens=False).input_ids, eos] for s in solutions]
-    length = max(map(len, responses))
-    padded = torch.tensor([r + [policy.pad_id] * (length - len(r)) for r in responses], device=policy.device)
-    lengths = torch.tensor([len(r) for r in responses], device=policy.device)
-    mask = torch.arange(length, device=policy.device) < lengths.unsqueeze(1)
-    attention = torch.cat([attention, mask.to(attention.dtype)], 1)
-    return Batch(torch.cat([tokens, padded], 1), attention, mask)
+    reversed_tokens, mask = _padded_on_the_left(policy, [row[::-1] for row in responses])
+    tokens, attention = torch.cat([tokens, reversed_tokens.flip(1)], 1), torch.cat([attention, mask.flip(1)], 1)
+    return Batch(tokens, attention, mask.flip(1).bool())
 
 
 def _encode_prompts(policy: Policy, prompts: list[str]) -> tuple[Tensor, Tensor]:  # [B, P], [B, P]
-    rows = [policy.tokenizer(prompt).input_ids for prompt in prompts]
+    return _padded_on_the_left(policy, [policy.tokenizer(prompt).input_ids for prompt in prompts])
+
+
+def _padded_on_the_left(policy: Policy, rows: list[list[int]]) -> tuple[Tensor, Tensor]:  # tokens, attention
     length = max(map(len, rows))
     tokens = [[policy.pad_id] * (length - len(row)) + row for row in rows]
     attention = [[0] * (length - len(row)) + [1] * len(row) for row in rows]

@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import random
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
+from torch.optim import Optimizer
 
 from .. import CovGRPOConfig, covgrpo_loss, linear_logprob
 from . import parallel
-from .checkpoint import MetricsFile, RunFolder, TrainingError, read_metrics, write_atomically
+from .checkpoint import RunFolder, TrainingError, append_metrics, read_metrics, write_atomically, write_metrics
 from .config import ALGORITHMS, TrainConfig
 from .plots import save_report
 from .policy import Policy, load_policy, new_policy
@@ -43,34 +43,33 @@ SOLUTIONS = 64  # of a supervised step
 def train(config: TrainConfig) -> None:
     """Trains, or goes on from the last checkpoint, until OUT holds metrics.jsonl, model/ and report.png."""
     parallel.join()
-    writes = parallel.rank() == 0
     task, policy, folder = start_run(config, "train")
     reference = reference_policy(policy, config) if config.beta else None
     parallel.distribute(policy, config.parallel)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0)
+    metrics_file, writes = folder.path / "metrics.jsonl", parallel.rank() == 0
 
-    done = load_checkpoint(config, policy, optimizer)
-    accuracy = evaluate(policy, task, config) if done is None else None
-    metrics_file = parallel.on_rank_0(open_metrics, folder, done, accuracy)
-    done = done or 0
-    if writes and done >= config.steps:
-        print(f"{config.out} holds a finished run of {done} steps; with more --steps it goes on.")
+    done = load_checkpoint(folder, policy, optimizer)
+    if done is None:
+        done, accuracy = 0, evaluate(policy, task, config)
+        first = {"run": folder.id, "step": 0, "eval/accuracy": accuracy}
+        parallel.on_rank_0(write_metrics, metrics_file, [first])
+    else:
+        parallel.on_rank_0(rewind_metrics, metrics_file, done)
+        if writes and done >= config.steps:
+            print(f"{config.out} holds a finished run of {done} steps; with more --steps it goes on.")
     with ProgressBar(ALGORITHMS[config.weighting], done, config.steps, quiet=not writes) as progress:
         for step in range(done + 1, config.steps + 1):
             metrics = train_step(step, policy, reference, optimizer, task, config)
             if step == config.steps or (config.eval_every and step % config.eval_every == 0):
                 metrics["eval/accuracy"] = evaluate(policy, task, config)
             # In this order: a checkpoint never knows of a step that metrics.jsonl does not.
-            if metrics_file:
-                metrics_file.append({"step": step, **metrics})
+            if writes:
+                append_metrics(metrics_file, {"step": step, **metrics})
             if step % config.checkpoint_every == 0 or step == config.steps:
                 save_checkpoint(folder, step, policy, optimizer)
-            state = f"reward {metrics['reward/mean']:.3f}  entropy {metrics['entropy']:.3f}"
-            if metrics["reward/equal_groups"] == 1:
-                state += "  (equal rewards, nothing learnt)"
-            progress.update(step, state)
-    if metrics_file:
-        metrics_file.close()
+            what = "nothing to learn" if metrics["reward/equal_groups"] == 1 else f"entropy {metrics['entropy']:.3f}"
+            progress.update(step, f"reward {metrics['reward/mean']:.3f}  {what}")
     save_model(folder, "model", policy)
     parallel.on_rank_0(conclude, folder, config)
 
@@ -79,10 +78,14 @@ def conclude(folder: RunFolder, config: TrainConfig) -> None:
     """Draws report.png, and says what came of the run and where it is."""
     path = folder.path / "metrics.jsonl"
     save_report(folder, {ALGORITHMS[config.weighting]: path})
-    before, *steps = [row for row in read_metrics(path) if "eval/accuracy" in row]
-    print(f"Held-out accuracy: {before['eval/accuracy']:.1%} at the start", end="")
-    print(f", {steps[-1]['eval/accuracy']:.1%} after {steps[-1]['step']} steps." if steps else ".")
+    start, *steps = read_metrics(path)
+    accuracies = [row["eval/accuracy"] for row in steps if "eval/accuracy" in row]
+    print(
+        f"Held-out accuracy: {start['eval/accuracy']:.1%} at the start, {accuracies[-1]:.1%} after {len(steps)} steps."
+    )
     print(f"{folder.path}: model/ with its tokenizer, metrics.jsonl, report.png with the curves.", flush=True)
+    if all(row["reward/equal_groups"] == 1 for row in steps):
+        print("Nothing was learnt: all responses of a group had the same reward, in every group of every step.")
 
 
 # --- one step ----------------------------------------------------------------------------------------------
@@ -103,12 +106,7 @@ class Rollout:
 
 
 def train_step(
-    step: int,
-    policy: Policy,
-    reference: Policy | None,
-    optimizer: torch.optim.Optimizer,
-    task: Task,
-    config: TrainConfig,
+    step: int, policy: Policy, reference: Policy | None, optimizer: Optimizer, task: Task, config: TrainConfig
 ) -> dict[str, Any]:
     # All the randomness of a step comes from its number: a checkpoint needs no generator's state.
     generator = torch.Generator(policy.device).manual_seed(random.Random(f"{config.seed}/step/{step}").getrandbits(63))
@@ -125,12 +123,7 @@ def train_step(
 
 
 def rollout(
-    step: int,
-    policy: Policy,
-    reference: Policy | None,
-    task: Task,
-    config: TrainConfig,
-    generator: torch.Generator,
+    step: int, policy: Policy, reference: Policy | None, task: Task, config: TrainConfig, generator: torch.Generator
 ) -> tuple[Rollout, dict[str, Any]]:
     first = (step - 1) * config.prompts_per_step
     problems = [task.training_problem("train", first + i) for i in range(config.prompts_per_step)]
@@ -177,7 +170,7 @@ def update(
     step: int,
     data: Rollout,
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     config: TrainConfig,
     generator: torch.Generator,
     loss_config: CovGRPOConfig | None = None,  # instead of the one that the options give
@@ -235,10 +228,10 @@ def update(
     }
 
 
-def split_groups(order: Tensor, config: TrainConfig) -> list[Sequence[Tensor]]:
+def split_groups(order: Tensor, config: TrainConfig) -> list[list[Tensor]]:
     """The groups of each inner step, in microbatches."""
     shares = order.tensor_split(config.inner_steps)
-    return [share.split(config.microbatch_prompts or len(share)) for share in shares]
+    return [list(share.split(config.microbatch_prompts or len(share))) for share in shares]
 
 
 def rows_of(groups: Tensor, config: TrainConfig) -> Tensor:  # [n] -> [n * group size]
@@ -272,9 +265,9 @@ def evaluate(policy: Policy, task: Task, config: TrainConfig) -> float:
 # --- the start ---------------------------------------------------------------------------------------------
 
 
-def start_run(config: TrainConfig, command: str) -> tuple[Task, Policy, Any]:
-    """Checks all that can be checked, makes OUT the run's folder, and returns the problems, the policy before GRPO and,
-    on rank 0, the folder. The policy is also the reference of the KL term, and the same after every resume.
+def start_run(config: TrainConfig, command: str) -> tuple[Task, Policy, RunFolder]:
+    """Checks all that can be checked, makes OUT the run's folder, and returns the problems, the policy before GRPO and
+    the folder. The policy is also the reference of the KL term, and the same after every resume.
 
     Raises ValueError, OSError or TrainingError, before anything is written, where the run cannot begin."""
     check_shares(config)
@@ -288,8 +281,8 @@ def start_run(config: TrainConfig, command: str) -> tuple[Task, Policy, Any]:
     else:
         policy = parallel.together(load_policy, model, device)
     parallel.together(check_prompts, policy, task, config)
-    options = dataclasses.asdict(config) | digests(policy, config)
-    folder = parallel.on_rank_0(RunFolder.claim, out, command, options, FREE_OPTIONS)
+    folder = RunFolder(out, command, dataclasses.asdict(config) | digests(policy, config), FREE_OPTIONS)
+    parallel.on_rank_0(folder.claim)
     if config.supervised_steps:
         if not parallel.together((out / "warm_start").exists):
             parallel.distribute(policy, config.parallel)
@@ -384,26 +377,20 @@ def sampled_reward(policy: Policy, task: Task, config: TrainConfig) -> float:
 # --- kill and resume ---------------------------------------------------------------------------------------
 
 
-def save_model(folder: RunFolder | None, name: str, policy: Policy) -> None:
-    state = parallel.whole_state(policy)["model"]  # of all ranks; the folder is rank 0's
-    parallel.on_rank_0(lambda: folder and folder.save_folder(name, lambda path: policy.save(path, state)))
+def save_model(folder: RunFolder, name: str, policy: Policy) -> None:
+    state = parallel.whole_state(policy)["model"]
+    parallel.on_rank_0(folder.save_folder, name, lambda path: policy.save(path, state))
 
 
-def save_checkpoint(folder: RunFolder | None, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+def save_checkpoint(folder: RunFolder, step: int, policy: Policy, optimizer: Optimizer) -> None:
     """The same whatever the number of processes and however they share the model."""
-    state = parallel.whole_state(policy, optimizer)
-
-    def save() -> None:
-        assert folder is not None
-        checkpoint = {"run": folder.id, "step": step, **state}
-        write_atomically(folder.path / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-
-    parallel.on_rank_0(save)
+    checkpoint = {"run": folder.id, "step": step, **parallel.whole_state(policy, optimizer)}
+    parallel.on_rank_0(write_atomically, folder.path / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
 
-def load_checkpoint(config: TrainConfig, policy: Policy, optimizer: torch.optim.Optimizer) -> int | None:
+def load_checkpoint(folder: RunFolder, policy: Policy, optimizer: Optimizer) -> int | None:
     """The last step in the checkpoint; None without one."""
-    path = Path(config.out) / "checkpoint.pt"
+    path = folder.path / "checkpoint.pt"
     if not parallel.together(path.exists):
         return None
     # Every process maps the file, which reads nothing but the step; rank 0 reads and sends the rest.
@@ -412,12 +399,9 @@ def load_checkpoint(config: TrainConfig, policy: Policy, optimizer: torch.optim.
     return checkpoint["step"]
 
 
-def open_metrics(folder: RunFolder, done: int | None, accuracy: float | None) -> MetricsFile:
-    """metrics.jsonl up to the last step of the checkpoint: later lines, and one that a kill tore, are written again."""
-    path = folder.path / "metrics.jsonl"
-    rows: list[dict[str, Any]] = [{"run": folder.id, "step": 0, "eval/accuracy": accuracy}]
-    if done is not None:
-        rows = [row for row in read_metrics(path) if row["step"] <= done] if path.exists() else []
-        if [row["step"] for row in rows] != list(range(done + 1)):
-            raise TrainingError(f"{path} lacks steps up to {done}, where the checkpoint is: put it back")
-    return MetricsFile(path, rows)
+def rewind_metrics(path: Path, done: int) -> None:
+    """Keeps the lines up to the last step of the checkpoint: later steps are done again."""
+    rows = [row for row in read_metrics(path) if row["step"] <= done] if path.exists() else []
+    if [row["step"] for row in rows] != list(range(done + 1)):
+        raise TrainingError(f"{path} does not hold all of the {done} steps of the checkpoint: put it back")
+    write_metrics(path, rows)
