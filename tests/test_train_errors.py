@@ -92,6 +92,12 @@ def test_out_is_the_model(tmp_path: Path) -> None:
     transformers.AutoModelForCausalLM.from_pretrained(model)
 
 
+def test_out_shadows_the_name_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next command would take the run for the model."""
+    monkeypatch.chdir(tmp_path)
+    refused(ValueError, "out must not be in the folder of the model", tmp_path, model="org/name", out="org/name")
+
+
 def test_a_folder_with_a_model_and_no_model_option(tmp_path: Path) -> None:
     save_model(tmp_path / "mine")
     refused(TrainingError, r"not of a covgrpo run \(config.json, ", tmp_path, out=str(tmp_path / "mine"))
@@ -161,18 +167,18 @@ def _link(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (_write("report.png"), "report.png is not of the run"),
-        (_write("metrics.jsonl", '{"step": 0}\n'), "metrics.jsonl is not of the run"),
-        (_write("metrics.jsonl", ""), "metrics.jsonl is not of the run"),
-        (_write("model"), "model is not of the run"),
-        (_write("model/covgrpo_run.json", "{}"), "model is not of the run"),
-        (_write("model/notes.txt"), "model/notes.txt is not of the run, which would delete it"),
-        (_write("warm_start/notes.txt"), "warm_start/notes.txt is not of the run"),
-        (_folder("report.png"), "report.png is not of the run"),
-        (_folder("metrics.jsonl"), "metrics.jsonl is not of the run"),
+        (_write("report.png"), "report.png was not written by the run"),
+        (_write("metrics.jsonl", '{"step": 0}\n'), "metrics.jsonl was not written by the run"),
+        (_write("metrics.jsonl", ""), "metrics.jsonl was not written by the run"),
+        (_write("model"), "model was not written by the run"),
+        (_write("model/covgrpo_run.json", "{}"), "model was not written by the run"),
+        (_write("model/notes.txt"), "model/notes.txt was not written by the run, which replaces"),
+        (_write("warm_start/covgrpo_run.json", "{}"), "warm_start was not written by the run"),
+        (_folder("report.png"), "report.png was not written by the run"),
+        (_folder("metrics.jsonl"), "metrics.jsonl was not written by the run"),
         (_folder("checkpoint.pt"), "checkpoint.pt is empty, cut off or damaged"),
-        (_link("report.png"), "report.png is not of the run"),
-        (_other_checkpoint, "checkpoint.pt is not of the run"),
+        (_link("report.png"), "report.png was not written by the run"),
+        (_other_checkpoint, "checkpoint.pt was not written by the run"),
         (_write("checkpoint.pt", ""), "checkpoint.pt is empty, cut off or damaged"),
     ],
 )
@@ -183,9 +189,11 @@ def test_files_of_others_in_a_run(run: Path, harm: Callable[[Path], None], messa
 
 
 def test_other_files_beside_a_run_stay(run: Path) -> None:
-    _write("notes.txt")(run)
+    for name in ("notes.txt", "warm_start/notes.txt", "config.json"):
+        _write(name)(run)
     train(dataclasses.replace(RUN, out=str(run), steps=3))
-    assert (run / "notes.txt").read_text() == "mine\n"
+    for name in ("notes.txt", "warm_start/notes.txt", "config.json"):
+        assert (run / name).read_text() == "mine\n"
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.999])
@@ -346,6 +354,14 @@ def test_a_cut_model(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(dataclasses.replace(RUN, model=str(model), out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_nan(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    broken = transformers.AutoModelForCausalLM.from_pretrained(model)
+    torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
+    broken.save_pretrained(model)
+    refused(ValueError, "cannot be used", tmp_path, model=str(model), out=str(tmp_path / "out"))
 
 
 def test_a_model_without_tokenizer_or_end(tmp_path: Path) -> None:

@@ -125,13 +125,11 @@ class RunFolder:
         if path.name == "checkpoint.pt":
             _check_whole(path)
         if not marked.is_file() or self.id.encode() not in _first_bytes(marked):
-            raise TrainingError(
-                f"{path} is not of the run in {self.path}, which would overwrite it: move it, or give another --out"
-            )
-        if path.is_dir():
+            raise TrainingError(f"{path} was not written by the run in {self.path}: move it, or give another --out")
+        if path.name == "model":  # the folder that is replaced as a whole
             listed = json.loads(marked.read_text())["files"]
             if added := sorted({file.name for file in path.iterdir()} - {*listed, RUN_FILE}):
-                raise TrainingError(f"{path / added[0]} is not of the run, which would delete it: move it")
+                raise TrainingError(f"{path / added[0]} was not written by the run, which replaces {path}: move it")
 
     def save_folder(self, name: str, save: Callable[[Path], Any]) -> None:
         def save_with_list(folder: Path) -> None:

@@ -131,6 +131,8 @@ def _check_sampling(policy: Policy) -> None:
     tokens = torch.arange(4, device=policy.device).unsqueeze(0)
     attention = torch.ones_like(tokens)
     logits = policy.forward(tokens, attention).logits
+    if logits.isnan().any():
+        raise ValueError("its logits are NaN")
     bound = 64 * torch.finfo(policy.dtype).eps * logits.abs().max()
     other = policy.forward(tokens[:, [0, 3, 3, 3]], attention).logits
     if (other[:, 0] - logits[:, 0]).abs().max() > bound:

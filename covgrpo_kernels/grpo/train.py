@@ -272,7 +272,8 @@ def start_run(config: TrainConfig, command: str) -> tuple[Task, Policy, RunFolde
     Raises ValueError, OSError or TrainingError, before anything is written, where the run cannot begin."""
     check_shares(config)
     out, model = Path(config.out), config.model
-    if model is not None and Path(model).is_dir() and Path(model).resolve() in (out.resolve(), *out.resolve().parents):
+    # Also of a model's name on the hub, which a folder would shadow.
+    if model is not None and Path(model).resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"out must not be in the folder of the model, {model}, got {out}")
     device = parallel.together(parallel.device_of_rank, config.device)
     task = parallel.together(make_task, config)
