@@ -265,7 +265,7 @@ def test_a_data_file_that_changed(tmp_path: Path) -> None:
     options = dict(data=str(data), out=str(out))
     train(dataclasses.replace(RUN, **options))
     data.write_text("".join(rows[::-1]))
-    refused(TrainingError, r"--data .*mine.jsonl has changed since the run in .* began", tmp_path, **options)
+    refused(TrainingError, r"holds a run with --data .*mine.jsonl \(sha256 \w+\), not .* \(sha256", tmp_path, **options)
     data.write_text("".join(rows))
     train(dataclasses.replace(RUN, **options, steps=3))
 
@@ -278,7 +278,7 @@ def test_a_model_that_changed(tmp_path: Path) -> None:
     with torch.no_grad():
         policy.model.get_input_embeddings().weight[3, 3] += 1
     policy.save(model)
-    refused(TrainingError, r"--model .*start has changed since the run", tmp_path, **options)
+    refused(TrainingError, r"holds a run with --model .*start \(weights \w+\), not .* \(weights", tmp_path, **options)
 
 
 # --- models and tokenizers ---------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class RunFolder:
     Args:
         path: OUT.
         command: which command of `covgrpo` it is.
-        options: its options, and digests of the files it reads, as JSON takes them.
+        options: its options as JSON takes them; those that name files with digests of these.
         free: options that may change when a run is resumed.
     """
 
@@ -105,20 +105,12 @@ class RunFolder:
             raise TrainingError(f"{self.path / RUN_FILE} is damaged or not of a run: give another --out") from None
         if command != self.settings["command"]:
             raise TrainingError(f"{self.path} holds a run of covgrpo {command}: give another --out")
-        # Options before digests: another file has another name, too.
         for name, value in self.fixed.items():
-            if there.get(name) == value:
-                continue
-            if name.endswith("_digest"):
-                option = name.removesuffix("_digest")
+            if there.get(name) != value:
                 raise TrainingError(
-                    f"--{option} {self.settings[option]} has changed since the run in {self.path} began: put it back "
-                    "to resume the run, or give another --out"
+                    f"{self.path} holds a run with --{name.replace('_', '-')} {there.get(name)}, not {value}: "
+                    "give the same value to resume it, or another --out"
                 )
-            raise TrainingError(
-                f"{self.path} holds a run with --{name.replace('_', '-')} {there.get(name)}, not {value}: "
-                "give the same value to resume it, or another --out"
-            )
 
     def _check_output(self, path: Path) -> None:
         marked = path / RUN_FILE if path.is_dir() else path

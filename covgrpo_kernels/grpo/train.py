@@ -282,7 +282,7 @@ def start_run(config: TrainConfig, command: str) -> tuple[Task, Policy, RunFolde
     else:
         policy = parallel.together(load_policy, model, device)
     parallel.together(check_prompts, policy, task, config)
-    folder = RunFolder(out, command, dataclasses.asdict(config) | digests(policy, config), FREE_OPTIONS)
+    folder = RunFolder(out, command, with_digests(config, policy), FREE_OPTIONS)
     parallel.on_rank_0(folder.claim)
     if config.supervised_steps:
         if not parallel.together((out / "warm_start").exists):
@@ -317,15 +317,16 @@ def check_prompts(policy: Policy, task: Task, config: TrainConfig) -> None:
             )
 
 
-def digests(policy: Policy, config: TrainConfig) -> dict[str, str]:
-    """Of what the user gave, in order to see on resuming that it is still the same."""
-    found = {}
+def with_digests(config: TrainConfig, policy: Policy) -> dict[str, Any]:
+    """The options, with digests of what the user gave: on resuming it has to be the same still."""
+    options = dataclasses.asdict(config)
     if config.data is not None:
-        found["data_digest"] = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
+        digest = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
+        options["data"] += f" (sha256 {digest[:16]})"
     if config.model is not None:
         hashes = [torch.hash_tensor(p.detach().cpu()).view(torch.int64).item() for p in policy.model.parameters()]
-        found["model_digest"] = hashlib.sha256(repr(hashes).encode()).hexdigest()
-    return found
+        options["model"] += f" (weights {hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]})"
+    return options
 
 
 def make_task(config: TrainConfig) -> Task:
