@@ -10,10 +10,12 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from . import __version__
 from .grpo.config import TrainConfig, option_type
 
-NEEDED = ("transformers", "rich", "matplotlib")  # by train and demo: the extra "grpo"
+NEEDED = ("transformers", "matplotlib")  # by train and demo: the extra "grpo"
 INTERRUPTED = 130
 
 DEMO = TrainConfig(out="runs/demo")
@@ -48,19 +50,30 @@ def _run(command: str, config: TrainConfig) -> int:
     from .grpo.train import TrainingError, train
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # of what a model lacks, `covgrpo train` makes errors of its own
     status = 0
     try:
         (demo if command == "demo" else train)(config)
     except KeyboardInterrupt:
-        _say(f"\ninterrupted; the same command goes on from the last checkpoint in {config.out}")
+        _say(f"\ninterrupted; the same command {_what_is_left(Path(config.out))}")
         status = INTERRUPTED
     except (TrainingError, ValueError, OSError) as error:
         status = _fail(str(error))
     return parallel.leave(status)
 
 
+def _what_is_left(out: Path) -> str:
+    """Of a run or a demo that was interrupted."""
+    if [*out.glob("checkpoint.pt"), *out.glob("*/checkpoint.pt")]:
+        return f"goes on from the last checkpoint in {out}"
+    if (out / "warm_start").exists():
+        return f"goes on after the warm start, which is in {out}"
+    return "begins again: there is no checkpoint yet"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="covgrpo", description="Covariance-weighted GRPO (arXiv 2605.11538).")
+    parser.add_argument("--version", action="version", version=f"covgrpo-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
