@@ -3,7 +3,7 @@ KL-Cov (arXiv 2505.22617)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -169,22 +169,65 @@ def kl_cov_choice(covariance: Tensor, valid: Tensor, weighting: KLCov) -> Tensor
     return torch.zeros_like(valid).scatter_(0, order, first) & valid
 
 
+class CovarianceWeights(NamedTuple):
+    """What `covariance_weights` returns with ``return_covariance=True``."""
+
+    weights: Tensor  # of logprobs' shape, zero where masked
+    covariance: Tensor  # likewise: (x - mean x)(A - mean A), in nats times advantage
+
+
 class _CovarianceWeights(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logprobs: Tensor, tokens: Tokens, weighting: CovarianceWeighting, moments: Moments | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         result, ctx.scopes = group_weights(logprobs, tokens, weighting, moments)
         ctx.save_for_backward(*result)
         ctx.tokens, ctx.weighting = tokens, weighting
-        return result.weights.to(logprobs.dtype)
+        covariance = result.covariance.to(logprobs.dtype).where(tokens.valid, 0)
+        ctx.mark_non_differentiable(covariance)
+        return result.weights.to(logprobs.dtype), covariance
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, weights_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, weights_grad: Tensor, _covariance_grad: Tensor) -> tuple[Tensor | None, ...]:
         result = GroupWeights(*ctx.saved_tensors)
         grad = group_weights_grad(weights_grad, result, ctx.scopes, ctx.tokens, ctx.weighting)
         return grad.to(weights_grad.dtype), None, None, None
+
+
+@overload
+def covariance_weights(
+    logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    *,
+    group_ids: Tensor | None = None,
+    group_size: int | None = None,
+    sequence_ids: Tensor | None = None,
+    weighting: CovarianceWeighting | None = None,
+    moments: GroupMoments | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
+    return_covariance: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def covariance_weights(
+    logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    *,
+    group_ids: Tensor | None = None,
+    group_size: int | None = None,
+    sequence_ids: Tensor | None = None,
+    weighting: CovarianceWeighting | None = None,
+    moments: GroupMoments | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
+    return_covariance: Literal[True],
+) -> CovarianceWeights: ...
 
 
 def covariance_weights(
@@ -199,7 +242,8 @@ def covariance_weights(
     moments: GroupMoments | None = None,
     process_group: dist.ProcessGroup | None = None,
     sequence_group: dist.ProcessGroup | None = None,
-) -> Tensor:
+    return_covariance: bool = False,
+) -> Tensor | CovarianceWeights:
     """W_t = n softmax(-c_t^2 / (2 s2)) over each scope: the token weights of CW-GRPO (arXiv 2605.11538), for a
     trainer that keeps its own loss: multiply the token's advantage by its weight.
 
@@ -214,6 +258,7 @@ def covariance_weights(
         weighting: which reading of the paper; the default is `CovarianceWeighting()`.
         moments, process_group, sequence_group: as `covgrpo_loss`. With differentiated weights the gradient is that of
             the sum over the ranks, which all have to run the backward.
+        return_covariance: return `CovarianceWeights`, which has the covariances c_t as well, without gradient.
 
     Returns:
         Weights of ``logprobs``' shape in its dtype (float32 for 16-bit ones), zero where masked, 1 in scopes
@@ -239,4 +284,5 @@ def covariance_weights(
     x = logprobs.reshape(-1).to(dtype).where(valid, 0)
     if not weighting.differentiate_weights:
         x = x.detach()
-    return _CovarianceWeights.apply(x, tokens, weighting, values).reshape(logprobs.shape)
+    weights, covariance = (v.reshape(logprobs.shape) for v in _CovarianceWeights.apply(x, tokens, weighting, values))
+    return CovarianceWeights(weights, covariance) if return_covariance else weights
