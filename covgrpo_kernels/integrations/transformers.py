@@ -96,7 +96,10 @@ def patch_model(model: nn.Module, **defaults: Any) -> nn.Module:
             f"model must be decoder-only, got {type(patched).__name__}, an encoder-decoder: its input_ids are not the "
             "tokens that its logits predict"
         )
-    for layer in head_layers(patched):
+    layers = head_layers(patched)
+    if not patched.can_generate():
+        raise ValueError(f"model must be a causal LM, got {type(patched).__name__}, which cannot generate")
+    for layer in layers:
         for parameter in layer.parameters(recurse=False):
             check_weight(parameter)
     is_new = not hasattr(patched, "_patched_forward")
@@ -284,6 +287,8 @@ def head_layers(model: Any) -> list[nn.Linear]:
     """The layers one of which is the head in a call: of PEFT's ``modules_to_save`` the original and the trained ones.
     Raises ValueError for a head that is more than a matrix and a bias."""
     head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"model must have an output embedding, got {type(model).__name__}, which has none")
     saved = getattr(head, "modules_to_save", None)
     layers = [head] if saved is None else [head.original_module, *saved.values()]
     for layer in layers:
