@@ -1,5 +1,7 @@
 """verl's own functions, from its wheel, with what `covgrpo_kernels.integrations.verl` registers."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,6 +98,27 @@ def test_the_estimator_asks_for_log_probs_and_keeps_none(verl):
     with pytest.raises(TypeError, match="old_log_probs"):
         verl.ray_trainer.compute_advantage(data, "covgrpo")
     assert verl.core_algos.get_adv_estimator_fn("covgrpo") is verl.integration.compute_covgrpo_advantage
+
+
+def test_threads_have_their_own_batches(verl):
+    """verl's trainers that overlap a step with the next: each batch is weighted by its own log-probs."""
+    wanted = [verl.ray_trainer.compute_advantage(rollout(verl, i)[0], "covgrpo").batch["advantages"] for i in range(4)]
+
+    def work(seed):
+        return all(
+            torch.equal(
+                verl.ray_trainer.compute_advantage(rollout(verl, seed)[0], "covgrpo").batch["advantages"], wanted[seed]
+            )
+            for _ in range(20)
+        )
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(work, range(4))) == [True] * 4
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize("mode", MODES)
