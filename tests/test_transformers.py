@@ -20,6 +20,7 @@ import torch.nn.utils.parametrize
 import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -380,11 +381,10 @@ def test_a_pickled_model_with_a_trained_head() -> None:
     assert torch.equal(twin(**inputs, return_logprobs=True).logprobs, want)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "mixtral"])
-@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize(("kind", "in_place"), [("qwen2", False), ("mixtral", True)])
 def test_compile(kind: str, in_place: bool) -> None:
     """One graph a call without a break; and one more for all lengths but the first."""
-    model = patch_model(new_model(kind, torch.float32, **MIXTURES.get(kind, {})))
+    model = patch_model(new_model(kind, torch.float32, num_hidden_layers=1, **MIXTURES.get(kind, {})))
     eager = copy.deepcopy(model)
     torch._dynamo.reset()
     graphs = CompileCounter()
@@ -393,7 +393,7 @@ def test_compile(kind: str, in_place: bool) -> None:
         compiled = model
     else:
         compiled = torch.compile(model, backend=graphs, fullgraph=True)
-    for length in (9, 9, 11, 7, 12, 14, 8):
+    for length in (9, 11, 7, 12):
         inputs = batch(length=length)
         out, want = (m(**inputs, return_logprobs=True, entropy=True, grad_tol=0.0) for m in (compiled, eager))
         assert_equal(dict(x=out.logprobs, h=out.entropy), dict(x=want.logprobs, h=want.entropy))
@@ -405,8 +405,7 @@ def test_compile(kind: str, in_place: bool) -> None:
     ids, eye = batch()["input_ids"], torch.ones(32)
     got = compiled(ids, head=lambda hidden, weight, **options: hidden @ eye)
     assert_equal(dict(x=got), dict(x=eager(ids, head=lambda hidden, weight, **options: hidden @ eye)))
-    assert_equal(dict(x=compiled(ids).logits), dict(x=eager(ids).logits))
-    assert graphs.frame_count == 2
+    assert graphs.frame_count == 1
     torch._dynamo.reset()
 
 
@@ -609,7 +608,7 @@ def test_a_quantised_head_is_refused() -> None:
             model(**batch(), return_logprobs=True)
     model = new_model()
     model.lm_head.__class__ = Int8Linear
-    with pytest.raises(ValueError, match=r"got Int8Linear.*quantization"):
+    with pytest.raises(ValueError, match=r"got .*Int8Linear: .*quantization"):
         patch_model(model)
 
 
@@ -663,7 +662,7 @@ def test_peft(patch_first: bool, saved: list[str] | None) -> None:
 def test_an_adapter_on_the_head_is_refused() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
-    with pytest.raises(ValueError, match="modules_to_save"):
+    with pytest.raises(ValueError, match=r"got peft.tuners.lora.layer.Linear: .*modules_to_save"):
         patch_model(peft.get_peft_model(new_model(), config))
     model = peft.get_peft_model(patch_model(new_model()), config)
     with pytest.raises(ValueError, match="modules_to_save"):
@@ -758,6 +757,12 @@ class Bypasses(transformers.Qwen2ForCausalLM):
 def test_unknown_logits_are_refused(kind: type) -> None:
     with pytest.raises(ValueError, match="qwen2 model does something to its logits"):
         patch_model(kind(AutoConfig.for_model("qwen2", **SIZES)))
+
+
+def test_tensors_without_values() -> None:
+    with FakeTensorMode() as mode:
+        model, ids = patch_model(new_model(dtype=torch.float32)), mode.from_tensor(batch()["input_ids"])
+        assert model(ids, labels=ids, return_logprobs=True).logprobs.shape == (3, 8)
 
 
 def test_parameters_elsewhere_are_not_checked() -> None:

@@ -294,8 +294,9 @@ def head_layers(model: Any) -> list[nn.Linear]:
     for layer in layers:
         if getattr(type(layer), "forward", None) is not nn.Linear.forward:
             raise ValueError(
-                f"model must have a torch.nn.Linear as its output embedding, got {type(layer).__name__}: adapters and "
-                'quantization of the head are not supported (PEFT: modules_to_save=["lm_head"] trains it whole)'
+                "model must have a torch.nn.Linear as its output embedding, got "
+                f"{type(layer).__module__}.{type(layer).__qualname__}: adapters and quantization of the head are not "
+                'supported (PEFT: modules_to_save=["lm_head"] trains it whole)'
             )
     if (model.tp_size or 1) > 1:
         raise ValueError("model must not be tensor-parallel: give linear_logprob the head's slice and its vocab_group")
@@ -409,7 +410,7 @@ def head_options(model: Any) -> dict[str, Any]:
 def check_logits(model: Any, head: nn.Module) -> None:
     """Raises ValueError, naming the type of model, where `head_options` is not what its forward does to logits. Does
     nothing where parameters are elsewhere."""
-    if any(p.is_meta or p.numel() == 0 or isinstance(p, DTensor) for p in model.parameters()):
+    if any(p.is_meta or p.numel() == 0 or isinstance(p, (DTensor, FakeTensor)) for p in model.parameters()):
         return
     # An architecture that does something else would otherwise train on wrong log-probs. In place of the head's product
     # come logits of every size, whatever the parameters are.
