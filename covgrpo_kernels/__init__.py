@@ -4,6 +4,7 @@ from .config import ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov
 from .group_moments import GroupMoments
 from .logprob import LinearLogprob, linear_logprob
 from .loss import CovGRPOLoss, CovGRPOOutput, covgrpo_loss
+from .objective import weighting_metrics
 from .weighting import CovarianceWeights, covariance_weights
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "covariance_weights",
     "covgrpo_loss",
     "linear_logprob",
+    "weighting_metrics",
 ]
 __version__ = "0.1.0"

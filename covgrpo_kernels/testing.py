@@ -327,6 +327,7 @@ def _grpo_step(
         logprobs.where(valid, 0), entropies.where(valid, 0), flat, old=old.where(valid, 0), ref=None, rollout=None,
         config=CovGRPOConfig(entropy_coef=1e-3), normalizer=None, generator=None, metrics=False,
     )  # fmt: skip
+    assert objective.entropy_grad is not None
     return dict(
         targets=targets, advantages=advantages, old_logprobs=old, group_ids=group, sequence_ids=sequence,
         logprob_grad=objective.logprob_grad, entropy_grad=objective.entropy_grad,

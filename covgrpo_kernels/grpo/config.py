@@ -111,8 +111,8 @@ class TrainConfig:
     def loss(self) -> CovGRPOConfig:
         """The options of the policy loss; everything not named here keeps its default."""
         return CovGRPOConfig(
-            weighting=self.weighting,
-            loss_type=self.loss_type,
+            weighting=self.weighting,  # type: ignore[arg-type]  # any string: CovGRPOConfig checks it
+            loss_type=self.loss_type,  # type: ignore[arg-type]
             beta=self.beta,
             entropy_coef=self.entropy_coef,
             max_completion_length=self.max_new_tokens if self.loss_type == "dr_grpo" else None,

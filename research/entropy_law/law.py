@@ -189,7 +189,7 @@ def gradients(
         ),
         temperature=config.temperature,
         # Divided by the number of tokens, as the covariance is.
-        config=CovGRPOConfig(weighting=weighting, loss_type="bnpo"),
+        config=CovGRPOConfig(weighting=weighting, loss_type="bnpo"),  # type: ignore[arg-type]
         metrics=False,
         grad_tol=0.0,
     )  # fmt: skip
