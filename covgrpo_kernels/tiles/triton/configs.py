@@ -67,18 +67,78 @@ def _blocks(
     )
 
 
-# By architecture and bytes of an input's element. SLICES: pieces of a tile that are folded one after the other, for
-# fewer registers at a time. DESCRIPTORS: whether a unit of the hardware copies the blocks (TMA). Products of float32
-# are exact, and so without tensor cores on NVIDIA's: descriptors gain nothing there and cost the operands registers.
-FORWARD: dict[str, dict[int, dict[str, int]]] = {
-    "sm_80": {2: _blocks(128, 128, 64, 8, 4), 4: _blocks(128, 64, 32, 8, 3)},
-    "sm_90": {2: _blocks(128, 256, 64, 8, 4, 4, True), 4: _blocks(128, 64, 32, 8, 3)},
-    "sm_100": {2: _blocks(128, 256, 64, 8, 4, 4, True), 4: _blocks(128, 64, 32, 8, 3)},
-    "gfx942": {2: _blocks(128, 128, 64, 8, 2), 4: _blocks(128, 64, 32, 8, 2)},
-    "interpreter": dict.fromkeys((2, 4, 8), _blocks(32, 256, 64, 1, 1, 2, True)),
+def _flat(blocks: dict[str, int], flatten: bool = True) -> dict[str, int]:
+    return blocks | dict(FLATTEN=flatten)
+
+
+# Entries of the vocabulary whose largest logit the forward leaves for the backward. Narrower costs memory (two bytes a
+# row and peak), wider costs products: the backward makes those of all of these entries again where one is probable.
+PEAK_WIDTH = 256
+
+# The forward's cuts by architecture and bytes of an input's element, each from a depth on. SLICES: pieces of a tile
+# that are folded one after the other, for fewer registers at a time. FLATTEN: whether the loops over tiles and over the
+# depth are made one, so that loads for the next tile start while this one is folded. DESCRIPTORS: whether a unit of the
+# hardware copies the blocks (TMA).
+#
+# sm_90 is measured on an H200, in multiples of the bare product's time at a depth of 4096 and of 896: 128 x 256 in 4
+# stages 1.02-1.09 and 1.43-1.59, flattened in 3 stages 1.03-1.09 and 1.36-1.42; 128 x 128 with two programs a
+# multiprocessor 1.15-1.23 and 1.33-1.46; 256 x 128 1.14-1.16 and 1.36-1.52. The others are its nearest that fit into
+# registers and shared memory. Products of float32 are exact, and so without tensor cores on NVIDIA's: descriptors gain
+# nothing there and cost the operands registers.
+_DEEP = 3072
+_HOPPER = {
+    2: {0: _flat(_blocks(128, 256, 64, 8, 3, 4, True)), _DEEP: _flat(_blocks(128, 256, 64, 8, 4, 4, True), False)},
+    4: {0: _flat(_blocks(128, 64, 32, 8, 3), False)},
 }
-# Of a program of the merge.
+FORWARD: dict[str, dict[int, dict[int, dict[str, int]]]] = {
+    "sm_80": {
+        2: {0: _flat(_blocks(128, 128, 64, 8, 4), False)},
+        4: {0: _flat(_blocks(128, 64, 32, 8, 3), False)},
+    },
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "gfx942": {
+        2: {0: _flat(_blocks(128, 128, 64, 8, 2), False)},
+        4: {0: _flat(_blocks(128, 64, 32, 8, 2), False)},
+    },
+    "interpreter": dict.fromkeys((2, 4, 8), {0: _flat(_blocks(32, 256, 64, 1, 1, 2, True))}),
+}
+
+
+def forward_blocks(name: str, itemsize: int, depth: int) -> dict[str, int]:
+    """The cut of the forward for an architecture, the bytes of an element and a depth."""
+    cuts = FORWARD[name][itemsize]
+    return cuts[max(least for least in cuts if least <= depth)]
+
+
+# Of the products that `collect` makes again, by architecture and bytes of an element: listed rows by PEAK_WIDTH
+# entries. A tile of the vocabulary has some twenty listed rows in a batch of thousands.
+def _listed(
+    rows: int, depth: int, warps: int, stages: int, slices: int = 4, descriptors: bool = False
+) -> dict[str, int]:
+    return dict(
+        B_R=rows, B_D=depth, SLICES=slices, DESCRIPTORS=descriptors, num_warps=warps, num_stages=stages
+    )
+
+
+COLLECT: dict[str, dict[int, dict[str, int]]] = {
+    "sm_80": {2: _listed(64, 64, 8, 3), 4: _listed(32, 32, 8, 3)},
+    "sm_90": {2: _listed(64, 64, 8, 3, 4, True), 4: _listed(32, 32, 8, 3)},
+    "sm_100": {2: _listed(64, 64, 8, 3, 4, True), 4: _listed(32, 32, 8, 3)},
+    "gfx942": {2: _listed(64, 64, 8, 2), 4: _listed(32, 32, 8, 2)},
+    "interpreter": dict.fromkeys((2, 4, 8), _listed(64, 64, 1, 1, 2, True)),
+}
+
+# Of a program of the merge: tokens. Of the selection: tokens, and tokens counted at a time. Of the gathering: rows and
+# columns.
 MERGE = dict(B_R=8, num_warps=4)
+SELECT = dict(B_N=1024, B_C=8192, num_warps=8)
+GATHER = dict(B_R=8, B_D=1024, num_warps=8)
+# Of the lists of `collect`: tokens and tiles of the vocabulary at a time.
+LIMITS = dict(B_N=32, B_T=64, num_warps=4)
+COUNT = dict(B_R=2048, num_warps=8)
+ENDS = dict(B_T=1024, num_warps=4)
+LIST = dict(B_R=2048, num_warps=8)
 AUTOTUNE = os.environ.get("COVGRPO_AUTOTUNE", "0") == "1"
 
 
