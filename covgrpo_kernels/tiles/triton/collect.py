@@ -10,18 +10,18 @@ A policy's row has two to three such tiles of five hundred, so that the products
 0.31 ms for 8,192 tokens on an H200. What is collected costs the forward nothing but the peaks, and a forward without a
 backward nothing at all.
 
-**Rows that are left out.** A row with peaks that reach its limit in more than K tiles has no room for its entries
-(a peak is rounded up, so that it may in truth have few less); none of its products are made. So at most K of the
-vocabulary's tiles are multiplied for any row, however flat it is. The list of pairs has a fixed room, for the average
-of `pairs_room` pairs a token; tiles are listed from left to right, the rows of each in order, and rows with a pair
-behind the end of the room are left out too. Both are properties of the inputs alone, not of the order in which programs
-run.
+**Rows that are left out.** The consumer has to compute such a row in full; its ``found`` is larger than K.
+A row has room for K entries. Where its peaks reach its limit in more than K tiles, it needs more (or nearly: peaks are
+rounded up), and none of its products are made. So no row costs more than K tiles of products, however flat it is.
+The list of pairs has room for `pairs_room` of them. Tiles are listed from left to right and the rows of a tile in
+order; rows with a pair that no longer fits are left out. Both follow from the inputs alone, never from the order in
+which programs run.
 
-**Bits.** A logit here is the same exact products summed in another order than in the forward: they differ by at most
-2 D eps sum_d |h_d w_d| scale / temperature with eps = 2^-24, and typically by sqrt(D) eps instead of 2 D eps. So an entry
-so near to its limit may be collected or not, whatever it was in the forward. Both are right: the sum of a row over its
-collected entries and over the others is taken from the collected ones alone, and the others are below the floor of
-probability within that rounding.
+**Rounding.** A logit here is a sum of the same exact products as in the forward, in an order of its own. Each of the
+two sums is within D eps sum_d |h_d w_d| of the true one, eps = 2^-23 (some sqrt(D) instead of D in practice), times
+scale / temperature. So an entry that near to its limit can be collected or missed, whichever side it was on in the
+forward. Either makes a consistent row: whatever stands for the entries that were not collected is derived from those
+that were, and an entry that was missed exceeds the limit by no more than that rounding.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
-from .configs import COUNT, ENDS, LIMITS, LIST, architecture
-from .forward import PERSISTENT, accumulator_of, check_operands, describable, multiprocessors, upcast
+from .configs import architecture, options
+from .forward import accumulator_of, check_operands, describable, multiprocessors, upcast
 from .numerics import inverse, logit, slices_of
 
 LAUNCHES = 5
@@ -72,7 +72,7 @@ def limits_kernel(  # type: ignore[no-untyped-def]
         i_t = o_t + tl.arange(0, B_T)
         o_b = i_t.to(tl.int64)[:, None] * n_tokens + i_p[None, :]
         peak = tl.load(peaks + o_b, mask=(i_t < tiles)[:, None] & wanted[None, :], other=float("-inf"))
-        # What is loaded under the mask may be -inf, too.
+        # What stands for a tile beyond the last would reach a limit of -inf.
         pairs += ((peak.to(tl.float32) >= limit[None, :]) & (i_t < tiles)[:, None]).to(tl.int32)
     too_many = wanted & (tl.sum(pairs, 0) > K)
     tl.store(found + i_n, tl.where(too_many, K + 1, 0), mask=m_n)
@@ -297,14 +297,17 @@ def collect(
     counts, item_ends = torch.empty(2, tiles, dtype=torch.int32, device=device)
     ends = torch.empty(tiles, dtype=torch.int64, device=device)
     pairs = torch.empty(room, dtype=torch.int32, device=device)
-    limits_kernel[(triton.cdiv(tokens, LIMITS["B_N"]),)](
-        peaks, place, min_logits, limits, found, tokens, tiles, K=capacity, **LIMITS
+    of_limits = options("limits", device)
+    limits_kernel[(triton.cdiv(tokens, of_limits["B_N"]),)](
+        peaks, place, min_logits, limits, found, tokens, tiles, K=capacity, **of_limits
     )
-    count_kernel[(tiles,)](peaks, limits, count, counts, tokens, **COUNT)
     if not tiles:
         return found, vocab_ids, logits
-    ends_kernel[(1,)](counts, ends, item_ends, tiles, room, B_R=blocks["B_R"], **ENDS)
-    list_kernel[(tiles,)](peaks, limits, rows, count, ends, pairs, found, tokens, room, K=capacity, **LIST)
+    count_kernel[(tiles,)](peaks, limits, count, counts, tokens, **options("count", device))
+    ends_kernel[(1,)](counts, ends, item_ends, tiles, room, B_R=blocks["B_R"], **options("ends", device))
+    list_kernel[(tiles,)](
+        peaks, limits, rows, count, ends, pairs, found, tokens, room, K=capacity, **options("list", device)
+    )
     descriptors = bool(blocks["DESCRIPTORS"]) and describable(weight)
     operand: Any = weight
     if descriptors:

@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..interface import NO_MAX
 from . import configs
-from .configs import MERGE, architecture
+from .configs import architecture, options
 from .numerics import fold_block_of_maximum, inverse, log1p, logit, round_up_to_bfloat16, slices_of
 from .select_rows import gather_rows, padded_depth, select_rows
 
@@ -39,7 +39,7 @@ _NO_MAX = tl.constexpr(NO_MAX)
 
 # Where programs stay on their multiprocessor and take one work item after the other; elsewhere there is a program for
 # every item.
-PERSISTENT = ("sm_90", "sm_100", "interpreter")
+_PERSISTENT = ("sm_90", "sm_100", "interpreter")
 # Row blocks that are worked on together, one split after the other: their hidden states (16 MiB at a depth of 4096)
 # and the weights of the splits at hand have to stay in the L2 cache. 16 were as fast as 8 and 32, or faster.
 _GROUP = 16
@@ -266,10 +266,10 @@ def splits_of(vocab: int, device: torch.device) -> int:
     return max(min(multiprocessors(device), triton.cdiv(vocab, configs.PEAK_WIDTH)), 1)
 
 
-def chunk_rows(tokens: int, bytes_of_a_row: int, limit: int) -> int:
-    """Rows of a chunk: as few and as equal chunks as keep within the limit, of whole groups of row blocks."""
+def chunk_rows(tokens: int, bytes_of_a_row: int) -> int:
+    """Rows of a chunk: as few and as equal chunks as keep within `WORKSPACE_BYTES`, of whole groups of row blocks."""
     unit = _GROUP * 128
-    most = max(limit // bytes_of_a_row // unit, 1) * unit
+    most = max(WORKSPACE_BYTES // bytes_of_a_row // unit, 1) * unit
     chunks = max(triton.cdiv(tokens, most), 1)
     return tokens if chunks == 1 else triton.cdiv(triton.cdiv(tokens, chunks), unit) * unit
 
@@ -308,7 +308,7 @@ def partial_statistics(
             TensorDescriptor.from_tensor(weight, [blocks["B_V"], blocks["B_D"]]),
         ]
     items = triton.cdiv(room, blocks["B_R"]) * splits
-    forward_kernel[(min(multiprocessors(hidden.device), items) if name in PERSISTENT else items,)](
+    forward_kernel[(min(multiprocessors(hidden.device), items) if name in _PERSISTENT else items,)](
         *operands, bias, targets, temperature, rows, count, partial, peaks,
         first, room, len(targets), depth, vocab, splits, padded, weight.stride(0),
         SCALE=scale, CAP=softcap, ENTROPY=entropy, ACCUMULATOR=accumulator_of(hidden.dtype),
@@ -322,10 +322,10 @@ def merge(partial: Tensor, place: Tensor, first: int, stats: Tensor, *, entropy:
     ``partial``: [3 or 4, S, R] of `partial_statistics`. ``place``: [N] int32 of `select_rows`. ``first``: the scored
     row that is the first of the chunk. ``stats``: [4, N], written: of the tokens of the chunk, and in the first chunk
     zeros of those that are not scored. One launch."""
-    (_, splits, room), tokens = partial.shape, len(place)
-    merge_kernel[(triton.cdiv(tokens, MERGE["B_R"]),)](
+    (_, splits, room), tokens, blocks = partial.shape, len(place), options("merge", partial.device)
+    merge_kernel[(triton.cdiv(tokens, blocks["B_R"]),)](
         partial, place, stats, first, room, tokens, splits,
-        ENTROPY=entropy, B_S=triton.next_power_of_2(splits), **MERGE,
+        ENTROPY=entropy, B_S=triton.next_power_of_2(splits), **blocks,
     )  # fmt: skip
 
 
@@ -341,14 +341,13 @@ def forward(
     entropy: bool,
     ignore_index: int = -100,
     peaks: bool = False,
-    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Log-probs and entropies of the targets under softmax(softcap(scale * (hidden @ weight.T + bias)) / temperature).
 
     ``hidden``: [N, D] float16, bfloat16 or float32 of any strides; float64 under the interpreter. ``weight``: [V, D] of
     the same dtype; rows that do not start at a multiple of 16 bytes take slow loads. ``bias``: [V] of any floating
     dtype. ``targets``: [N] int64, contiguous; where ``ignore_index`` stands, the token is not scored. ``temperature``:
-    [N] float32 or float64. ``workspace_bytes``: what rows are cut into chunks for; None is `WORKSPACE_BYTES`.
+    [N] float32 or float64. Rows are cut into chunks that keep within `WORKSPACE_BYTES`.
 
     Returns ``(stats, rows, place, count, peaks)``:
 
@@ -356,8 +355,8 @@ def forward(
       asked for), largest logit m, and log of the sum of exp(z - m). Zeros where the token is not scored. A target
       outside [0, V) has a log-prob of NaN; a row without a finite logit has log-prob and maximum NaN.
     - ``rows``, ``place``, ``count`` of `select_rows`.
-    - ``peaks`` [V / PEAK_WIDTH, N] bfloat16 where asked for, else None: the largest logit of each of the first ``count``
-      rows among each PEAK_WIDTH entries, not less than it is; NaN is left out. Other columns are undefined.
+    - ``peaks`` [V / PEAK_WIDTH, N] bfloat16 where asked for, else None: column i has the largest logit of scored row i
+      among each PEAK_WIDTH entries, rounded up; NaN is left out. Columns from ``count`` on are undefined.
 
     `launches` of kernels, nothing else runs on the device, and the host waits for nothing. Raises what
     `check_operands` does."""
@@ -370,7 +369,7 @@ def forward(
     largest = torch.empty(tiles, tokens, dtype=torch.bfloat16, device=device) if peaks else None
     planes, splits, padded = 4 if entropy else 3, splits_of(vocab, device), padded_depth(depth, hidden.itemsize)
     bytes_of_a_row = padded * hidden.itemsize + planes * splits * dtype.itemsize
-    room = chunk_rows(tokens, bytes_of_a_row, WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes)
+    room = chunk_rows(tokens, bytes_of_a_row)
     gathered = torch.empty(room, padded, dtype=hidden.dtype, device=device)
     partial = torch.empty(planes, splits, room, dtype=dtype, device=device)
     for first in range(0, tokens, max(room, 1)):

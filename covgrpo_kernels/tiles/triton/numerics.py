@@ -98,14 +98,12 @@ def _halves(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def slices_of(x, SLICES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One, two or four pieces of the columns of [R, C], from left to right."""
+    """So many pieces of the columns of [R, C], a power of two, from left to right."""
     if SLICES == 1:
         return (x,)
-    elif SLICES == 2:
-        return _halves(x)
     else:
         left, right = _halves(x)
-        return _halves(left) + _halves(right)
+        return slices_of(left, SLICES // 2) + slices_of(right, SLICES // 2)
 
 
 @triton.jit

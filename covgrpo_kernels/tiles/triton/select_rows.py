@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import GATHER, SELECT
+from .configs import options
 
 
 @triton.jit(
@@ -85,8 +85,9 @@ def select_rows(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Ten
     (tokens,) = targets.shape
     rows, place = targets.new_empty(2, tokens, dtype=torch.int32)
     count = targets.new_empty(1, dtype=torch.int32)
-    select_rows_kernel[(max(triton.cdiv(tokens, SELECT["B_N"]), 1),)](
-        targets, rows, place, count, tokens, ignore_index, **SELECT
+    blocks = options("select", targets.device)
+    select_rows_kernel[(max(triton.cdiv(tokens, blocks["B_N"]), 1),)](
+        targets, rows, place, count, tokens, ignore_index, **blocks
     )
     return rows, place, count
 
@@ -98,6 +99,7 @@ def gather_rows(hidden: Tensor, rows: Tensor, count: Tensor, first: int, out: Te
     ``hidden``: [N, D] of any strides. ``rows``, ``count``: of `select_rows`. ``out``: [R, P] of the same dtype,
     contiguous, P = `padded_depth`. Columns from D on are zero, and rows for which there is no token. One launch."""
     room, padded = out.shape
-    gather_rows_kernel[(triton.cdiv(room, GATHER["B_R"]), triton.cdiv(padded, GATHER["B_D"]))](
-        hidden, rows, count, out, first, room, hidden.shape[1], padded, *hidden.stride(), **GATHER
+    blocks = options("gather", hidden.device)
+    gather_rows_kernel[(triton.cdiv(room, blocks["B_R"]), triton.cdiv(padded, blocks["B_D"]))](
+        hidden, rows, count, out, first, room, hidden.shape[1], padded, *hidden.stride(), **blocks
     )
