@@ -47,7 +47,7 @@ SMALL, LARGE = (16, 32, 16), (256, 256, 64)
 def blocks(patch: pytest.MonkeyPatch, sizes: tuple[int, int, int], slices: int = 2, peak_width: int = 0) -> None:
     """Blocks for the interpreter; compiled kernels keep theirs."""
     if DEVICE.type == "cpu":
-        cut = configs._blocks(*sizes, 1, 1, slices, True, True)
+        cut = configs._blocks(*sizes, 1, 1, slices, True)
         patch.setitem(configs.FORWARD, "interpreter", {itemsize: {0: cut} for itemsize in (2, 4, 8)})
         patch.setattr(configs, "PEAK_WIDTH", peak_width or sizes[1])
 

@@ -80,19 +80,11 @@ SEARCH = {
 
 
 def _blocks(
-    rows: int,
-    vocab: int,
-    depth: int,
-    warps: int,
-    stages: int,
-    slices: int = 1,
-    descriptors: bool = False,
-    flatten: bool = False,
+    rows: int, vocab: int, depth: int, warps: int, stages: int, slices: int = 1, descriptors: bool = False
 ) -> dict[str, int]:
     return dict(
-        B_R=rows, B_V=vocab, B_D=depth, SLICES=slices, DESCRIPTORS=descriptors, FLATTEN=flatten,
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+        B_R=rows, B_V=vocab, B_D=depth, SLICES=slices, DESCRIPTORS=descriptors, num_warps=warps, num_stages=stages
+    )
 
 
 # Entries of the vocabulary whose largest logit the forward leaves for the backward. Narrower costs memory (two bytes a
@@ -100,18 +92,17 @@ def _blocks(
 PEAK_WIDTH = 256
 
 # The forward's cuts by architecture and bytes of an input's element, each from a depth on. SLICES: pieces of a tile
-# that are folded one after the other, for fewer registers at a time. FLATTEN: whether the loops over tiles and over the
-# depth are made one, so that loads for the next tile start while this one is folded. DESCRIPTORS: whether a unit of the
-# hardware copies the blocks (TMA).
+# that are folded one after the other, for fewer registers at a time. DESCRIPTORS: whether a unit of the hardware copies
+# the blocks (TMA).
 #
-# sm_90 is measured on an H200, in multiples of the bare product's time at a depth of 4096 and of 896: 128 x 256 in 4
-# stages 1.02-1.09 and 1.43-1.59, flattened in 3 stages 1.03-1.09 and 1.36-1.42; 128 x 128 with two programs a
-# multiprocessor 1.15-1.23 and 1.33-1.46; 256 x 128 1.14-1.16 and 1.36-1.52. The others are its nearest that fit into
-# registers and shared memory. Products of float32 are exact, and so without tensor cores on NVIDIA's: descriptors gain
-# nothing there and cost the operands registers.
+# sm_90 was measured on an H200, in multiples of the bare product's time at a depth of 4096 and of 896: 128 x 256 in 4
+# stages 1.02-1.09 and 1.43-1.59, in 3 stages 1.03-1.09 and 1.36-1.42; 128 x 128 with two programs a multiprocessor
+# 1.15-1.23 and 1.33-1.46; 256 x 128 1.14-1.16 and 1.36-1.52. The others are its nearest that fit into registers and
+# shared memory. Products of float32 are exact, and so without tensor cores on NVIDIA's: descriptors gain nothing there
+# and cost the operands registers.
 _DEEP = 3072
 _HOPPER = {
-    2: {0: _blocks(128, 256, 64, 8, 3, 4, True, True), _DEEP: _blocks(128, 256, 64, 8, 4, 4, True)},
+    2: {0: _blocks(128, 256, 64, 8, 3, 4, True), _DEEP: _blocks(128, 256, 64, 8, 4, 4, True)},
     4: {0: _blocks(128, 64, 32, 8, 3)},
 }
 FORWARD: dict[str, dict[int, dict[int, dict[str, int]]]] = {
@@ -119,7 +110,7 @@ FORWARD: dict[str, dict[int, dict[int, dict[str, int]]]] = {
     "sm_90": _HOPPER,
     "sm_100": _HOPPER,
     "gfx942": {2: {0: _blocks(128, 128, 64, 8, 2)}, 4: {0: _blocks(128, 64, 32, 8, 2)}},
-    "interpreter": {itemsize: {0: _blocks(32, 256, 64, 1, 1, 2, True, True)} for itemsize in (2, 4, 8)},
+    "interpreter": {itemsize: {0: _blocks(32, 256, 64, 1, 1, 2, True)} for itemsize in (2, 4, 8)},
 }
 
 
@@ -136,8 +127,8 @@ def _listed(
 
 
 # The cuts of the products that `collect` makes again, by architecture and bytes of an element: listed rows by
-# PEAK_WIDTH entries. A tile of the vocabulary has some twenty listed rows in a batch of eight thousand. 64 rows are what
-# was measured on an H200, where all of them took 0.13 to 0.31 ms. SLICES: for fewer registers, as above.
+# PEAK_WIDTH entries. A tile of the vocabulary has some twenty listed rows in a batch of eight thousand. 64 rows were
+# measured on an H200, where all products took 0.13 to 0.31 ms. SLICES: for fewer registers, as above.
 COLLECT: dict[str, dict[int, dict[str, int]]] = {
     "sm_80": {2: _listed(64, 64, 8, 3), 4: _listed(32, 32, 8, 3)},
     "sm_90": {2: _listed(64, 64, 8, 3, 8, True), 4: _listed(32, 32, 8, 3)},

@@ -86,7 +86,6 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     B_V: tl.constexpr,
     B_D: tl.constexpr,
     SLICES: tl.constexpr,
-    FLATTEN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     B_S: tl.constexpr = B_V // SLICES
@@ -120,7 +119,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         first_unit = split * (units // splits) + tl.minimum(split, units % splits)
         end_unit = first_unit + units // splits + (split < units % splits).to(tl.int32)
         end_tile = tl.minimum(end_unit * TILES, tl.cdiv(vocab, B_V))
-        for tile in tl.range(first_unit * TILES, end_tile, flatten=FLATTEN):
+        for tile in range(first_unit * TILES, end_tile):
             o_v = tile * B_V
             x = tl.zeros([B_R, B_V], ACCUMULATOR)
             for o_d in range(0, depth, B_D):
