@@ -209,15 +209,15 @@ def test_tokens_that_are_not_scored():
 # ---------------------------------------------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", ["plain", "all"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pooled_errors(dtype, options, monkeypatch):
     """The rule of the precision contract over 1,024 rows: random and policy-like ones."""
     blocks(monkeypatch, LARGE)
     book = ErrorBook()
     for seed in range(2):
-        book.add(*three_ways(random_head(seed, 256, 64, 500, std=2.0, bias=seed == 0), dtype, options))
-        book.add(*three_ways(policy_head(seed, 256, 64, 500), dtype, options))
+        book.add(*three_ways(random_head(seed, 256, 64, 500, std=2.0, bias=seed == 0), dtype, OPTIONS[options]))
+        book.add(*three_ways(policy_head(seed, 256, 64, 500), dtype, OPTIONS[options]))
     book.check(dtype)
 
 
@@ -438,13 +438,15 @@ def test_rounding_up():
 
     tiny, large = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
     special = [0.0, 1.0, 1.0 + 2**-7, 1.0 + 2**-23, 1.0 + 2**-8, 255.999, 3.389e38, large, tiny, 1e-40, 1e-45]
-    values = torch.tensor([*special, *(-x for x in special), torch.inf, -torch.inf])
+    numbers = torch.tensor([*special, *(-x for x in special), torch.inf, -torch.inf])
+    nans = torch.tensor([0x7F800001, 0x7FFFFFFF, -0x7FFFFF, -1], dtype=torch.int32).view(torch.float32)
+    values = torch.cat([numbers, nans])
     g = torch.Generator().manual_seed(0)
     anything = torch.randint(-(2**31), 2**31, (8192 - len(values),), generator=g).to(torch.int32).view(torch.float32)
     x = torch.cat([values, anything])
     y = of(x).double()
     nan = x.isnan()
-    assert nan.any()
+    assert nans.isnan().all()
     assert y.isnan().equal(nan)
     assert (y[~nan] >= x[~nan].double()).all()
     assert y[~nan].equal(rounded_up(x[~nan]))
@@ -464,6 +466,7 @@ def test_peaks(width, tile, splits, monkeypatch):
     blocks(monkeypatch, (16, tile, 16), 2, width)
     width = configs.PEAK_WIDTH
     head = whole_numbers(5, 37, 24, 2 * width + 21)
+    head["bias"] *= 1001  # beyond the eight bits of bfloat16
     with split(splits):
         results, without = forward(**head, peaks=True), forward(**head)
     z = head["hidden"] @ head["weight"].T + head["bias"]

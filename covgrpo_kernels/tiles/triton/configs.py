@@ -23,7 +23,7 @@ def _tile(rows: int, columns: int, warps: int) -> dict[str, int]:
 # collection's lists tokens and tiles of the vocabulary at a time.
 _EVERYWHERE: dict[str, dict[str, int]] = {
     "merge": dict(B_R=8, num_warps=4),
-    "select": dict(B_N=1024, B_C=8192, num_warps=8),
+    "select": dict(B_N=1024, B_C=4096, num_warps=8),
     "gather": dict(B_R=8, B_D=1024, num_warps=8),
     "limits": dict(B_N=32, B_T=64, num_warps=4),
     "count": dict(B_R=2048, num_warps=8),
