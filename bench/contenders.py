@@ -123,7 +123,7 @@ class SingleKernel(Contender):
         from covgrpo_kernels.kernels.triton.forward import forward
 
         settings: dict[str, Any] = dict(scale=1.0, softcap=problem.softcap, entropy=False)
-        return Outputs(forward(hidden, weight, None, problem.labels, None, **settings).stats().logprob)
+        return Outputs(forward(hidden, weight, None, problem.labels, None, **settings)[0][0])
 
 
 # ----------------------------------------------------------------------------------------------------------- peers

@@ -1,5 +1,5 @@
-"""What kernels share: functions that Triton's language lacks, from a product to a logit, a block of an online
-softmax."""
+"""What kernels share: functions that Triton's language lacks, from a product to a logit, a block of an online softmax,
+pieces of a tile."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def inverse(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def log1p(x):  # type: ignore[no-untyped-def]
+    """log(1 + x) of x >= 0 to a few ulp: the rounding of 1 + x is undone by the factor x / ((1 + x) - 1). (libdevice
+    has one, but is not there under the interpreter.)"""
+    total = 1.0 + x
+    added = total - 1.0
+    return tl.where(added == 0.0, x, tl.log(total) * (x * inverse(tl.where(added == 0.0, 1.0, added))))
+
+
+@triton.jit
 def logit(product, bias, per_temperature, SCALE: tl.constexpr, CAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """softcap(scale * (product + bias)) / temperature, and its derivative in the product. ``bias`` and
     ``per_temperature`` (1 / temperature) may be None, as may CAP."""
@@ -58,7 +67,13 @@ def logit(product, bias, per_temperature, SCALE: tl.constexpr, CAP: tl.constexpr
 @triton.jit
 def online_softmax_block(z, m, s, u, ENTROPY: tl.constexpr):  # type: ignore[no-untyped-def]
     """Adds logits [R, C] to a running softmax: maximum m, sum s and entropy sum u [R]."""
-    mb = tl.maximum(tl.max(z, 1), _NO_MAX)  # a block of -inf has no maximum
+    return online_softmax_block_with_maximum(z, tl.max(z, 1), m, s, u, ENTROPY)
+
+
+@triton.jit
+def online_softmax_block_with_maximum(z, largest, m, s, u, ENTROPY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Likewise, for a caller that needs the largest logit of each row itself."""
+    mb = tl.maximum(largest, _NO_MAX)  # a block of -inf has no maximum
     d = z - mb[:, None]
     at_max = d == 0.0
     e = tl.where(at_max, 0.0, tl.exp(d))
@@ -73,3 +88,36 @@ def online_softmax_block(z, m, s, u, ENTROPY: tl.constexpr):  # type: ignore[no-
         ub = -tl.sum(e * tl.maximum(d, _LOG_ZERO), 1)
         u = w * (u + gap * s) + wb * (ub + gap_b * sb) + lesser * tl.maximum(gap, gap_b)
     return top, w * s + wb * sb + lesser, u
+
+
+@triton.jit
+def _halves(x):  # type: ignore[no-untyped-def]
+    """Left and right half of the columns of [R, C]."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def slices_of(x, SLICES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """So many pieces of the columns of [R, C], a power of two, from left to right."""
+    if SLICES == 1:
+        return (x,)
+    else:
+        left, right = _halves(x)
+        return slices_of(left, SLICES // 2) + slices_of(right, SLICES // 2)
+
+
+@triton.jit
+def round_up_to_bfloat16(x):  # type: ignore[no-untyped-def]
+    """The smallest bfloat16 that is not less than x; NaN stays NaN. (Casts round to nearest.)"""
+    if x.dtype == tl.float64:
+        near = x.to(tl.float32)
+        # Half a unit of float32 at most is missing. A whole one may be one too many: never less is what counts.
+        single = tl.where(near.to(tl.float64) < x, near + (tl.abs(near) * 1.2e-7 + 1e-45), near)
+    else:
+        single = x
+    bits = single.to(tl.int32, bitcast=True)
+    # A bfloat16 is the upper half of a float32. Cutting the lower half off moves a number toward zero: up where it is
+    # negative; where it is positive the carry of what is added moves it up, from the largest number to infinity.
+    upper = tl.where(bits < 0, bits, bits + 0xFFFF) >> 16
+    upper = tl.where(single == single, upper, 0x7FC0)
+    return upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
