@@ -39,11 +39,11 @@ class Case(NamedTuple):
 _TILE: Arguments = dict(targets="*i64", n_rows="i32", width="i32", first="i32")
 _PLAIN: Arguments = dict(bias=None, temperature=None, SCALE=1.0, CAP=None)
 _ALL: Arguments = dict(bias="*fp32", temperature="*fp32", SCALE=0.5, CAP=30.0)
-_STATE: Arguments = dict(maximum="*fp32", total="*fp32", moment="*fp32", target="*fp32")
-_NO_CANDIDATES: Arguments = dict(threshold=None, found=None, entries=None, logits=None, CAPACITY=0)
-_CANDIDATES: Arguments = dict(threshold="*fp32", found="*i32", entries="*i32", logits="*fp32", CAPACITY=64)
+_RUNNING: Arguments = dict(maximum="*fp32", sums="*fp32", entropy_sum="*fp32", target="*fp32")
+_NO_CANDIDATES: Arguments = dict(min_logits=None, found=None, vocab_ids=None, logits=None, CAPACITY=0)
+_CANDIDATES: Arguments = dict(min_logits="*fp32", found="*i32", vocab_ids="*i32", logits="*fp32", CAPACITY=64)
 _COEFFICIENTS: Arguments = dict(
-    maximum="*fp32", log_total="*fp32", at_target="*fp32", entropy="*fp32", logprob_grad="*fp32"
+    maximum="*fp32", log_sum="*fp32", at_target="*fp32", entropy="*fp32", logprob_grad="*fp32"
 )
 _TOKENS: Arguments = dict(logprobs="*fp32", valid="*i1", order="*i64", offsets="*i64")
 _WEIGHTS: Arguments = dict(advantages="*fp32", weights="*fp64", covariance="*fp64", deviation="*fp64", std="*fp64")
@@ -62,41 +62,44 @@ _PRODUCTS: Arguments = {
     "vocab_ids": "*i32", "logits": "*fp32", "tiles": "i32", "room": "i32", "row_stride": "i32", "column_stride": 1,
     **_HEAD, "B_V": 256, "B_T": 1024, "K": 64,
 }  # fmt: skip
-_FOLD_ALL: Arguments = {"tile": "*fp32", **_TILE, **_ALL, **_STATE, **_CANDIDATES, "ENTROPY": True}
-_FOLD: Arguments = {"tile": "*fp32", **_TILE, **_PLAIN, **_STATE, "ENTROPY": False}
+_SOFTMAX_ALL: Arguments = {"tile": "*fp32", **_TILE, **_ALL, **_RUNNING, **_CANDIDATES, "ENTROPY": True}
+_SOFTMAX: Arguments = {"tile": "*fp32", **_TILE, **_PLAIN, **_RUNNING, "ENTROPY": False}
 _SPARSE: Arguments = dict(
     values="*fp32", indices="*i64", offsets="*i64", out="*fp32", depth="i32", row_stride="i32", column_stride="i32"
 )
 
 CASES = [
-    Case("fold", "fold.fold_kernel", {**_FOLD, **_NO_CANDIDATES}, "fold"),
-    Case("fold, candidates", "fold.fold_kernel", {**_FOLD, **_CANDIDATES}, "fold"),
-    Case("fold, all", "fold.fold_kernel", _FOLD_ALL, "fold"),
+    Case("online softmax", "online_softmax.online_softmax_kernel", {**_SOFTMAX, **_NO_CANDIDATES}, "online_softmax"),
     Case(
-        "fold of float64", "fold.fold_kernel",
-        {key: "*fp64" if value == "*fp32" else value for key, value in _FOLD_ALL.items()}, "fold",
+        "online softmax, candidates", "online_softmax.online_softmax_kernel", {**_SOFTMAX, **_CANDIDATES},
+        "online_softmax",
+    ),
+    Case("online softmax, all", "online_softmax.online_softmax_kernel", _SOFTMAX_ALL, "online_softmax"),
+    Case(
+        "online softmax of float64", "online_softmax.online_softmax_kernel",
+        {key: "*fp64" if value == "*fp32" else value for key, value in _SOFTMAX_ALL.items()}, "online_softmax",
     ),
     *(
         Case(
-            f"grad to {out}{', all' if entropy else ''}",
-            "grad.grad_kernel",
+            f"dlogits to {out}{', all' if entropy else ''}",
+            "dlogits.dlogits_kernel",
             {"tile": "*fp32", "out": f"*{out}", **_TILE, **options, **_COEFFICIENTS, "entropy_grad": entropy},
-            "grad",
+            "dlogits",
         )
         for out in ("bf16", "fp16", "fp32")
         for options, entropy in ((_PLAIN, None), (_ALL, "*fp32"))
     ),
     Case("sparse product", "sparse_product.sparse_product_kernel", {**_SPARSE, "matrix": "*bf16"}, "sparse"),
     Case(
-        "sequence means", "group_weights.sequence_means_kernel", {**_TOKENS, "lengths": "*fp64", "means": "*fp64"},
+        "sequence means", "covariance_weights.sequence_means_kernel", {**_TOKENS, "lengths": "*fp64", "means": "*fp64"},
         "weights",
     ),
     Case(
-        "group weights", "group_weights.group_weights_kernel",
+        "covariance weights", "covariance_weights.covariance_weights_kernel",
         {**_TOKENS, **_WEIGHTS, **_READING, "segment": None, "lengths": None, "means": None}, "weights",
     ),
     Case(
-        "group weights, all", "group_weights.group_weights_kernel",
+        "covariance weights, all", "covariance_weights.covariance_weights_kernel",
         {**_TOKENS, **_WEIGHTS, **_READING, "segment": "*i64", "lengths": "*fp64", "means": "*fp64"}, "weights",
     ),
     Case("forward", "forward.forward_kernel", {**_FORWARD_PLAIN, "peaks": None}, "forward"),
@@ -168,7 +171,7 @@ CASES = [
 
 
 def _cuts(architecture: str) -> dict[str, dict[str, int]]:
-    from covgrpo_kernels.tiles.triton import configs
+    from covgrpo_kernels.kernels.triton import configs
 
     half, single = (configs.FORWARD[architecture][itemsize] for itemsize in (2, 4))
     pointers = dict(DESCRIPTORS=False)
@@ -193,7 +196,7 @@ def compile_case(case: Case, architecture: str) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
 
     module, name = case.kernel.split(".")
-    kernel = getattr(importlib.import_module(f"covgrpo_kernels.tiles.triton.{module}"), name)
+    kernel = getattr(importlib.import_module(f"covgrpo_kernels.kernels.triton.{module}"), name)
     options = dict(_cuts(architecture)[case.config])
     compiler = {key: options.pop(key) for key in ("num_warps", "num_stages") if key in options}
     arguments: dict[str, Any] = {**case.arguments, **options}
@@ -259,7 +262,7 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 def check_search() -> None:
     """Every cut that COVGRPO_AUTOTUNE=1 tries, on every architecture. Raises AssertionError for one that has too much
     shared memory. (One that spills is slow, and a search leaves it.)"""
-    from covgrpo_kernels.tiles.triton.configs import CONFIGS, SEARCH
+    from covgrpo_kernels.kernels.triton.configs import CONFIGS, SEARCH
 
     for case in CASES:
         for architecture in SHARED_LIMIT:

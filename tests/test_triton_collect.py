@@ -16,9 +16,9 @@ from covgrpo_kernels.config import IGNORE_INDEX
 from covgrpo_kernels.testing import random_head
 
 pytest.importorskip("triton")
-forward = importlib.import_module("covgrpo_kernels.tiles.triton.forward")
-collection = importlib.import_module("covgrpo_kernels.tiles.triton.collect")
-configs = importlib.import_module("covgrpo_kernels.tiles.triton.configs")
+forward = importlib.import_module("covgrpo_kernels.kernels.triton.forward")
+collection = importlib.import_module("covgrpo_kernels.kernels.triton.collect")
+configs = importlib.import_module("covgrpo_kernels.kernels.triton.configs")
 
 
 @pytest.fixture(autouse=True, scope="module")

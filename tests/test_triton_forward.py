@@ -26,10 +26,10 @@ from covgrpo_kernels.testing import ErrorBook, bounds, check_draw, policy_head, 
 
 triton = pytest.importorskip("triton")
 tl = importlib.import_module("triton.language")
-fused = importlib.import_module("covgrpo_kernels.tiles.triton.forward")
-selection = importlib.import_module("covgrpo_kernels.tiles.triton.select_rows")
-numerics = importlib.import_module("covgrpo_kernels.tiles.triton.numerics")
-configs = importlib.import_module("covgrpo_kernels.tiles.triton.configs")
+fused = importlib.import_module("covgrpo_kernels.kernels.triton.forward")
+selection = importlib.import_module("covgrpo_kernels.kernels.triton.select_rows")
+numerics = importlib.import_module("covgrpo_kernels.kernels.triton.numerics")
+configs = importlib.import_module("covgrpo_kernels.kernels.triton.configs")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F64 = torch.float64
