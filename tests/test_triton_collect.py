@@ -35,6 +35,11 @@ def small_blocks() -> Iterator[None]:
         yield
 
 
+def vocab_of(entries: int) -> int:
+    """So many entries where a peak is of 32; as many tiles where it is of more."""
+    return entries * configs.PEAK_WIDTH // 32
+
+
 class Collected(NamedTuple):
     found: Tensor  # [N]
     vocab_ids: list[list[int]]  # of each row, in order; empty where there are more than the capacity
@@ -145,7 +150,8 @@ def test_more_entries_than_room():
 def test_more_tiles_than_room():
     """Rows that reach their minimum in more tiles than they have room for entries are left out: none of their products
     is made."""
-    head = whole_numbers(3, 30, 24, 200)
+    vocab = vocab_of(200)
+    head = whole_numbers(3, 30, 24, vocab)
     z = logits(head["hidden"], head["weight"], head["bias"])
     least = between(z, torch.arange(30) // 3)
     of_row = pairs(z, least, head["targets"]).sum(1)
@@ -156,14 +162,14 @@ def test_more_tiles_than_room():
     everything = collect(**head, min_logits=torch.full((30,), -torch.inf), capacity=3)
     assert everything.found.tolist() == [0 if y == IGNORE_INDEX else 4 for y in head["targets"].tolist()]
     # As many tiles as there is room for entries: these are counted.
-    all_of_it = collect(**head, min_logits=torch.full((30,), -torch.inf), capacity=math.ceil(200 / configs.PEAK_WIDTH))
-    assert all_of_it.found.tolist() == [0 if y == IGNORE_INDEX else 200 for y in head["targets"].tolist()]
+    all_of_it = collect(**head, min_logits=torch.full((30,), -torch.inf), capacity=7)
+    assert all_of_it.found.tolist() == [0 if y == IGNORE_INDEX else vocab for y in head["targets"].tolist()]
 
 
 @pytest.mark.parametrize("room", [0, 1, 24, "all but one"])
 def test_a_list_that_is_full(room):
     """Exactly the rows with a pair behind its end are left out: tiles from left to right, the rows of each in order."""
-    head = whole_numbers(4, 40, 24, 150)
+    head = whole_numbers(4, 40, 24, vocab_of(150))
     head["targets"][5] = IGNORE_INDEX
     z = logits(head["hidden"], head["weight"], head["bias"])
     least = between(z, torch.arange(40) % 7)
@@ -183,7 +189,7 @@ def test_a_list_that_is_full(room):
 
 def test_the_order_of_programs_changes_nothing(monkeypatch):
     """But the order of a row's entries."""
-    head = whole_numbers(5, 40, 24, 200)
+    head = whole_numbers(5, 40, 24, vocab_of(200))
     z = logits(head["hidden"], head["weight"], head["bias"])
     least = between(z, torch.arange(40) % 12).float()
     first = collect(**head, min_logits=least, room=40)
