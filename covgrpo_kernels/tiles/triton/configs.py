@@ -18,6 +18,18 @@ def _tile(rows: int, columns: int, warps: int) -> dict[str, int]:
     return dict(B_R=rows, B_C=columns, num_warps=warps)
 
 
+# Of the backward's kernels on [N] vectors, candidates and hidden states: the same on every architecture.
+_BACKWARD: dict[str, dict[str, int]] = {
+    "plan_rows": dict(B_R=4, num_warps=4),
+    "assign_tails": dict(B_R=64, B_D=64, num_warps=4, num_stages=3),
+    "classify_rows": dict(B_R=4096, num_warps=16),
+    "list_pairs": dict(B_R=8, num_warps=4),
+    "place_pairs": dict(B_P=256, num_warps=4),
+    "tail_states": dict(B_K=32, B_D=128, num_warps=4, num_stages=3),
+    "gather_states": dict(B_D=1024, num_warps=4),
+    "hidden_grad": dict(B_D=1024, num_warps=4),
+}
+
 # Of a program: rows and columns of the tile; for fold the columns are the block, which is fixed; tokens of a scope at
 # a time; columns of a sparse product. Registers, spills and shared memory of each are gated by tests/test_compiled.py.
 CONFIGS: dict[str, dict[str, dict[str, int]]] = {
@@ -26,24 +38,28 @@ CONFIGS: dict[str, dict[str, dict[str, int]]] = {
         "grad": _tile(1, 1024, 4),
         "weights": dict(B_T=1024, num_warps=8),
         "sparse": dict(B_D=512, num_warps=4),
+        **_BACKWARD,
     },
     "sm_90": {
         "fold": _tile(1, BLOCK, 4),
         "grad": _tile(1, 2048, 4),
         "weights": dict(B_T=1024, num_warps=8),
         "sparse": dict(B_D=512, num_warps=4),
+        **_BACKWARD,
     },
     "sm_100": {
         "fold": _tile(1, BLOCK, 4),
         "grad": _tile(1, 2048, 4),
         "weights": dict(B_T=1024, num_warps=8),
         "sparse": dict(B_D=512, num_warps=4),
+        **_BACKWARD,
     },
     "gfx942": {
         "fold": _tile(1, BLOCK, 4),
         "grad": _tile(1, 1024, 4),
         "weights": dict(B_T=1024, num_warps=8),
         "sparse": dict(B_D=512, num_warps=4),
+        **_BACKWARD,
     },
     # An operation costs the interpreter the same, whatever its size.
     "interpreter": {
@@ -51,6 +67,14 @@ CONFIGS: dict[str, dict[str, dict[str, int]]] = {
         "grad": _tile(32, 1024, 1),
         "weights": dict(B_T=1024, num_warps=1),
         "sparse": dict(B_D=1024, num_warps=1),
+        "plan_rows": dict(B_R=128, num_warps=1),
+        "assign_tails": dict(B_R=128, B_D=128, num_warps=1),
+        "classify_rows": dict(B_R=64, num_warps=1),
+        "list_pairs": dict(B_R=128, num_warps=1),
+        "place_pairs": dict(B_P=1024, num_warps=1),
+        "tail_states": dict(B_K=64, B_D=64, num_warps=1),
+        "gather_states": dict(B_D=64, num_warps=1),
+        "hidden_grad": dict(B_D=64, num_warps=1),
     },
 }
 SEARCH = {
@@ -77,6 +101,35 @@ FORWARD: dict[str, dict[int, dict[str, int]]] = {
     "gfx942": {2: _blocks(128, 128, 64, 8, 2), 4: _blocks(128, 64, 32, 8, 2)},
     "interpreter": dict.fromkeys((2, 4, 8), _blocks(32, 256, 64, 1, 1, 2, True)),
 }
+
+
+def _head_grad(vocab: int, depth: int, rows: int, warps: int, stages: int, descriptors: bool = False) -> dict[str, int]:
+    return dict(B_V=vocab, B_D=depth, B_K=rows, DESCRIPTORS=descriptors, num_warps=warps, num_stages=stages)
+
+
+# Rows of dZ from which on dW is bound by the product, and not by its one write.
+MANY_ROWS = 512
+# By architecture, bytes of an input's element, and whether dZ has many rows. B_V is a multiple of PAIR_BLOCK. With few
+# rows 64 x 128 wrote 1 GiB of dW in 0.69 ms on an H200; with many the cut is the forward's.
+HEAD_GRAD: dict[str, dict[int, dict[str, dict[str, int]]]] = {
+    "sm_80": {
+        2: dict(few=_head_grad(64, 128, 64, 4, 3), many=_head_grad(128, 128, 64, 8, 3)),
+        4: dict.fromkeys(("few", "many"), _head_grad(64, 64, 32, 4, 3)),
+    },
+    "sm_90": {
+        2: dict(few=_head_grad(64, 128, 64, 4, 3, True), many=_head_grad(128, 256, 64, 8, 3, True)),
+        4: dict.fromkeys(("few", "many"), _head_grad(64, 64, 32, 4, 3)),
+    },
+    "sm_100": {
+        2: dict(few=_head_grad(64, 128, 64, 4, 3, True), many=_head_grad(128, 256, 64, 8, 3, True)),
+        4: dict.fromkeys(("few", "many"), _head_grad(64, 64, 32, 4, 3)),
+    },
+    "gfx942": {
+        2: dict(few=_head_grad(64, 128, 64, 4, 2), many=_head_grad(128, 128, 64, 8, 2)),
+        4: dict.fromkeys(("few", "many"), _head_grad(64, 64, 32, 4, 2)),
+    },
+    "interpreter": dict.fromkeys((2, 4), dict.fromkeys(("few", "many"), _head_grad(64, 64, 32, 1, 1, True))),
+}
 # Of a program of the merge.
 MERGE = dict(B_R=8, num_warps=4)
 AUTOTUNE = os.environ.get("COVGRPO_AUTOTUNE", "0") == "1"
@@ -91,6 +144,16 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major = torch.cuda.get_device_properties(device).major
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+
+
+def upcast(x: torch.Tensor) -> bool:
+    """Whether a kernel has to convert loaded elements to float32: the interpreter's products of bfloat16 are wrong."""
+    return bool(triton.knobs.runtime.interpret) and x.dtype == torch.bfloat16
+
+
+def describable(x: torch.Tensor) -> bool:  # [R, C]
+    """Whether a descriptor (TMA) can describe the matrix."""
+    return x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 and x.stride(1) == 1
 
 
 def tuned(name: str, key: list[str], restored: list[str]) -> Callable[[Any], Any]:

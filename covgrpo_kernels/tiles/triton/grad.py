@@ -5,6 +5,8 @@ Bytes: reads the tile once, and a few numbers a row; writes as many entries.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,34 +27,40 @@ def traffic(rows: int, columns: int, out_itemsize: int, itemsize: int = 4) -> tu
 @triton.jit(
     do_not_specialize=["n_rows", "first"],
     do_not_specialize_on_alignment=[
-        "targets", "temperature", "maximum", "log_total", "at_target", "logprob_grad", "entropy_grad", "entropy",
+        "rows", "targets", "temperature", "maximum", "log_total", "at_target", "logprob_grad", "entropy_grad",
+        "entropy",
     ],
 )  # fmt: skip
 def grad_kernel(  # type: ignore[no-untyped-def]
     tile,  # [R, C]
     out,  # [R, C], may be the tile: every program reads what it writes before it does
-    targets,  # [R] int64
+    rows,  # [R] int64 where in the tensors of the rows the row stands, or None: N is R
+    targets,  # [N] int64
     bias,  # [C] or None
-    temperature,  # [R] or None
-    maximum,  # [R], as are the next three
+    temperature,  # [N] or None
+    maximum,  # [N], as are the next three
     log_total,
     at_target,
     logprob_grad,
-    entropy_grad,  # [R] or None
-    entropy,  # [R]
-    n_rows,
+    entropy_grad,  # [N] or None
+    entropy,  # [N]
+    n_rows,  # R
     width,  # C
     first,
+    log_min_prob,
+    TAILS: tl.constexpr,  # T
     SCALE: tl.constexpr,
     CAP: tl.constexpr,
     B_R: tl.constexpr,
     B_C: tl.constexpr,
 ):
-    i_r = tl.program_id(0).to(tl.int64) * B_R + tl.arange(0, B_R)
+    # The first T rows of the tile are not looked at; what belongs there is made with the next T.
+    i_o = TAILS + tl.program_id(0).to(tl.int64) * B_R + tl.arange(0, B_R)
     i_c = tl.program_id(1) * B_C + tl.arange(0, B_C)
-    m_r, m_c = i_r < n_rows, i_c < width
+    m_r, m_c = i_o < n_rows, i_c < width
     m_b = m_r[:, None] & m_c[None, :]
-    o_b = i_r[:, None] * width + i_c[None, :]
+    o_b = i_o[:, None] * width + i_c[None, :]
+    i_r = tl.load(rows + i_o, mask=m_r, other=0) if rows is not None else i_o
     x = tl.load(tile + o_b, mask=m_b, other=0.0)
     b = tl.load(bias + i_c, mask=m_c, other=0.0)[None, :] if bias is not None else None
     if temperature is not None:
@@ -65,6 +73,13 @@ def grad_kernel(  # type: ignore[no-untyped-def]
     l = tl.load(log_total + i_r, mask=m_r, other=0.0)[:, None]
     g = tl.load(logprob_grad + i_r, mask=m_r, other=0.0)[:, None]
     log_p = (z - m) - l
+    column = tl.load(targets + i_r, mask=m_r, other=-1) - first
+    is_target = i_c[None, :] == column[:, None]
+    if TAILS > 0:  # noqa: SIM102
+        if tl.program_id(0) * B_R < TAILS:
+            in_tail = (z < m + (l + log_min_prob)) & (is_target == 0)
+            q = tl.where(in_tail, tl.exp(log_p - log_min_prob) * slope, 0.0)
+            tl.store(out + o_b - TAILS * width, q.to(out.dtype.element_ty), mask=m_b & (i_o < 2 * TAILS)[:, None])
     if entropy_grad is not None:
         e = tl.load(entropy_grad + i_r, mask=m_r, other=0.0)[:, None]
         h = tl.load(entropy + i_r, mask=m_r, other=0.0)[:, None]
@@ -73,9 +88,8 @@ def grad_kernel(  # type: ignore[no-untyped-def]
         dz = -tl.exp(log_p) * (e * (log_p + h) + g)
     else:
         dz = -tl.exp(log_p) * g
-    column = tl.load(targets + i_r, mask=m_r, other=-1) - first
     y = tl.load(at_target + i_r, mask=m_r, other=0.0)[:, None]
-    dz = tl.where(i_c[None, :] == column[:, None], y, dz) * slope
+    dz = tl.where(is_target, y, dz) * slope
     tl.store(out + o_b, dz.to(out.dtype.element_ty), mask=m_b)
 
 
@@ -88,11 +102,20 @@ def grad(
     bias: Tensor | None,  # [C]
     temperature: Tensor | None,  # [R]
     coefficients: Coefficients,  # of R rows
+    rows: Tensor | None = None,  # [R] int64
+    tails: int = 0,
+    min_prob: float = 1.0,
 ) -> None:
     """From a tile of raw products to dL/dproducts:
-    (g (1[v = y] - p) - e p (log p + H)) * softcap' * scale / temperature."""
-    rows, width = tile.shape
-    grad_kernel[lambda meta: (triton.cdiv(rows, meta["B_R"]), triton.cdiv(width, meta["B_C"]))](
-        tile=tile, out=out, targets=targets, bias=bias, temperature=temperature, **coefficients._asdict(),
-        n_rows=rows, width=width, first=first, SCALE=head.scale, CAP=head.softcap, **options("grad", tile.device),
+    (g (1[v = y] - p) - e p (log p + H)) * softcap' * scale / temperature.
+
+    With ``rows`` the targets, temperatures and coefficients are those of N rows, of which the tile holds these. With
+    T = ``tails`` the first T rows of the tile are not looked at, and the first T rows of ``out`` become the tails of
+    the T rows that follow: p * softcap' * scale / temperature / min_prob where p is below ``min_prob`` and the entry is
+    not the target, zero elsewhere. (Divided by ``min_prob``, small probabilities stay in the range of float16.)"""
+    n_rows, width = tile.shape
+    grad_kernel[lambda meta: (triton.cdiv(n_rows - tails, meta["B_R"]), triton.cdiv(width, meta["B_C"]))](
+        tile=tile, out=out, rows=rows, targets=targets, bias=bias, temperature=temperature, **coefficients._asdict(),
+        n_rows=n_rows, width=width, first=first, log_min_prob=math.log(min_prob), TAILS=tails, SCALE=head.scale,
+        CAP=head.softcap, **options("grad", tile.device),
     )  # fmt: skip

@@ -26,12 +26,41 @@ def tanh(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def expm1(x):  # type: ignore[no-untyped-def]
+    """exp(x) - 1 for x <= 0 to a few ulp, also near 0, where the subtraction would cancel: 2t / (1 - t) with
+    t = tanh(x / 2)."""
+    t = tanh(0.5 * x)
+    return 2.0 * t / (1.0 - t)
+
+
+@triton.jit
 def inverse(x):  # type: ignore[no-untyped-def]
     """1 / x, rounded once: plain division of float32 is an approximation."""
     if x.dtype == tl.float32:
         return tl.div_rn(1.0, x)
     else:
         return 1.0 / x
+
+
+@triton.jit
+def sort_rows(x):  # type: ignore[no-untyped-def]
+    """Each row of integers [R, K] in ascending order, K a power of two up to 256: a bitonic network. (The one of
+    Triton's library takes a minute for a hundred rows under the interpreter, whose only fast reductions are sums and
+    maxima.)"""
+    R: tl.constexpr = x.shape[0]
+    K: tl.constexpr = x.shape[1]
+    i_k = tl.arange(0, K)[None, :]
+    for stage in tl.static_range(1, 9):
+        if 2**stage <= K:
+            # Runs of this length are sorted after the stage, every other one downwards.
+            downwards = (i_k & 2**stage) != 0
+            for step in tl.static_range(0, stage):
+                DISTANCE: tl.constexpr = 2 ** (stage - 1 - step)
+                h = tl.reshape(x, [R, K // (2 * DISTANCE), 2, DISTANCE])
+                partner = tl.reshape(tl.sum(h, 2, keep_dims=True) - h, [R, K])
+                is_right = (i_k & DISTANCE) != 0
+                x = tl.where((x > partner) != (is_right != downwards), partner, x)
+    return x
 
 
 @triton.jit
@@ -72,3 +101,15 @@ def fold_block(z, m, s, u, ENTROPY: tl.constexpr):  # type: ignore[no-untyped-de
         ub = -tl.sum(e * tl.maximum(d, _LOG_ZERO), 1)
         u = w * (u + gap * s) + wb * (ub + gap_b * sb) + lesser * tl.maximum(gap, gap_b)
     return top, w * s + wb * sb + lesser, u
+
+
+@triton.jit
+def dot_of_parts(a, b, acc, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc + a @ b with ``a`` in float32 and ``b`` in 16 bits (SPLIT): ``a`` is the sum of two numbers of the dtype of
+    ``b``, so that tensor cores can be used and 16 bits of its mantissa are kept."""
+    if SPLIT:
+        high = a.to(b.dtype)
+        acc = tl.dot(high, b, acc)
+        return tl.dot((a - high.to(tl.float32)).to(b.dtype), b, acc)
+    else:
+        return tl.dot(a, b.to(tl.float32), acc, input_precision="ieee")

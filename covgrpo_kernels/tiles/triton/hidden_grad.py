@@ -1,0 +1,94 @@
+"""hidden_grad: the gradient of the hidden states of all rows, written once.
+
+Bytes: reads D elements of the head for each entry of a sparse row, and D float32 numbers for each row that is dense or
+sparse; writes D elements a row.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import options
+from .plan_rows import RowPlan
+from .row_classes import DENSE, SPARSE, RowClasses
+from .tails import TailPlan
+
+_SPARSE, _DENSE = tl.constexpr(SPARSE), tl.constexpr(DENSE)
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "row_class", "place", "kept", "vocab_ids", "values", "targets", "target_value", "tail_of", "share", "scale",
+    ],
+)  # fmt: skip
+def hidden_grad_kernel(  # type: ignore[no-untyped-def]
+    row_class,  # [N] int8
+    place,  # [N] int32
+    kept,  # [N] int32, or None as are the next six: no row is sparse
+    vocab_ids,  # [N, K] int32
+    values,  # [N, K]
+    targets,  # [N] int64
+    target_value,  # [N]
+    tail_of,  # [N] int32
+    share,  # [N]
+    weight,  # [V, D]
+    products,  # [R, D] float32, dZ times the head: of the tails, then of the dense rows
+    scale,  # [] or None
+    out,  # [N, D]
+    depth,  # D
+    weight_stride,
+    min_prob,
+    K: tl.constexpr,
+    B_D: tl.constexpr,
+):
+    i_r = tl.program_id(0).to(tl.int64)
+    i_d = tl.program_id(1) * B_D + tl.arange(0, B_D)
+    m_d = i_d < depth
+    what = tl.load(row_class + i_r)
+    total = tl.zeros([B_D], tl.float32)
+    if what == _DENSE:
+        total = tl.load(products + tl.load(place + i_r).to(tl.int64) * depth + i_d, mask=m_d, other=0.0)
+    if vocab_ids is not None:  # noqa: SIM102
+        if what == _SPARSE:
+            tail = tl.load(products + tl.load(tail_of + i_r).to(tl.int64) * depth + i_d, mask=m_d, other=0.0)
+            total = tail * (tl.load(share + i_r) * min_prob)
+            w = tl.load(weight + tl.load(targets + i_r) * weight_stride + i_d, mask=m_d, other=0.0)
+            total += tl.load(target_value + i_r) * w.to(tl.float32)
+            for k in range(tl.load(kept + i_r)):
+                v = tl.load(vocab_ids + i_r * K + k).to(tl.int64)
+                w = tl.load(weight + v * weight_stride + i_d, mask=m_d, other=0.0)
+                total += tl.load(values + i_r * K + k) * w.to(tl.float32)
+    if scale is not None:
+        total *= tl.load(scale)
+    tl.store(out + i_r * depth + i_d, total.to(out.dtype.element_ty), mask=m_d)
+
+
+def hidden_grad(
+    classes: RowClasses,  # of N rows
+    sparse: tuple[RowPlan, TailPlan] | None,  # of N rows; None: no row is sparse
+    targets: Tensor,  # [N] int64
+    weight: Tensor,  # [V, D]
+    products: Tensor,  # [R, D] float32: dZ times the head, as `classify_rows` has listed the rows
+    scale: Tensor | None,  # [] float32; None: 1
+    out: Tensor,  # [N, D] of any floating dtype
+    *,
+    min_prob: float,
+) -> None:
+    """out = scale * the gradient of each row: of a dense row its product; of a sparse one the sum of its kept entries
+    and of its share of a tail's product, times ``min_prob``, by which `grad` divides tails; of a dropped one zero."""
+    n_rows, depth = out.shape
+    if not n_rows:
+        return
+    capacity = 0
+    entries: tuple[Tensor | None, ...] = (None,) * 7
+    if sparse is not None:
+        rows, tails = sparse
+        assert rows.vocab_ids is not None
+        capacity = rows.vocab_ids.shape[1]
+        entries = (rows.kept, rows.vocab_ids, rows.values, targets, rows.target_value, tails.tail_of, tails.share)
+    hidden_grad_kernel[lambda meta: (n_rows, triton.cdiv(depth, meta["B_D"]))](
+        classes.row_class, classes.place, *entries, weight, products, scale, out,
+        depth, weight.stride(0), min_prob, K=capacity, **options("hidden_grad", out.device),
+    )  # fmt: skip

@@ -1,0 +1,261 @@
+"""Tails of sparse rows: each is replaced by a multiple of the tail of one of T heavy rows, which are dense anyway.
+
+`assign_tails` chooses it, the heavy row with the largest product of hidden states, and bounds the error.
+`sum_tail_states` adds up what the sparse rows of each tail contribute to dW: dW of all tails is Q^T S, with Q [T, V]
+the tails of the heavy rows (`grad`) and S [T, D] these sums. `gather_states` puts S and the hidden states of the dense
+rows into one matrix.
+
+Bytes: the first two read the hidden states once each, the second those of sparse rows only; the third reads and writes
+those of dense rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import options, upcast
+from .numerics import dot_of_parts
+from .plan_rows import SPARSE_POSSIBLE, TAIL_ROW, RowPlan
+from .row_classes import SPARSE
+
+_SPARSE_POSSIBLE, _TAIL_ROW, _SPARSE = tl.constexpr(SPARSE_POSSIBLE), tl.constexpr(TAIL_ROW), tl.constexpr(SPARSE)
+
+# Sums over rows are cut into at most so many parts: these fill a device, and are added in a second step.
+_MAX_PARTS = 32
+
+
+class TailPlan(NamedTuple):
+    """The tails of N rows, and what the choice between dense, sparse and dropped compares."""
+
+    tail_of: Tensor  # [N] int32, in [0, T): the heavy row whose tail is used
+    share: Tensor  # [N] float32: the row's tail is this many times that of the heavy row
+    kind: Tensor  # [N] int8 as in RowPlan, with TAIL_ROW set
+    bound: Tensor  # [N] float64 on the squared error where the row is not dense; inf for a tail row
+
+
+@triton.jit(
+    do_not_specialize=["n_rows"],
+    do_not_specialize_on_alignment=[
+        "tail_rows", "temperature", "tail", "mass", "plan_kind", "plan_bound", "tail_bound", "tail_of", "share", "kind",
+        "bound",
+    ],
+)  # fmt: skip
+def assign_tails_kernel(  # type: ignore[no-untyped-def]
+    hidden,  # [N, D]
+    tail_rows,  # [T] int64
+    temperature,  # [N] or None
+    tail,  # [N], as are the next five: of the row plan
+    mass,
+    plan_kind,
+    plan_bound,
+    tail_bound,
+    tail_of,  # [N] int32
+    share,  # [N]
+    kind,  # [N] int8
+    bound,  # [N] float64
+    n_rows,
+    depth,  # D
+    hidden_stride,
+    min_prob,
+    SCALE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    UPCAST: tl.constexpr,
+    T: tl.constexpr,
+    B_R: tl.constexpr,
+    B_D: tl.constexpr,
+):
+    i_r = tl.program_id(0).to(tl.int64) * B_R + tl.arange(0, B_R)
+    m_r = i_r < n_rows
+    i_h = tl.load(tail_rows + tl.arange(0, T))
+    similarity = tl.zeros([B_R, T], tl.float32)
+    for o_d in range(0, depth, B_D):
+        i_d = o_d + tl.arange(0, B_D)
+        m_d = (i_d < depth)[None, :]
+        b_r = tl.load(hidden + i_r[:, None] * hidden_stride + i_d[None, :], mask=m_r[:, None] & m_d, other=0.0)
+        b_h = tl.load(hidden + i_h[:, None] * hidden_stride + i_d[None, :], mask=m_d, other=0.0)
+        if UPCAST:
+            b_r, b_h = b_r.to(tl.float32), b_h.to(tl.float32)
+        similarity = tl.dot(b_r, b_h.T, similarity, input_precision="ieee")
+    nearest = tl.argmax(similarity, 1)
+
+    heavy = tl.load(tail_rows + nearest)
+    mass_h = tl.load(mass + heavy)
+    slope_h = tl.full([B_R], SCALE, tl.float32)
+    if temperature is not None:
+        slope_h /= tl.load(temperature + heavy)
+    size = tl.load(tail + i_r, mask=m_r, other=0.0)
+    tl.store(share + i_r, tl.where(mass_h > 0.0, size / (mass_h * slope_h), 0.0), mask=m_r)
+    tl.store(tail_of + i_r, nearest, mask=m_r)
+
+    # What stands for the tail is its sum times a distribution, whose sum of squares is at most its largest entry. Both
+    # have one sign where there is no entropy coefficient, so that their squares add up; with one twice them.
+    largest = tl.minimum(min_prob / mass_h, 1.0).to(tl.float64)
+    error = tl.load(tail_bound + i_r, mask=m_r, other=0.0) + size.to(tl.float64) * size.to(tl.float64) * largest
+    if ENTROPY:
+        error *= 2.0
+    state = tl.load(plan_kind + i_r, mask=m_r, other=0)
+    possible = state == _SPARSE_POSSIBLE
+    # A row without a gradient may be among the heavy ones where there are too few others; it is none of them.
+    is_heavy = possible & (tl.max((i_r[:, None] == i_h[None, :]).to(tl.int32), 1) > 0)
+    error = tl.where(possible, error, tl.load(plan_bound + i_r, mask=m_r, other=0.0))
+    tl.store(bound + i_r, tl.where(is_heavy, float("inf"), error), mask=m_r)
+    tl.store(kind + i_r, tl.where(is_heavy, _TAIL_ROW, state).to(tl.int8), mask=m_r)
+
+
+def assign_tails(
+    rows: RowPlan,  # of N rows
+    tail_rows: Tensor,  # [T] int64; T is a power of two from 16 on
+    hidden: Tensor,  # [N, D]
+    temperature: Tensor | None,  # [N] float32
+    *,
+    scale: float,
+    min_prob: float,
+    entropy: bool,
+) -> TailPlan:
+    """The tail that each row uses if it becomes sparse, and the bound on its error. ``entropy``: whether there are
+    coefficients of entropies."""
+    n_rows, device = len(hidden), hidden.device
+    tail_of = torch.empty(n_rows, dtype=torch.int32, device=device)
+    share, kind, bound = (torch.empty_like(x) for x in (rows.tail, rows.kind, rows.bound))
+    assign_tails_kernel[lambda meta: (triton.cdiv(n_rows, meta["B_R"]),)](
+        hidden=hidden, tail_rows=tail_rows, temperature=temperature, tail=rows.tail, mass=rows.mass,
+        plan_kind=rows.kind, plan_bound=rows.bound, tail_bound=rows.tail_bound,
+        tail_of=tail_of, share=share, kind=kind, bound=bound,
+        n_rows=n_rows, depth=hidden.shape[1], hidden_stride=hidden.stride(0), min_prob=min_prob,
+        SCALE=scale, ENTROPY=entropy, UPCAST=upcast(hidden), T=len(tail_rows), **options("assign_tails", device),
+    )  # fmt: skip
+    return TailPlan(tail_of, share, kind, bound)
+
+
+@triton.jit(
+    do_not_specialize=["n_rows", "part_rows"],
+    do_not_specialize_on_alignment=["tail_of", "share", "row_class", "sums", "shares"],
+)
+def tail_states_kernel(  # type: ignore[no-untyped-def]
+    hidden,  # [N, D]
+    tail_of,  # [N] int32
+    share,  # [N]
+    row_class,  # [N] int8
+    sums,  # [P, T, D] float32
+    shares,  # [P, T] float32
+    n_rows,
+    depth,  # D
+    hidden_stride,
+    part_rows,  # rows of a part
+    SPLIT: tl.constexpr,
+    T: tl.constexpr,
+    B_K: tl.constexpr,
+    B_D: tl.constexpr,
+):
+    part = tl.program_id(1)
+    i_t = tl.arange(0, T)
+    i_d = tl.program_id(0) * B_D + tl.arange(0, B_D)
+    m_d = i_d < depth
+    total = tl.zeros([T, B_D], tl.float32)
+    total_share = tl.zeros([T], tl.float32)
+    begin = part * part_rows
+    for o_r in range(begin, tl.minimum(begin + part_rows, n_rows), B_K):
+        i_r = o_r + tl.arange(0, B_K)
+        # Other rows may hold anything, NaN included: they are not read.
+        m_r = i_r < n_rows
+        m_r = m_r & (tl.load(row_class + i_r, mask=m_r, other=0) == _SPARSE)
+        k = tl.load(tail_of + i_r, mask=m_r, other=-1)
+        c = tl.load(share + i_r, mask=m_r, other=0.0)
+        a = tl.where(k[None, :] == i_t[:, None], c[None, :], 0.0)
+        o_h = i_r.to(tl.int64)[:, None] * hidden_stride + i_d[None, :]
+        b = tl.load(hidden + o_h, mask=m_r[:, None] & m_d[None, :], other=0.0)
+        total = dot_of_parts(a, b, total, SPLIT)
+        total_share += tl.sum(a, 1)
+    i_p = part.to(tl.int64) * T + i_t
+    tl.store(sums + i_p[:, None] * depth + i_d[None, :], total, mask=m_d[None, :])
+    if tl.program_id(0) == 0:
+        tl.store(shares + i_p, total_share)
+
+
+def sum_tail_states(
+    hidden: Tensor,  # [N, D]
+    tails: TailPlan,  # of N rows
+    row_class: Tensor,  # [N] int8, of `classify_rows`
+    n_tails: int,  # T
+) -> tuple[Tensor, Tensor]:
+    """Sums over the sparse rows of each tail, in parts that `gather_states` adds: of share * hidden states, [P, T, D],
+    and of shares, [P, T]; both float32, rows in order."""
+    (n_rows, depth), device = hidden.shape, hidden.device
+    cut = options("tail_states", device)
+    part_rows = triton.cdiv(triton.cdiv(n_rows, _MAX_PARTS), cut["B_K"]) * cut["B_K"]
+    n_parts = triton.cdiv(n_rows, part_rows)
+    sums = torch.empty(n_parts, n_tails, depth, dtype=torch.float32, device=device)
+    shares = torch.empty(n_parts, n_tails, dtype=torch.float32, device=device)
+    tail_states_kernel[(triton.cdiv(depth, cut["B_D"]), n_parts)](
+        hidden=hidden, tail_of=tails.tail_of, share=tails.share, row_class=row_class, sums=sums, shares=shares,
+        n_rows=n_rows, depth=depth, hidden_stride=hidden.stride(0), part_rows=part_rows,
+        SPLIT=hidden.itemsize == 2 and not upcast(hidden), T=n_tails, **cut,
+    )  # fmt: skip
+    return sums, shares
+
+
+@triton.jit(
+    do_not_specialize=["n_parts"],
+    do_not_specialize_on_alignment=["rows", "sums", "shares", "bias_factors"],
+)
+def gather_states_kernel(  # type: ignore[no-untyped-def]
+    hidden,  # [N, D]
+    rows,  # [R] int64
+    sums,  # [P, T, D], or None as is the next, and T = 0: no tails
+    shares,  # [P, T]
+    states,  # [R, D]
+    bias_factors,  # [T]
+    depth,  # D
+    hidden_stride,
+    n_parts,  # P
+    min_prob,
+    T: tl.constexpr,
+    B_D: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    i_d = tl.program_id(1) * B_D + tl.arange(0, B_D)
+    m_d = i_d < depth
+    if T > 0:  # noqa: SIM102
+        if i < T:
+            total = tl.zeros([B_D], tl.float32)
+            share = tl.zeros([1], tl.float32)
+            for part in range(n_parts):
+                place = part * T + i
+                total += tl.load(sums + place * depth + i_d, mask=m_d, other=0.0)
+                share += tl.load(shares + place + tl.arange(0, 1))
+            tl.store(states + i * depth + i_d, (total * min_prob).to(states.dtype.element_ty), mask=m_d)
+            if tl.program_id(1) == 0:
+                tl.store(bias_factors + i + tl.arange(0, 1), share * min_prob)
+    if i >= T:
+        x = tl.load(hidden + tl.load(rows + i) * hidden_stride + i_d, mask=m_d, other=0.0)
+        tl.store(states + i * depth + i_d, x, mask=m_d)
+
+
+def gather_states(
+    hidden: Tensor,  # [N, D]
+    rows: Tensor,  # [R] int64, of `classify_rows`
+    parts: tuple[Tensor, Tensor] | None,  # of `sum_tail_states`; None: the rows have no tails before them
+    *,
+    min_prob: float,
+) -> tuple[Tensor, Tensor | None]:
+    """The states [R, D] that dW's products take, in the dtype of the hidden states: S of the tails in the first T rows,
+    then hidden states of dense rows. And what multiplies the first T rows of dZ in the gradient of the bias, [T]
+    float32 (the others count once); None without tails. Both include ``min_prob``, by which `grad` divides the tails.
+    """
+    depth, device = hidden.shape[1], hidden.device
+    sums, shares = (None, None) if parts is None else parts
+    n_parts, n_tails = (0, 0) if shares is None else shares.shape
+    states = torch.empty(len(rows), depth, dtype=hidden.dtype, device=device)
+    factors = None if parts is None else torch.empty(n_tails, dtype=torch.float32, device=device)
+    if len(rows):
+        gather_states_kernel[lambda meta: (len(rows), triton.cdiv(depth, meta["B_D"]))](
+            hidden=hidden, rows=rows, sums=sums, shares=shares, states=states, bias_factors=factors,
+            depth=depth, hidden_stride=hidden.stride(0), n_parts=n_parts, min_prob=min_prob, T=n_tails,
+            **options("gather_states", device),
+        )  # fmt: skip
+    return states, factors
