@@ -73,7 +73,7 @@ _PLAN_ROWS_ALL: Arguments = dict(entropy_grad="*fp32", temperature="*fp32", SCAL
 _ASSIGN_TAILS: Arguments = dict(
     hidden="*bf16", tail_rows="*i64", temperature="*fp32", tail="*fp32", mass="*fp32", plan_kind="*i8",
     plan_bound="*fp64", tail_bound="*fp64", tail_of="*i32", share="*fp32", kind="*i8", bound="*fp64", n_rows="i32",
-    depth="i32", hidden_stride="i32", min_prob="fp32", SCALE=0.5, ENTROPY=True, UPCAST=False, T=16,
+    depth="i32", hidden_stride="i32", min_prob="fp32", SCALE=0.5, ENTROPY=True, T=16,
 )  # fmt: skip
 _CLASSES: Arguments = dict(row_class="*i8", place="*i32")
 _CLASSIFY_ROWS: Arguments = dict(
@@ -89,16 +89,16 @@ _PLACE_PAIRS: Arguments = dict(
 )  # fmt: skip
 _TAIL_STATES: Arguments = dict(
     hidden="*bf16", tail_of="*i32", share="*fp32", row_class="*i8", sums="*fp32", shares="*fp32", n_rows="i32",
-    depth="i32", hidden_stride="i32", part_rows="i32", SPLIT=True, T=16,
+    depth="i32", hidden_stride="i32", part_rows="i32", T=16,
 )  # fmt: skip
 _GATHER_STATES: Arguments = dict(
-    hidden="*bf16", rows="*i64", sums="*fp32", shares="*fp32", states="*bf16", bias_factors="*fp32", depth="i32",
-    hidden_stride="i32", n_parts="i32", min_prob="fp32", T=16,
+    hidden="*bf16", rows="*i64", sums="*fp32", shares="*fp32", states="*bf16", bias_factors="*fp32", n_rows="i32",
+    depth="i32", hidden_stride="i32", n_parts="i32", min_prob="fp32", T=16,
 )  # fmt: skip
 _HEAD_GRAD: Arguments = dict(
     dz="*bf16", states="*bf16", hidden="*bf16", pair_ids="*i32", pair_rows="*i32", pair_values="*fp32",
     pair_offsets="*i32", bias_factors=None, scale=None, out="*bf16", bias_out=None, n_rows="i32", width="i32",
-    depth="i32", first="i32", hidden_stride="i32", T=0, SPLIT=True, UPCAST=False, PAIR_BLOCK=64,
+    depth="i32", first="i32", hidden_stride="i32", T=0, PAIR_BLOCK=64,
 )  # fmt: skip
 
 CASES = [
@@ -159,7 +159,7 @@ CASES = [
     Case("place pairs", "pairs.place_pairs_kernel", _PLACE_PAIRS, "place_pairs"),
     Case("tail states", "tails.tail_states_kernel", _TAIL_STATES, "tail_states"),
     Case(
-        "tail states of float32", "tails.tail_states_kernel", {**_TAIL_STATES, "hidden": "*fp32", "SPLIT": False},
+        "tail states of float32", "tails.tail_states_kernel", {**_TAIL_STATES, "hidden": "*fp32"},
         "tail_states",
     ),
     Case("gather states", "tails.gather_states_kernel", _GATHER_STATES, "gather_states"),
@@ -172,13 +172,14 @@ CASES = [
     Case("head grad of many rows", "head_grad.head_grad_kernel", _HEAD_GRAD, "head grad of many rows"),
     Case(
         "head grad of float32", "head_grad.head_grad_kernel",
-        {**_HEAD_GRAD, "SPLIT": False, **dict.fromkeys(("dz", "states", "hidden", "out"), "*fp32")},
+        {**_HEAD_GRAD, **dict.fromkeys(("dz", "states", "hidden", "out"), "*fp32")},
         "head grad of float32",
     ),
     Case(
         "hidden grad", "hidden_grad.hidden_grad_kernel",
         {**_CLASSES, **_ENTRIES, "tail_of": "*i32", "share": "*fp32", "weight": "*bf16", "products": "*fp32",
-         "scale": None, "out": "*bf16", "depth": "i32", "weight_stride": "i32", "min_prob": "fp32"}, "hidden_grad",
+         "scale": None, "out": "*bf16", "n_rows": "i32", "depth": "i32", "weight_stride": "i32", "min_prob": "fp32"},
+        "hidden_grad",
     ),
     Case("forward", "forward.forward_kernel", {**_FORWARD, **_PLAIN, "ENTROPY": False}, "forward"),
     Case("forward, all", "forward.forward_kernel", {**_FORWARD, **_ALL, "ENTROPY": True}, "forward"),

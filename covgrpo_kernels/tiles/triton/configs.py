@@ -22,12 +22,12 @@ def _tile(rows: int, columns: int, warps: int) -> dict[str, int]:
 _BACKWARD: dict[str, dict[str, int]] = {
     "plan_rows": dict(B_R=4, num_warps=4),
     "assign_tails": dict(B_R=64, B_D=64, num_warps=4, num_stages=3),
-    "classify_rows": dict(B_R=4096, num_warps=16),
+    "classify_rows": dict(B_R=2048, num_warps=8),
     "list_pairs": dict(B_R=8, num_warps=4),
     "place_pairs": dict(B_P=256, num_warps=4),
-    "tail_states": dict(B_K=32, B_D=128, num_warps=4, num_stages=3),
-    "gather_states": dict(B_D=1024, num_warps=4),
-    "hidden_grad": dict(B_D=1024, num_warps=4),
+    "tail_states": dict(B_K=32, B_D=128, num_warps=4, num_stages=2),
+    "gather_states": dict(B_R=1, B_D=1024, num_warps=4),
+    "hidden_grad": dict(B_R=1, B_D=1024, num_warps=4),
 }
 
 # Of a program: rows and columns of the tile; for fold the columns are the block, which is fixed; tokens of a scope at
@@ -73,8 +73,8 @@ CONFIGS: dict[str, dict[str, dict[str, int]]] = {
         "list_pairs": dict(B_R=128, num_warps=1),
         "place_pairs": dict(B_P=1024, num_warps=1),
         "tail_states": dict(B_K=64, B_D=64, num_warps=1),
-        "gather_states": dict(B_D=64, num_warps=1),
-        "hidden_grad": dict(B_D=64, num_warps=1),
+        "gather_states": dict(B_R=32, B_D=64, num_warps=1),
+        "hidden_grad": dict(B_R=64, B_D=64, num_warps=1),
     },
 }
 SEARCH = {
@@ -110,24 +110,21 @@ def _head_grad(vocab: int, depth: int, rows: int, warps: int, stages: int, descr
 # Rows of dZ from which on dW is bound by the product, and not by its one write.
 MANY_ROWS = 512
 # By architecture, bytes of an input's element, and whether dZ has many rows. B_V is a multiple of PAIR_BLOCK. With few
-# rows 64 x 128 wrote 1 GiB of dW in 0.69 ms on an H200; with many the cut is the forward's.
+# rows blocks of 64 x 128 wrote 1 GiB of dW in 0.69 ms on an H200; there are some hundred of them and some tens of pairs
+# a block, so that more than 32 at a time would be mostly padding. With many rows the cut is the forward's, except on
+# sm_100: three products of 128 x 256 do not fit its tensor memory.
+_FLOAT32 = dict.fromkeys(("few", "many"), _head_grad(64, 64, 16, 4, 3))
 HEAD_GRAD: dict[str, dict[int, dict[str, dict[str, int]]]] = {
-    "sm_80": {
-        2: dict(few=_head_grad(64, 128, 64, 4, 3), many=_head_grad(128, 128, 64, 8, 3)),
-        4: dict.fromkeys(("few", "many"), _head_grad(64, 64, 32, 4, 3)),
-    },
+    "sm_80": {2: dict(few=_head_grad(64, 128, 32, 4, 3), many=_head_grad(128, 128, 64, 8, 3)), 4: _FLOAT32},
     "sm_90": {
-        2: dict(few=_head_grad(64, 128, 64, 4, 3, True), many=_head_grad(128, 256, 64, 8, 3, True)),
-        4: dict.fromkeys(("few", "many"), _head_grad(64, 64, 32, 4, 3)),
+        2: dict(few=_head_grad(64, 128, 32, 4, 3, True), many=_head_grad(128, 256, 64, 8, 3, True)),
+        4: _FLOAT32,
     },
     "sm_100": {
-        2: dict(few=_head_grad(64, 128, 64, 4, 3, True), many=_head_grad(128, 256, 64, 8, 3, True)),
-        4: dict.fromkeys(("few", "many"), _head_grad(64, 64, 32, 4, 3)),
+        2: dict(few=_head_grad(64, 128, 32, 4, 3, True), many=_head_grad(128, 128, 64, 8, 3, True)),
+        4: _FLOAT32,
     },
-    "gfx942": {
-        2: dict(few=_head_grad(64, 128, 64, 4, 2), many=_head_grad(128, 128, 64, 8, 2)),
-        4: dict.fromkeys(("few", "many"), _head_grad(64, 64, 32, 4, 2)),
-    },
+    "gfx942": {2: dict(few=_head_grad(64, 128, 32, 4, 2), many=_head_grad(128, 128, 64, 8, 2)), 4: _FLOAT32},
     "interpreter": dict.fromkeys((2, 4), dict.fromkeys(("few", "many"), _head_grad(64, 64, 32, 1, 1, True))),
 }
 # Of a program of the merge.
@@ -144,11 +141,6 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major = torch.cuda.get_device_properties(device).major
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
-
-
-def upcast(x: torch.Tensor) -> bool:
-    """Whether a kernel has to convert loaded elements to float32: the interpreter's products of bfloat16 are wrong."""
-    return bool(triton.knobs.runtime.interpret) and x.dtype == torch.bfloat16
 
 
 def describable(x: torch.Tensor) -> bool:  # [R, C]

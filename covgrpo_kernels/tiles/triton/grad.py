@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..interface import LOG_ZERO, Coefficients, Head
 from .configs import options, tuned
-from .numerics import inverse, logit
+from .numerics import inverse, logit, rounded
 
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
 
@@ -79,7 +79,7 @@ def grad_kernel(  # type: ignore[no-untyped-def]
         if tl.program_id(0) * B_R < TAILS:
             in_tail = (z < m + (l + log_min_prob)) & (is_target == 0)
             q = tl.where(in_tail, tl.exp(log_p - log_min_prob) * slope, 0.0)
-            tl.store(out + o_b - TAILS * width, q.to(out.dtype.element_ty), mask=m_b & (i_o < 2 * TAILS)[:, None])
+            tl.store(out + o_b - TAILS * width, rounded(q, out), mask=m_b & (i_o < 2 * TAILS)[:, None])
     if entropy_grad is not None:
         e = tl.load(entropy_grad + i_r, mask=m_r, other=0.0)[:, None]
         h = tl.load(entropy + i_r, mask=m_r, other=0.0)[:, None]
@@ -90,7 +90,7 @@ def grad_kernel(  # type: ignore[no-untyped-def]
         dz = -tl.exp(log_p) * g
     y = tl.load(at_target + i_r, mask=m_r, other=0.0)[:, None]
     dz = tl.where(is_target, y, dz) * slope
-    tl.store(out + o_b, dz.to(out.dtype.element_ty), mask=m_b)
+    tl.store(out + o_b, rounded(dz, out), mask=m_b)
 
 
 def grad(

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import HEAD_GRAD, MANY_ROWS, architecture, describable, upcast
-from .numerics import dot_of_parts
+from .configs import HEAD_GRAD, MANY_ROWS, architecture, describable
+from .numerics import dot_of_parts, operand, rounded
 from .pairs import PAIR_BLOCK, Pairs
 
 
@@ -45,8 +45,6 @@ def head_grad_kernel(  # type: ignore[no-untyped-def]
     first,  # vocabulary id of the first column of dz
     hidden_stride,
     T: tl.constexpr,
-    SPLIT: tl.constexpr,
-    UPCAST: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
     B_V: tl.constexpr,
     B_D: tl.constexpr,
@@ -69,16 +67,13 @@ def head_grad_kernel(  # type: ignore[no-untyped-def]
             a = dz.load([o_k, o_v])
         else:
             a = tl.load(dz + i_r * width + i_v[None, :], mask=m_k[:, None] & m_v[None, :], other=0.0)
-        if UPCAST:
-            a = a.to(tl.float32)
+        a = operand(a)
         if out is not None:
             if DESCRIPTORS:
                 b = states.load([o_k, o_d])
             else:
                 b = tl.load(states + i_r * depth + i_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0)
-            if UPCAST:
-                b = b.to(tl.float32)
-            total = tl.dot(a.T, b, total, input_precision="ieee")
+            total = tl.dot(a.T, operand(b), total, input_precision="ieee")
         if bias_out is not None:
             terms = a.to(tl.float32)
             if bias_factors is not None:
@@ -98,7 +93,7 @@ def head_grad_kernel(  # type: ignore[no-untyped-def]
             if out is not None:
                 o_h = r[:, None] * hidden_stride + i_d[None, :]
                 b = tl.load(hidden + o_h, mask=m_k[:, None] & m_d[None, :], other=0.0)
-                total = dot_of_parts(a, b, total, SPLIT)
+                total = dot_of_parts(a, b, total)
             if bias_out is not None:
                 total_bias += tl.sum(a, 1)
     if scale is not None:
@@ -107,10 +102,10 @@ def head_grad_kernel(  # type: ignore[no-untyped-def]
         total_bias *= factor
     if out is not None:
         o_out = i_v[:, None] * depth + i_d[None, :]
-        tl.store(out + o_out, total.to(out.dtype.element_ty), mask=m_v[:, None] & m_d[None, :])
+        tl.store(out + o_out, rounded(total, out), mask=m_v[:, None] & m_d[None, :])
     if bias_out is not None:  # noqa: SIM102
         if tl.program_id(0) == 0:
-            tl.store(bias_out + i_v, total_bias.to(bias_out.dtype.element_ty), mask=m_v)
+            tl.store(bias_out + i_v, rounded(total_bias, bias_out), mask=m_v)
 
 
 def head_grad(
@@ -144,6 +139,5 @@ def head_grad(
     head_grad_kernel[(blocks_d, triton.cdiv(width, cut["B_V"]))](
         *operands, hidden, ids, pair_rows, values, offsets, bias_factors, scale, out, bias_out,
         rows, width, depth, first, hidden.stride(0),
-        T=0 if bias_factors is None else len(bias_factors), SPLIT=hidden.itemsize == 2 and not upcast(hidden),
-        UPCAST=upcast(hidden), PAIR_BLOCK=PAIR_BLOCK, **cut,
+        T=0 if bias_factors is None else len(bias_factors), PAIR_BLOCK=PAIR_BLOCK, **cut,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import options
+from .numerics import rounded
 from .plan_rows import RowPlan
 from .row_classes import DENSE, SPARSE, RowClasses
 from .tails import TailPlan
@@ -19,6 +20,7 @@ _SPARSE, _DENSE = tl.constexpr(SPARSE), tl.constexpr(DENSE)
 
 
 @triton.jit(
+    do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[
         "row_class", "place", "kept", "vocab_ids", "values", "targets", "target_value", "tail_of", "share", "scale",
     ],
@@ -37,32 +39,42 @@ def hidden_grad_kernel(  # type: ignore[no-untyped-def]
     products,  # [R, D] float32, dZ times the head: of the tails, then of the dense rows
     scale,  # [] or None
     out,  # [N, D]
+    n_rows,
     depth,  # D
     weight_stride,
     min_prob,
     K: tl.constexpr,
+    B_R: tl.constexpr,
     B_D: tl.constexpr,
 ):
-    i_r = tl.program_id(0).to(tl.int64)
+    i_r = tl.program_id(0).to(tl.int64) * B_R + tl.arange(0, B_R)
     i_d = tl.program_id(1) * B_D + tl.arange(0, B_D)
-    m_d = i_d < depth
-    what = tl.load(row_class + i_r)
-    total = tl.zeros([B_D], tl.float32)
-    if what == _DENSE:
-        total = tl.load(products + tl.load(place + i_r).to(tl.int64) * depth + i_d, mask=m_d, other=0.0)
-    if vocab_ids is not None:  # noqa: SIM102
-        if what == _SPARSE:
-            tail = tl.load(products + tl.load(tail_of + i_r).to(tl.int64) * depth + i_d, mask=m_d, other=0.0)
-            total = tail * (tl.load(share + i_r) * min_prob)
-            w = tl.load(weight + tl.load(targets + i_r) * weight_stride + i_d, mask=m_d, other=0.0)
-            total += tl.load(target_value + i_r) * w.to(tl.float32)
-            for k in range(tl.load(kept + i_r)):
-                v = tl.load(vocab_ids + i_r * K + k).to(tl.int64)
-                w = tl.load(weight + v * weight_stride + i_d, mask=m_d, other=0.0)
-                total += tl.load(values + i_r * K + k) * w.to(tl.float32)
+    m_r = i_r < n_rows
+    m_d = (i_d < depth)[None, :]
+    what = tl.load(row_class + i_r, mask=m_r, other=-1)
+    is_dense = what == _DENSE
+    at = tl.load(place + i_r, mask=is_dense, other=0).to(tl.int64)
+    total = tl.load(products + at[:, None] * depth + i_d[None, :], mask=is_dense[:, None] & m_d, other=0.0)
+    if vocab_ids is not None:
+        is_sparse = what == _SPARSE
+        tail = tl.load(tail_of + i_r, mask=is_sparse, other=0).to(tl.int64)
+        factor = tl.load(share + i_r, mask=is_sparse, other=0.0) * min_prob
+        x = tl.load(products + tail[:, None] * depth + i_d[None, :], mask=is_sparse[:, None] & m_d, other=0.0)
+        total += factor[:, None] * x
+        v = tl.load(targets + i_r, mask=is_sparse, other=0)
+        factor = tl.load(target_value + i_r, mask=is_sparse, other=0.0)
+        x = tl.load(weight + v[:, None] * weight_stride + i_d[None, :], mask=is_sparse[:, None] & m_d, other=0.0)
+        total += factor[:, None] * x.to(tl.float32)
+        n_kept = tl.load(kept + i_r, mask=is_sparse, other=0)
+        for k in range(tl.max(n_kept, 0)):
+            m_k = k < n_kept
+            v = tl.load(vocab_ids + i_r * K + k, mask=m_k, other=0).to(tl.int64)
+            factor = tl.load(values + i_r * K + k, mask=m_k, other=0.0)
+            x = tl.load(weight + v[:, None] * weight_stride + i_d[None, :], mask=m_k[:, None] & m_d, other=0.0)
+            total += factor[:, None] * x.to(tl.float32)
     if scale is not None:
         total *= tl.load(scale)
-    tl.store(out + i_r * depth + i_d, total.to(out.dtype.element_ty), mask=m_d)
+    tl.store(out + i_r[:, None] * depth + i_d[None, :], rounded(total, out), mask=m_r[:, None] & m_d)
 
 
 def hidden_grad(
@@ -88,7 +100,7 @@ def hidden_grad(
         assert rows.vocab_ids is not None
         capacity = rows.vocab_ids.shape[1]
         entries = (rows.kept, rows.vocab_ids, rows.values, targets, rows.target_value, tails.tail_of, tails.share)
-    hidden_grad_kernel[lambda meta: (n_rows, triton.cdiv(depth, meta["B_D"]))](
+    hidden_grad_kernel[lambda meta: (triton.cdiv(n_rows, meta["B_R"]), triton.cdiv(depth, meta["B_D"]))](
         classes.row_class, classes.place, *entries, weight, products, scale, out,
-        depth, weight.stride(0), min_prob, K=capacity, **options("hidden_grad", out.device),
+        n_rows, depth, weight.stride(0), min_prob, K=capacity, **options("hidden_grad", out.device),
     )  # fmt: skip

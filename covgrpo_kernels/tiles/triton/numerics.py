@@ -9,6 +9,7 @@ from ..interface import LOG_ZERO, NO_MAX
 
 _NO_MAX = tl.constexpr(NO_MAX)
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
@@ -104,12 +105,35 @@ def fold_block(z, m, s, u, ENTROPY: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @triton.jit
-def dot_of_parts(a, b, acc, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """acc + a @ b with ``a`` in float32 and ``b`` in 16 bits (SPLIT): ``a`` is the sum of two numbers of the dtype of
-    ``b``, so that tensor cores can be used and 16 bits of its mantissa are kept."""
-    if SPLIT:
+def operand(x):  # type: ignore[no-untyped-def]
+    """What a matrix product takes: the interpreter's products of bfloat16 are wrong."""
+    if _INTERPRETED:  # noqa: SIM102
+        if x.dtype == tl.bfloat16:
+            x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def dot_of_parts(a, b, acc):  # type: ignore[no-untyped-def]
+    """acc + a @ b for ``a`` in float32 and ``b`` of any dtype. Where that has 16 bits, ``a`` is the sum of two numbers
+    of it, so that tensor cores can be used and at least 16 bits of its mantissa count."""
+    b = operand(b)
+    if b.dtype.primitive_bitwidth == 16:
         high = a.to(b.dtype)
         acc = tl.dot(high, b, acc)
-        return tl.dot((a - high.to(tl.float32)).to(b.dtype), b, acc)
+        acc = tl.dot((a - high.to(tl.float32)).to(b.dtype), b, acc)
     else:
-        return tl.dot(a, b.to(tl.float32), acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def rounded(x, out):  # type: ignore[no-untyped-def]
+    """float32 numbers in the dtype of what ``out`` points to, rounded to the nearest: the interpreter cuts bits off
+    when it makes bfloat16."""
+    if _INTERPRETED:  # noqa: SIM102
+        if out.dtype.element_ty == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+            x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(out.dtype.element_ty)

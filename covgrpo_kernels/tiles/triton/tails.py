@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import options, upcast
-from .numerics import dot_of_parts
+from .configs import options
+from .numerics import dot_of_parts, operand, rounded
 from .plan_rows import SPARSE_POSSIBLE, TAIL_ROW, RowPlan
 from .row_classes import SPARSE
 
@@ -64,7 +64,6 @@ def assign_tails_kernel(  # type: ignore[no-untyped-def]
     min_prob,
     SCALE: tl.constexpr,
     ENTROPY: tl.constexpr,
-    UPCAST: tl.constexpr,
     T: tl.constexpr,
     B_R: tl.constexpr,
     B_D: tl.constexpr,
@@ -78,9 +77,7 @@ def assign_tails_kernel(  # type: ignore[no-untyped-def]
         m_d = (i_d < depth)[None, :]
         b_r = tl.load(hidden + i_r[:, None] * hidden_stride + i_d[None, :], mask=m_r[:, None] & m_d, other=0.0)
         b_h = tl.load(hidden + i_h[:, None] * hidden_stride + i_d[None, :], mask=m_d, other=0.0)
-        if UPCAST:
-            b_r, b_h = b_r.to(tl.float32), b_h.to(tl.float32)
-        similarity = tl.dot(b_r, b_h.T, similarity, input_precision="ieee")
+        similarity = tl.dot(operand(b_r), operand(b_h).T, similarity, input_precision="ieee")
     nearest = tl.argmax(similarity, 1)
 
     heavy = tl.load(tail_rows + nearest)
@@ -127,7 +124,7 @@ def assign_tails(
         plan_kind=rows.kind, plan_bound=rows.bound, tail_bound=rows.tail_bound,
         tail_of=tail_of, share=share, kind=kind, bound=bound,
         n_rows=n_rows, depth=hidden.shape[1], hidden_stride=hidden.stride(0), min_prob=min_prob,
-        SCALE=scale, ENTROPY=entropy, UPCAST=upcast(hidden), T=len(tail_rows), **options("assign_tails", device),
+        SCALE=scale, ENTROPY=entropy, T=len(tail_rows), **options("assign_tails", device),
     )  # fmt: skip
     return TailPlan(tail_of, share, kind, bound)
 
@@ -147,7 +144,6 @@ def tail_states_kernel(  # type: ignore[no-untyped-def]
     depth,  # D
     hidden_stride,
     part_rows,  # rows of a part
-    SPLIT: tl.constexpr,
     T: tl.constexpr,
     B_K: tl.constexpr,
     B_D: tl.constexpr,
@@ -169,7 +165,7 @@ def tail_states_kernel(  # type: ignore[no-untyped-def]
         a = tl.where(k[None, :] == i_t[:, None], c[None, :], 0.0)
         o_h = i_r.to(tl.int64)[:, None] * hidden_stride + i_d[None, :]
         b = tl.load(hidden + o_h, mask=m_r[:, None] & m_d[None, :], other=0.0)
-        total = dot_of_parts(a, b, total, SPLIT)
+        total = dot_of_parts(a, b, total)
         total_share += tl.sum(a, 1)
     i_p = part.to(tl.int64) * T + i_t
     tl.store(sums + i_p[:, None] * depth + i_d[None, :], total, mask=m_d[None, :])
@@ -194,13 +190,13 @@ def sum_tail_states(
     tail_states_kernel[(triton.cdiv(depth, cut["B_D"]), n_parts)](
         hidden=hidden, tail_of=tails.tail_of, share=tails.share, row_class=row_class, sums=sums, shares=shares,
         n_rows=n_rows, depth=depth, hidden_stride=hidden.stride(0), part_rows=part_rows,
-        SPLIT=hidden.itemsize == 2 and not upcast(hidden), T=n_tails, **cut,
+        T=n_tails, **cut,
     )  # fmt: skip
     return sums, shares
 
 
 @triton.jit(
-    do_not_specialize=["n_parts"],
+    do_not_specialize=["n_rows", "n_parts"],
     do_not_specialize_on_alignment=["rows", "sums", "shares", "bias_factors"],
 )
 def gather_states_kernel(  # type: ignore[no-untyped-def]
@@ -210,30 +206,35 @@ def gather_states_kernel(  # type: ignore[no-untyped-def]
     shares,  # [P, T]
     states,  # [R, D]
     bias_factors,  # [T]
+    n_rows,  # R
     depth,  # D
     hidden_stride,
     n_parts,  # P
     min_prob,
     T: tl.constexpr,
+    B_R: tl.constexpr,
     B_D: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(0).to(tl.int64) * B_R + tl.arange(0, B_R)
     i_d = tl.program_id(1) * B_D + tl.arange(0, B_D)
-    m_d = i_d < depth
+    m_d = (i_d < depth)[None, :]
+    o_s = i[:, None] * depth + i_d[None, :]
+    is_row = (i >= T) & (i < n_rows)
+    place = tl.load(rows + i, mask=is_row, other=0)
+    x = tl.load(hidden + place[:, None] * hidden_stride + i_d[None, :], mask=is_row[:, None] & m_d, other=0.0)
+    tl.store(states + o_s, x, mask=is_row[:, None] & m_d)
     if T > 0:  # noqa: SIM102
-        if i < T:
-            total = tl.zeros([B_D], tl.float32)
-            share = tl.zeros([1], tl.float32)
+        if tl.program_id(0) * B_R < T:
+            total = tl.zeros([B_R, B_D], tl.float32)
+            share = tl.zeros([B_R], tl.float32)
+            m_t = i < T
             for part in range(n_parts):
-                place = part * T + i
-                total += tl.load(sums + place * depth + i_d, mask=m_d, other=0.0)
-                share += tl.load(shares + place + tl.arange(0, 1))
-            tl.store(states + i * depth + i_d, (total * min_prob).to(states.dtype.element_ty), mask=m_d)
+                i_p = part * T + i
+                total += tl.load(sums + i_p[:, None] * depth + i_d[None, :], mask=m_t[:, None] & m_d, other=0.0)
+                share += tl.load(shares + i_p, mask=m_t, other=0.0)
+            tl.store(states + o_s, rounded(total * min_prob, states), mask=m_t[:, None] & m_d)
             if tl.program_id(1) == 0:
-                tl.store(bias_factors + i + tl.arange(0, 1), share * min_prob)
-    if i >= T:
-        x = tl.load(hidden + tl.load(rows + i) * hidden_stride + i_d, mask=m_d, other=0.0)
-        tl.store(states + i * depth + i_d, x, mask=m_d)
+                tl.store(bias_factors + i, share * min_prob, mask=m_t)
 
 
 def gather_states(
@@ -253,9 +254,9 @@ def gather_states(
     states = torch.empty(len(rows), depth, dtype=hidden.dtype, device=device)
     factors = None if parts is None else torch.empty(n_tails, dtype=torch.float32, device=device)
     if len(rows):
-        gather_states_kernel[lambda meta: (len(rows), triton.cdiv(depth, meta["B_D"]))](
+        gather_states_kernel[lambda meta: (triton.cdiv(len(rows), meta["B_R"]), triton.cdiv(depth, meta["B_D"]))](
             hidden=hidden, rows=rows, sums=sums, shares=shares, states=states, bias_factors=factors,
-            depth=depth, hidden_stride=hidden.stride(0), n_parts=n_parts, min_prob=min_prob, T=n_tails,
-            **options("gather_states", device),
+            n_rows=len(rows), depth=depth, hidden_stride=hidden.stride(0), n_parts=n_parts, min_prob=min_prob,
+            T=n_tails, **options("gather_states", device),
         )  # fmt: skip
     return states, factors
