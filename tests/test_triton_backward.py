@@ -566,7 +566,7 @@ def some_pairs(g, n_pairs, n, vocab):
     return pairs.Pairs(ids.int(), rows.int(), values, offsets)
 
 
-@pytest.mark.parametrize(("n_rows", "n_pairs"), [(0, 0), (0, 700), (1, 1), (70, 0), (70, 700)])
+@pytest.mark.parametrize(("n_rows", "n_pairs"), [(0, 0), (0, 700), (1, 1), (150, 0), (150, 700)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_of_the_head(dtype, n_rows, n_pairs):
     """Scaled and rounded once, with tails in the bias, in two slices of the vocabulary whose last blocks overhang."""
@@ -640,7 +640,7 @@ def test_gradient_of_hidden_states(dtype):
     classes = row_classes.classify_rows(plan.bound, rows.norm, plan.kind, rows.kept, tail_rows, 0.02)
     n_listed, n_sparse, _ = classes.counts.tolist()
     assert n_sparse > 20
-    assert n_listed > 2 * T + 10
+    assert n_listed > 2 * T + 5
     weight = torch.randn(150, 72, generator=batch.generator).to(dtype)
     products = torch.randn(n_listed, 72, generator=batch.generator)
     scale = torch.tensor(2.0**-3)
@@ -712,9 +712,15 @@ def backward(batch, hidden, weight, candidates, grad_tol):
     return *(x.cpu().double() for x in out), classes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("grad_tol", [0.0, 0.02])
+@pytest.mark.parametrize(
+    ("grad_tol", "settings", "dtype"),
+    [
+        (0.02, "plain", torch.float32),
+        (0.02, "entropy", torch.float16),
+        (0.02, "all", torch.float32),
+        (0.0, "all", torch.float16),
+    ],
+)
 def test_all_gradients_are_of_one_dlogits(grad_tol, settings, dtype):
     """With an identity as head dhidden is dZ: its error is within the certificate, a row of it sums to zero, and
     dweight and dbias are what products with it give."""

@@ -68,13 +68,13 @@ CONFIGS: dict[str, dict[str, dict[str, int]]] = {
         "weights": dict(B_T=1024, num_warps=1),
         "sparse": dict(B_D=1024, num_warps=1),
         "plan_rows": dict(B_R=128, num_warps=1),
-        "assign_tails": dict(B_R=128, B_D=128, num_warps=1),
+        "assign_tails": dict(B_R=128, B_D=256, num_warps=1),
         "classify_rows": dict(B_R=64, num_warps=1),
         "list_pairs": dict(B_R=128, num_warps=1),
         "place_pairs": dict(B_P=1024, num_warps=1),
-        "tail_states": dict(B_K=64, B_D=64, num_warps=1),
-        "gather_states": dict(B_R=32, B_D=64, num_warps=1),
-        "hidden_grad": dict(B_R=64, B_D=64, num_warps=1),
+        "tail_states": dict(B_K=64, B_D=256, num_warps=1),
+        "gather_states": dict(B_R=32, B_D=256, num_warps=1),
+        "hidden_grad": dict(B_R=256, B_D=256, num_warps=1),
     },
 }
 SEARCH = {
@@ -125,7 +125,7 @@ HEAD_GRAD: dict[str, dict[int, dict[str, dict[str, int]]]] = {
         4: _FLOAT32,
     },
     "gfx942": {2: dict(few=_head_grad(64, 128, 32, 4, 2), many=_head_grad(128, 128, 64, 8, 2)), 4: _FLOAT32},
-    "interpreter": dict.fromkeys((2, 4), dict.fromkeys(("few", "many"), _head_grad(64, 64, 32, 1, 1, True))),
+    "interpreter": dict.fromkeys((2, 4), dict.fromkeys(("few", "many"), _head_grad(64, 256, 128, 1, 1, True))),
 }
 # Of a program of the merge.
 MERGE = dict(B_R=8, num_warps=4)
