@@ -44,23 +44,25 @@ def inverse(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _compare_and_swap(x, RUN: tl.constexpr, DISTANCE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of each two elements of a row that are DISTANCE apart the smaller comes first; in every other run of RUN elements
+    the larger one."""
+    h = tl.reshape(x, [x.shape[0], x.shape[1] // (2 * DISTANCE), 2, DISTANCE])
+    partner = tl.reshape(tl.sum(h, 2, keep_dims=True) - h, x.shape)
+    i_k = tl.arange(0, x.shape[1])[None, :]
+    takes_larger = ((i_k & DISTANCE) != 0) != ((i_k & RUN) != 0)
+    return tl.where((x > partner) != takes_larger, partner, x)
+
+
+@triton.jit
 def sort_rows(x):  # type: ignore[no-untyped-def]
     """Each row of integers [R, K] in ascending order, K a power of two up to 256: a bitonic network. (The one of
     Triton's library takes a minute for a hundred rows under the interpreter, whose only fast reductions are sums and
     maxima.)"""
-    R: tl.constexpr = x.shape[0]
-    K: tl.constexpr = x.shape[1]
-    i_k = tl.arange(0, K)[None, :]
     for stage in tl.static_range(1, 9):
-        if 2**stage <= K:
-            # Runs of this length are sorted after the stage, every other one downwards.
-            downwards = (i_k & 2**stage) != 0
+        if 2**stage <= x.shape[1]:
             for step in tl.static_range(0, stage):
-                DISTANCE: tl.constexpr = 2 ** (stage - 1 - step)
-                h = tl.reshape(x, [R, K // (2 * DISTANCE), 2, DISTANCE])
-                partner = tl.reshape(tl.sum(h, 2, keep_dims=True) - h, [R, K])
-                is_right = (i_k & DISTANCE) != 0
-                x = tl.where((x > partner) != (is_right != downwards), partner, x)
+                x = _compare_and_swap(x, 2**stage, 2 ** (stage - 1 - step))
     return x
 
 

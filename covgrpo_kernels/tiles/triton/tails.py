@@ -70,12 +70,14 @@ def assign_tails_kernel(  # type: ignore[no-untyped-def]
 ):
     i_r = tl.program_id(0).to(tl.int64) * B_R + tl.arange(0, B_R)
     m_r = i_r < n_rows
+    state = tl.load(plan_kind + i_r, mask=m_r, other=0)
+    possible = state == _SPARSE_POSSIBLE
     i_h = tl.load(tail_rows + tl.arange(0, T))
     similarity = tl.zeros([B_R, T], tl.float32)
     for o_d in range(0, depth, B_D):
         i_d = o_d + tl.arange(0, B_D)
         m_d = (i_d < depth)[None, :]
-        b_r = tl.load(hidden + i_r[:, None] * hidden_stride + i_d[None, :], mask=m_r[:, None] & m_d, other=0.0)
+        b_r = tl.load(hidden + i_r[:, None] * hidden_stride + i_d[None, :], mask=possible[:, None] & m_d, other=0.0)
         b_h = tl.load(hidden + i_h[:, None] * hidden_stride + i_d[None, :], mask=m_d, other=0.0)
         similarity = tl.dot(operand(b_r), operand(b_h).T, similarity, input_precision="ieee")
     nearest = tl.argmax(similarity, 1)
@@ -95,8 +97,6 @@ def assign_tails_kernel(  # type: ignore[no-untyped-def]
     error = tl.load(tail_bound + i_r, mask=m_r, other=0.0) + size.to(tl.float64) * size.to(tl.float64) * largest
     if ENTROPY:
         error *= 2.0
-    state = tl.load(plan_kind + i_r, mask=m_r, other=0)
-    possible = state == _SPARSE_POSSIBLE
     # A row without a gradient may be among the heavy ones where there are too few others; it is none of them.
     is_heavy = possible & (tl.max((i_r[:, None] == i_h[None, :]).to(tl.int32), 1) > 0)
     error = tl.where(possible, error, tl.load(plan_bound + i_r, mask=m_r, other=0.0))
