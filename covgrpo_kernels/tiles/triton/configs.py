@@ -113,7 +113,7 @@ MANY_ROWS = 512
 # rows blocks of 64 x 128 wrote 1 GiB of dW in 0.69 ms on an H200; there are some hundred of them and some tens of pairs
 # a block, so that more than 32 at a time would be mostly padding. With many rows the cut is the forward's, except on
 # sm_100: three products of 128 x 256 do not fit its tensor memory.
-_FLOAT32 = dict.fromkeys(("few", "many"), _head_grad(64, 64, 16, 4, 3))
+_FLOAT32 = dict.fromkeys(("few", "many"), _head_grad(64, 64, 32, 4, 3))
 HEAD_GRAD: dict[str, dict[int, dict[str, dict[str, int]]]] = {
     "sm_80": {2: dict(few=_head_grad(64, 128, 32, 4, 3), many=_head_grad(128, 128, 64, 8, 3)), 4: _FLOAT32},
     "sm_90": {
