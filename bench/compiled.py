@@ -78,7 +78,7 @@ _ASSIGN_TAILS: Arguments = dict(
 _CLASSES: Arguments = dict(row_class="*i8", place="*i32")
 _CLASSIFY_ROWS: Arguments = dict(
     in_order="*fp64", order="*i64", bound="*fp64", norm="*fp64", kind="*i8", kept="*i32", tail_rows="*i64", **_CLASSES,
-    rows="*i64", counts="*i64", error_bound="*fp64", n_rows="i32", GRAD_TOL=1e-3, T=16,
+    rows="*i64", counts="*i64", error_bound="*fp64", n_rows="i32", GRAD_TOL=1e-3, LARGEST_SHARE=32.0, T=16,
 )  # fmt: skip
 _ENTRIES: Arguments = dict(
     kept="*i32", vocab_ids="*i32", values="*fp32", targets="*i64", target_value="*fp32", K=64

@@ -286,14 +286,28 @@ def test_sure_tokens_keep_their_digits():
 # ------------------------------------------------------------------------------------------- classify_rows
 
 
-def classified(bound, norm, kind, kept, tail_rows, grad_tol):
+def counted_total(norms, largest_share):
+    """The largest T with T = sum of min(norm, largest_share * T / number of norms), by halves."""
+    limit = largest_share / sum(x > 0 for x in norms)
+    low, high = 0.0, sum(norms)
+    for _ in range(200):
+        middle = (low + high) / 2
+        if sum(min(x, limit * middle) for x in norms) >= middle:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def classified(bound, norm, kind, kept, tail_rows, grad_tol, largest_share):
     """`classify_rows`, row by row."""
     n = len(bound)
     finite = [r for r in range(n) if norm[r] < INF]
     total = sum(norm[r].item() for r in finite)
+    counted = total if largest_share is None else counted_total([norm[r].item() for r in finite], largest_share)
     within, error = set(), 0.0
     for r in sorted((r for r in range(n) if not bound[r].isnan()), key=lambda r: (bound[r].item(), r)):
-        if not error + bound[r].item() <= grad_tol**2 * total:
+        if not error + bound[r].item() <= grad_tol**2 * counted:
             break
         error += bound[r].item()
         within.add(r)
@@ -323,7 +337,7 @@ def classified(bound, norm, kind, kept, tail_rows, grad_tol):
 
 
 @pytest.mark.parametrize("grad_tol", [0.0, 1e-3, 0.05, 0.3, 0.9])
-@pytest.mark.parametrize("case", ["finite", "ties", "not finite", "no tails"])
+@pytest.mark.parametrize("case", ["finite", "ties", "not finite", "no tails", "one row for all", "some rows for all"])
 def test_rows_are_classified_one_by_one(case, grad_tol):
     """In more than one block, with rows that start and end in the middle of them."""
     g = torch.Generator().manual_seed(int(grad_tol * 1000))
@@ -341,13 +355,17 @@ def test_rows_are_classified_one_by_one(case, grad_tol):
     else:
         kind[tail_rows], bound[tail_rows] = plan_rows.TAIL_ROW, INF
     norm[kind == 0], bound[kind == 0] = 0, 0
+    largest_share = None
+    if "for all" in case:
+        largest_share = 4.0
+        norm[(kind == plan_rows.LIVE).nonzero()[: 1 if case == "one row for all" else 30]] *= 1e6
     if case == "not finite":
         bad = (kind == plan_rows.LIVE).nonzero().squeeze(1)[:4]
         bound[bad] = torch.tensor([NAN, INF, INF, NAN], dtype=F64)
         norm[bad] = torch.tensor([INF, NAN, INF, NAN], dtype=F64)
-    what, place, listed, counts, relative = classified(bound, norm, kind, kept, tail_rows, grad_tol)
+    what, place, listed, counts, relative = classified(bound, norm, kind, kept, tail_rows, grad_tol, largest_share)
     inputs = on_device((bound, norm, kind, kept, tail_rows))
-    result = row_classes.classify_rows(*inputs, grad_tol)
+    result = row_classes.classify_rows(*inputs, grad_tol, largest_share)
     assert result.row_class.tolist() == what
     assert result.place.tolist() == place
     assert result.counts.tolist() == counts
@@ -358,8 +376,10 @@ def test_rows_are_classified_one_by_one(case, grad_tol):
         assert result.row_class[bad.to(DEVICE)].tolist() == [row_classes.DENSE] * 4
     else:
         assert result.error_bound <= grad_tol * (1 + 1e-12)
-    if case != "no tails" and grad_tol == 0.3:
+    if case in ("finite", "ties", "not finite") and grad_tol == 0.3:
         assert counts[1] > 20
+    if case == "one row for all" and grad_tol == 0.05:
+        assert counts[0] > 2 * T + 5
 
 
 def test_of_rows_with_equal_bounds_the_first_are_dropped():

@@ -65,20 +65,43 @@ def classify_rows_kernel(  # type: ignore[no-untyped-def]
     error_bound,  # [] float64
     n_rows,
     GRAD_TOL: tl.constexpr,
+    LARGEST_SHARE: tl.constexpr,
     T: tl.constexpr,
     B_R: tl.constexpr,
 ):
     i_b = tl.arange(0, B_R)
     total_b = tl.zeros([B_R], tl.float64)
     bad_b = tl.zeros([B_R], tl.int32)
+    n_norms_b = tl.zeros([B_R], tl.int32)
     for o_r in range(0, n_rows, B_R):
         m_r = o_r + i_b < n_rows
         x = tl.load(norm + o_r + i_b, mask=m_r, other=0.0)
         is_finite = x < float("inf")
         total_b += tl.where(is_finite, x, 0.0)
+        n_norms_b += (is_finite & (x > 0.0)).to(tl.int32)
         bad_b += (m_r & (is_finite == 0)).to(tl.int32)
     total = tl.sum(total_b, 0)
-    allowed = total * (GRAD_TOL * GRAD_TOL)
+    counted = total
+    if LARGEST_SHARE is not None:
+        # The largest T with T = sum of min(norm, limit * T), by Newton's method from above: in every step the rows over
+        # the limit that belongs to the last T count as if they were at the limit. It ends when no row is added to them.
+        n_norms = tl.sum(n_norms_b, 0)
+        limit = LARGEST_SHARE / tl.maximum(n_norms, 1).to(tl.float64)
+        n_over = tl.sum(tl.zeros([B_R], tl.int32), 0)
+        n_before = n_over - 1
+        while n_over > n_before:
+            n_before = n_over
+            others_b = tl.zeros([B_R], tl.float64)
+            n_over_b = tl.zeros([B_R], tl.int32)
+            for o_r in range(0, n_rows, B_R):
+                x = tl.load(norm + o_r + i_b, mask=o_r + i_b < n_rows, other=0.0)
+                is_over = (x < float("inf")) & (x > counted * limit)
+                others_b += tl.where((x < float("inf")) & (is_over == 0), x, 0.0)
+                n_over_b += is_over.to(tl.int32)
+            n_over = tl.sum(n_over_b, 0)
+            left = 1.0 - n_over.to(tl.float64) * limit
+            counted = tl.where(left > 0.0, tl.sum(others_b, 0) / left, counted)
+    allowed = counted * (GRAD_TOL * GRAD_TOL)
 
     # The rows that come first in the order of their bounds are not dense, as long as the sum is within what is allowed.
     before = tl.sum(tl.zeros([B_R], tl.float64), 0)
@@ -148,10 +171,13 @@ def classify_rows(
     kept: Tensor,  # [N] int32
     tail_rows: Tensor | None,  # [T] int64, T a power of two; None: no row is sparse
     grad_tol: float,
+    largest_share: float | None = None,
 ) -> RowClasses:
     """Rows are sparse, where they can be, and else dropped, those of the smallest bounds first, while the sum of the
-    bounds is within ``grad_tol`` squared times the sum of the norms. All others with a gradient are dense. A row that
-    is not finite is dense, and no part of that sum: it would have room for all others."""
+    bounds is within ``grad_tol`` squared times the sum of the norms. All others with a gradient are dense. In the sum
+    of the norms no row counts for more than ``largest_share`` times the mean of the rows that have one, so that a few
+    rows cannot make room for all others; None: every row counts in full. A row that is not finite is dense, and no part
+    of the sum."""
     n_rows, device = len(bound), bound.device
     n_tails = 0 if tail_rows is None else len(tail_rows)
     row_class = torch.empty(n_rows, dtype=torch.int8, device=device)
@@ -163,6 +189,6 @@ def classify_rows(
     classify_rows_kernel[(1,)](
         in_order=in_order, order=order, bound=bound, norm=norm, kind=kind, kept=kept, tail_rows=tail_rows,
         row_class=row_class, place=place, rows=rows, counts=counts, error_bound=error_bound,
-        n_rows=n_rows, GRAD_TOL=grad_tol, T=n_tails, **options("classify_rows", device),
+        n_rows=n_rows, GRAD_TOL=grad_tol, LARGEST_SHARE=largest_share, T=n_tails, **options("classify_rows", device),
     )  # fmt: skip
     return RowClasses(row_class, place, rows, counts, error_bound)
