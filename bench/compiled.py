@@ -72,8 +72,8 @@ _PLAN_ROWS: Arguments = dict(
 _PLAN_ROWS_ALL: Arguments = dict(entropy_grad="*fp32", temperature="*fp32", SCALE=0.5, CAP=30.0)
 _ASSIGN_TAILS: Arguments = dict(
     hidden="*bf16", tail_rows="*i64", temperature="*fp32", tail="*fp32", mass="*fp32", plan_kind="*i8",
-    plan_bound="*fp64", tail_bound="*fp64", tail_of="*i32", share="*fp32", kind="*i8", bound="*fp64", n_rows="i32",
-    depth="i32", hidden_stride="i32", min_prob="fp32", SCALE=0.5, ENTROPY=True, T=16,
+    plan_bound="*fp64", tail_bound="*fp64", shares="*fp32", kind="*i8", bound="*fp64", n_rows="i32", depth="i32",
+    hidden_stride="i32", min_prob="fp32", SCALE=0.5, SHARPNESS=10.0, ENTROPY=True, T=16,
 )  # fmt: skip
 _CLASSES: Arguments = dict(row_class="*i8", place="*i32")
 _CLASSIFY_ROWS: Arguments = dict(
@@ -88,12 +88,12 @@ _PLACE_PAIRS: Arguments = dict(
     offsets="*i32", n_pairs="i32", n_blocks="i32", steps="i32", PAIR_BLOCK=64,
 )  # fmt: skip
 _TAIL_STATES: Arguments = dict(
-    hidden="*bf16", tail_of="*i32", share="*fp32", row_class="*i8", sums="*fp32", shares="*fp32", n_rows="i32",
+    hidden="*bf16", shares="*fp32", row_class="*i8", sums="*fp32", sums_of_shares="*fp32", n_rows="i32",
     depth="i32", hidden_stride="i32", part_rows="i32", T=16,
 )  # fmt: skip
 _GATHER_STATES: Arguments = dict(
-    hidden="*bf16", rows="*i64", sums="*fp32", shares="*fp32", states="*bf16", bias_factors="*fp32", n_rows="i32",
-    depth="i32", hidden_stride="i32", n_parts="i32", min_prob="fp32", T=16,
+    hidden="*bf16", rows="*i64", sums="*fp32", sums_of_shares="*fp32", states="*bf16", bias_factors="*fp32",
+    n_rows="i32", depth="i32", hidden_stride="i32", n_parts="i32", min_prob="fp32", T=16,
 )  # fmt: skip
 _HEAD_GRAD: Arguments = dict(
     dz="*bf16", states="*bf16", hidden="*bf16", pair_ids="*i32", pair_rows="*i32", pair_values="*fp32",
@@ -177,7 +177,7 @@ CASES = [
     ),
     Case(
         "hidden grad", "hidden_grad.hidden_grad_kernel",
-        {**_CLASSES, **_ENTRIES, "tail_of": "*i32", "share": "*fp32", "weight": "*bf16", "products": "*fp32",
+        {**_CLASSES, **_ENTRIES, "shares": "*fp32", "T": 16, "weight": "*bf16", "products": "*fp32",
          "scale": None, "out": "*bf16", "n_rows": "i32", "depth": "i32", "weight_stride": "i32", "min_prob": "fp32"},
         "hidden_grad",
     ),

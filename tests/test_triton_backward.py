@@ -447,32 +447,36 @@ def tail_batch(dtype, settings="plain", n=300, depth=72, vocab=150, seed=9):
     return batch, on_device(hidden), rows, tail_rows
 
 
-def assigned(batch, hidden, rows, tail_rows):
+def assigned(batch, hidden, rows, tail_rows, sharpness=10.0):
     return tails.assign_tails(
         rows, tail_rows, hidden, on_device(batch.temperature), scale=batch.head.scale, min_prob=MIN_PROB,
-        entropy=batch.e is not None,
+        entropy=batch.e is not None, sharpness=sharpness,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("sharpness", [None, 10.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_row_uses_the_tail_most_like_its_own(dtype, settings):
+def test_every_row_uses_the_tails_most_like_its_own(dtype, sharpness, settings):
     batch, hidden, rows, tail_rows = tail_batch(dtype, settings)
-    result = assigned(batch, hidden, rows, tail_rows)
+    hidden += 3.0  # what all have in common
+    result = assigned(batch, hidden, rows, tail_rows, sharpness)
     h, heavy = hidden.cpu().double(), tail_rows.cpu()
-    similarity = h @ h[heavy].T
-    tail_of = result.tail_of.cpu().long()
-    chosen = similarity.gather(1, tail_of.unsqueeze(1)).squeeze(1)
+    h -= h[heavy].mean(0)
+    cosine = torch.nn.functional.cosine_similarity(h.unsqueeze(1), h[heavy], dim=2)
     possible = rows.kind.cpu() == plan_rows.SPARSE_POSSIBLE
-    assert (chosen >= similarity.amax(1) - 1e-4)[possible].all()
-    assert tail_of[possible].unique().numel() > 8
-    assert torch.equal(tail_of[heavy], torch.arange(T))  # nothing is more like a row than itself, here
-
     tail, mass = rows.tail.cpu().double(), rows.mass.cpu().double()
-    own = heavy[tail_of]
-    share = tail / (mass[own] * batch.slope()[own])
-    assert ((result.share.cpu() - share).abs() <= 8 * EPS * share.abs()).all()
-    bound = rows.tail_bound.cpu() + tail.square() * (MIN_PROB / mass[own]).clamp(max=1)
+    mix = result.shares.cpu() / tail.unsqueeze(1) * mass[heavy] * batch.slope()[heavy]
+    if sharpness is None:
+        best = mix.argmax(1)
+        assert (cosine.gather(1, best.unsqueeze(1)).squeeze(1) >= cosine.amax(1) - 1e-4)[possible].all()
+        assert ((mix - torch.nn.functional.one_hot(best, T)).abs() <= 8 * EPS)[possible].all()
+        assert best[possible].unique().numel() > 8
+        assert torch.equal(best[heavy], torch.arange(T))  # nothing is more like a row than itself
+    else:
+        off = (mix - (sharpness * cosine).softmax(1)).abs()
+        assert off[possible].max() <= 1e-4
+    bound = rows.tail_bound.cpu() + tail.square() * (mix @ (MIN_PROB / mass[heavy]).clamp(max=1))
     bound = (bound if batch.e is None else 2 * bound).where(possible, rows.bound.cpu())
     bound[heavy] = INF
     torch.testing.assert_close(result.bound.cpu(), bound, rtol=1e-6, atol=0.0)
@@ -497,7 +501,7 @@ def test_no_mass_in_a_tail():
     batch, hidden, rows, tail_rows = tail_batch(torch.float32)
     rows.mass.zero_()
     result = assigned(batch, hidden, rows, tail_rows)
-    assert not result.share.any()
+    assert not result.shares.any()
     assert not result.bound.isnan().any()
 
 
@@ -513,23 +517,22 @@ def test_states_of_tails(dtype, monkeypatch):
     others = (row_class == row_classes.DENSE).nonzero().squeeze(1)
     h = hidden.cpu().double().where(sparse.unsqueeze(1), 0)
     hidden[(row_class == row_classes.DROPPED).to(DEVICE)] = NAN
-    share = plan.share.cpu().double().where(sparse, 0)
-    one_hot = torch.nn.functional.one_hot(plan.tail_of.cpu().long(), T).double() * share.unsqueeze(1)
-    exact = MIN_PROB * (one_hot.T @ h)
+    shares = plan.shares.cpu().double().where(sparse.unsqueeze(1), 0)
+    exact = MIN_PROB * (shares.T @ h)
 
     listed = torch.cat([tail_rows.cpu(), others])
-    sums, shares = tails.sum_tail_states(hidden, plan, on_device(row_class), T)
-    assert len(sums) == 3
-    states, factors = tails.gather_states(hidden, on_device(listed), (sums, shares), min_prob=MIN_PROB)
+    parts = tails.sum_tail_states(hidden, plan.shares, on_device(row_class))
+    assert len(parts[0]) == 3
+    states, factors = tails.gather_states(hidden, on_device(listed), parts, min_prob=MIN_PROB)
     assert states.dtype == dtype
-    eager_ = MIN_PROB * (one_hot.float().T @ h.float())
-    size = MIN_PROB * (one_hot.abs().T @ h.abs())
+    eager_ = MIN_PROB * (shares.float().T @ h.float())
+    size = MIN_PROB * (shares.abs().T @ h.abs())
     # Coefficients keep 16 bits, or 22 in float16.
-    as_good_as(sums.sum(0) * MIN_PROB, eager_, exact, size * (1 if dtype == torch.float32 else 2**-16 / EPS))
+    as_good_as(parts[0].sum(0) * MIN_PROB, eager_, exact, size * (1 if dtype == torch.float32 else 2**-16 / EPS))
     as_good_as(states[:T], eager_.to(dtype), exact, size, 1.1)
-    torch.testing.assert_close(factors.cpu().double(), MIN_PROB * one_hot.sum(0), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(factors.cpu().double(), MIN_PROB * shares.sum(0), rtol=1e-5, atol=1e-7)
     assert torch.equal(states[T:].cpu(), hidden.cpu()[others])
-    again = tails.gather_states(hidden, on_device(listed), (sums, shares), min_prob=MIN_PROB)[0]
+    again = tails.gather_states(hidden, on_device(listed), parts, min_prob=MIN_PROB)[0]
     assert torch.equal(states[:T], again[:T])
 
     alone, factors = tails.gather_states(hidden, on_device(others), None, min_prob=MIN_PROB)
@@ -678,14 +681,13 @@ def test_gradient_of_hidden_states(dtype):
     scale = torch.tensor(2.0**-3)
     out = on_device(torch.full((n, 72), NAN, dtype=dtype))
     inputs = on_device((batch.targets, weight, products, scale))
-    hidden_grad.hidden_grad(classes, (rows, plan), *inputs, out, min_prob=MIN_PROB)
+    hidden_grad.hidden_grad(classes, (rows, plan.shares), *inputs, out, min_prob=MIN_PROB)
 
     row_class, place = classes.row_class.cpu(), classes.place.cpu().long()
 
     def specified(precision):
         of_kept = dense_values(rows, batch.targets, 150).to(precision) @ weight.to(precision)
-        of_tail = products.to(precision)[plan.tail_of.cpu().long()]
-        sparse = of_kept + (plan.share.cpu().to(precision) * MIN_PROB).unsqueeze(1) * of_tail
+        sparse = of_kept + (plan.shares.cpu().to(precision) * MIN_PROB) @ products[:T].to(precision)
         dense = products.to(precision)[place.clamp(min=0) % n_listed]
         what = row_class.unsqueeze(1)
         total = sparse.where(what == row_classes.SPARSE, 0) + dense.where(what == row_classes.DENSE, 0)
@@ -721,14 +723,14 @@ def backward(batch, hidden, weight, candidates, grad_tol):
     )
     tail_rows = rows.tail_weight.topk(T).indices
     plan = tails.assign_tails(
-        rows, tail_rows, hidden, t, scale=head.scale, min_prob=MIN_PROB, entropy=e is not None
+        rows, tail_rows, hidden, t, scale=head.scale, min_prob=MIN_PROB, entropy=e is not None, sharpness=10.0
     )  # fmt: skip
     classes = row_classes.classify_rows(plan.bound, rows.norm, plan.kind, rows.kept, tail_rows, grad_tol)
     n_listed, n_sparse, n_pairs = classes.counts.tolist()
     listed, parts, some = classes.rows[:n_listed], None, None
     if n_sparse:
         some = pairs.list_pairs(rows, classes, targets, n_pairs, len(weight))
-        parts = tails.sum_tail_states(hidden, plan, classes.row_class, T)
+        parts = tails.sum_tail_states(hidden, plan.shares, classes.row_class)
     states, factors = tails.gather_states(hidden, listed, parts, min_prob=MIN_PROB)
     tile = states.float() @ weight.float().T
     dz = tile.to(dtype)
@@ -739,7 +741,7 @@ def backward(batch, hidden, weight, candidates, grad_tol):
     products = dz.float() @ weight.float()
     out = torch.empty_like(hidden), torch.empty_like(weight), torch.empty_like(weight[:, 0])
     head_grad.head_grad(dz, states, hidden, some, factors, scale, *out[1:])
-    sparse = (rows, plan) if n_sparse else None
+    sparse = (rows, plan.shares) if n_sparse else None
     hidden_grad.hidden_grad(classes, sparse, targets, weight, products, scale, out[0], min_prob=MIN_PROB)
     return *(x.cpu().double() for x in out), classes
 
@@ -798,14 +800,14 @@ def test_offsets_beyond_32_bits():
     zeros, ones = on_device((torch.zeros(n, dtype=torch.int32), torch.ones(n)))
     targets = on_device(torch.full((n,), n - 1))
     rows = plan_rows.RowPlan(None, zeros, zeros.unsqueeze(1), ones.unsqueeze(1), ones, *[None] * 7)
-    plan = tails.TailPlan(zeros, ones, None, None)
+    shares = on_device(torch.nn.functional.pad(torch.ones(n, 1), (0, T - 1)))
     classes = row_classes.RowClasses(row_class, zeros, None, None, None)
     out = torch.empty(n, 8, device=DEVICE)
     products = torch.zeros(T, 8, device=DEVICE)
-    hidden_grad.hidden_grad(classes, (rows, plan), targets, far, products, None, out, min_prob=MIN_PROB)
+    hidden_grad.hidden_grad(classes, (rows, shares), targets, far, products, None, out, min_prob=MIN_PROB)
     assert (out == 2.0).all()
 
-    sums = tails.sum_tail_states(far, plan, row_class, T)
+    sums = tails.sum_tail_states(far, shares, row_class)
     states, _ = tails.gather_states(far, targets[: T + 1], sums, min_prob=1.0)
     assert (states[0] == 2.0).all()
     assert (states[T] == 2.0).all()
@@ -818,9 +820,9 @@ def test_offsets_beyond_32_bits():
     plan_of_all = batch_of_equals(n)
     similar = tails.assign_tails(
         plan_of_all, targets[:T] - torch.arange(T, device=DEVICE), far, None, scale=1.0, min_prob=MIN_PROB,
-        entropy=False,
+        entropy=False, sharpness=None,
     )  # fmt: skip
-    assert similar.tail_of[n - 1] == 0
+    assert similar.shares[n - 1].argmax() == 0
 
 
 def batch_of_equals(n):

@@ -14,7 +14,6 @@ from .configs import options
 from .numerics import rounded
 from .plan_rows import RowPlan
 from .row_classes import DENSE, SPARSE, RowClasses
-from .tails import TailPlan
 
 _SPARSE, _DENSE = tl.constexpr(SPARSE), tl.constexpr(DENSE)
 
@@ -22,19 +21,18 @@ _SPARSE, _DENSE = tl.constexpr(SPARSE), tl.constexpr(DENSE)
 @triton.jit(
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[
-        "row_class", "place", "kept", "vocab_ids", "values", "targets", "target_value", "tail_of", "share", "scale",
+        "row_class", "place", "kept", "vocab_ids", "values", "targets", "target_value", "shares", "scale",
     ],
 )  # fmt: skip
 def hidden_grad_kernel(  # type: ignore[no-untyped-def]
     row_class,  # [N] int8
     place,  # [N] int32
-    kept,  # [N] int32, or None as are the next six: no row is sparse
+    kept,  # [N] int32, or None as are the next five: no row is sparse
     vocab_ids,  # [N, K] int32
     values,  # [N, K]
     targets,  # [N] int64
     target_value,  # [N]
-    tail_of,  # [N] int32
-    share,  # [N]
+    shares,  # [N, T]
     weight,  # [V, D]
     products,  # [R, D] float32, dZ times the head: of the tails, then of the dense rows
     scale,  # [] or None
@@ -44,6 +42,7 @@ def hidden_grad_kernel(  # type: ignore[no-untyped-def]
     weight_stride,
     min_prob,
     K: tl.constexpr,
+    T: tl.constexpr,
     B_R: tl.constexpr,
     B_D: tl.constexpr,
 ):
@@ -57,10 +56,11 @@ def hidden_grad_kernel(  # type: ignore[no-untyped-def]
     total = tl.load(products + at[:, None] * depth + i_d[None, :], mask=is_dense[:, None] & m_d, other=0.0)
     if vocab_ids is not None:
         is_sparse = what == _SPARSE
-        tail = tl.load(tail_of + i_r, mask=is_sparse, other=0).to(tl.int64)
-        factor = tl.load(share + i_r, mask=is_sparse, other=0.0) * min_prob
-        x = tl.load(products + tail[:, None] * depth + i_d[None, :], mask=is_sparse[:, None] & m_d, other=0.0)
-        total += factor[:, None] * x
+        for k in range(T):
+            factor = tl.load(shares + i_r * T + k, mask=is_sparse, other=0.0) * min_prob
+            # Most shares are next to nothing, or nothing.
+            if tl.max(tl.abs(factor), 0) > 0.0:
+                total += factor[:, None] * tl.load(products + k * depth + i_d[None, :], mask=m_d, other=0.0)
         v = tl.load(targets + i_r, mask=is_sparse, other=0)
         factor = tl.load(target_value + i_r, mask=is_sparse, other=0.0)
         x = tl.load(weight + v[:, None] * weight_stride + i_d[None, :], mask=is_sparse[:, None] & m_d, other=0.0)
@@ -79,7 +79,7 @@ def hidden_grad_kernel(  # type: ignore[no-untyped-def]
 
 def hidden_grad(
     classes: RowClasses,  # of N rows
-    sparse: tuple[RowPlan, TailPlan] | None,  # of N rows; None: no row is sparse
+    sparse: tuple[RowPlan, Tensor] | None,  # of N rows, and their shares [N, T] of the tails; None: no row is sparse
     targets: Tensor,  # [N] int64
     weight: Tensor,  # [V, D]
     products: Tensor,  # [R, D] float32: dZ times the head, as `classify_rows` has listed the rows
@@ -89,18 +89,19 @@ def hidden_grad(
     min_prob: float,
 ) -> None:
     """out = scale * the gradient of each row: of a dense row its product; of a sparse one the sum of its kept entries
-    and of its share of a tail's product, times ``min_prob``, by which `grad` divides tails; of a dropped one zero."""
+    and of its shares of the tails' products, times ``min_prob``, by which `grad` divides tails; of a dropped one
+    zero."""
     n_rows, depth = out.shape
     if not n_rows:
         return
-    capacity = 0
-    entries: tuple[Tensor | None, ...] = (None,) * 7
+    capacity, n_tails = 0, 0
+    entries: tuple[Tensor | None, ...] = (None,) * 6
     if sparse is not None:
-        rows, tails = sparse
+        rows, shares = sparse
         assert rows.vocab_ids is not None
-        capacity = rows.vocab_ids.shape[1]
-        entries = (rows.kept, rows.vocab_ids, rows.values, targets, rows.target_value, tails.tail_of, tails.share)
+        capacity, n_tails = rows.vocab_ids.shape[1], shares.shape[1]
+        entries = (rows.kept, rows.vocab_ids, rows.values, targets, rows.target_value, shares)
     hidden_grad_kernel[lambda meta: (triton.cdiv(n_rows, meta["B_R"]), triton.cdiv(depth, meta["B_D"]))](
         classes.row_class, classes.place, *entries, weight, products, scale, out,
-        n_rows, depth, weight.stride(0), min_prob, K=capacity, **options("hidden_grad", out.device),
+        n_rows, depth, weight.stride(0), min_prob, K=capacity, T=n_tails, **options("hidden_grad", out.device),
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Tails of sparse rows: each is replaced by a multiple of the tail of one of T heavy rows, which are dense anyway.
+"""Tails of sparse rows: each is replaced by a mixture of the tails of T heavy rows, which are dense anyway.
 
-`assign_tails` chooses it, the heavy row with the largest product of hidden states, and bounds the error.
+`assign_tails` mixes them by how similar the hidden states are, and bounds the error.
 `sum_tail_states` adds up what the sparse rows of each tail contribute to dW: dW of all tails is Q^T S, with Q [T, V]
 the tails of the heavy rows (`grad`) and S [T, D] these sums. `gather_states` puts S and the hidden states of the dense
 rows into one matrix.
@@ -32,30 +32,33 @@ _MAX_PARTS = 32
 class TailPlan(NamedTuple):
     """The tails of N rows, and what the choice between dense, sparse and dropped compares."""
 
-    tail_of: Tensor  # [N] int32, in [0, T): the heavy row whose tail is used
-    share: Tensor  # [N] float32: the row's tail is this many times that of the heavy row
+    shares: Tensor  # [N, T] float32: the row's tail is the sum of the heavy rows' tails, so many times each
     kind: Tensor  # [N] int8 as in RowPlan, with TAIL_ROW set
     bound: Tensor  # [N] float64 on the squared error where the row is not dense; inf for a tail row
+
+
+@triton.jit
+def _inverse_norm(square):  # type: ignore[no-untyped-def]
+    """1 / sqrt(x); 0 where rounding has left nothing of x."""
+    return tl.where(square > 0.0, 1.0 / tl.sqrt(square), 0.0)
 
 
 @triton.jit(
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[
-        "tail_rows", "temperature", "tail", "mass", "plan_kind", "plan_bound", "tail_bound", "tail_of", "share", "kind",
-        "bound",
+        "tail_rows", "temperature", "tail", "mass", "plan_kind", "plan_bound", "tail_bound", "shares", "kind", "bound",
     ],
 )  # fmt: skip
 def assign_tails_kernel(  # type: ignore[no-untyped-def]
     hidden,  # [N, D]
     tail_rows,  # [T] int64
     temperature,  # [N] or None
-    tail,  # [N], as are the next five: of the row plan
+    tail,  # [N], as are the next four: of the row plan
     mass,
     plan_kind,
     plan_bound,
     tail_bound,
-    tail_of,  # [N] int32
-    share,  # [N]
+    shares,  # [N, T]
     kind,  # [N] int8
     bound,  # [N] float64
     n_rows,
@@ -63,6 +66,7 @@ def assign_tails_kernel(  # type: ignore[no-untyped-def]
     hidden_stride,
     min_prob,
     SCALE: tl.constexpr,
+    SHARPNESS: tl.constexpr,
     ENTROPY: tl.constexpr,
     T: tl.constexpr,
     B_R: tl.constexpr,
@@ -72,28 +76,48 @@ def assign_tails_kernel(  # type: ignore[no-untyped-def]
     m_r = i_r < n_rows
     state = tl.load(plan_kind + i_r, mask=m_r, other=0)
     possible = state == _SPARSE_POSSIBLE
-    i_h = tl.load(tail_rows + tl.arange(0, T))
-    similarity = tl.zeros([B_R, T], tl.float32)
+    i_t = tl.arange(0, T)
+    i_h = tl.load(tail_rows + i_t)
+    products = tl.zeros([B_R, T], tl.float32)
+    gram = tl.zeros([T, T], tl.float32)
+    squares = tl.zeros([B_R], tl.float32)
     for o_d in range(0, depth, B_D):
         i_d = o_d + tl.arange(0, B_D)
         m_d = (i_d < depth)[None, :]
         b_r = tl.load(hidden + i_r[:, None] * hidden_stride + i_d[None, :], mask=possible[:, None] & m_d, other=0.0)
         b_h = tl.load(hidden + i_h[:, None] * hidden_stride + i_d[None, :], mask=m_d, other=0.0)
-        similarity = tl.dot(operand(b_r), operand(b_h).T, similarity, input_precision="ieee")
-    nearest = tl.argmax(similarity, 1)
+        b_r, b_h = operand(b_r), operand(b_h)
+        products = tl.dot(b_r, b_h.T, products, input_precision="ieee")
+        gram = tl.dot(b_h, b_h.T, gram, input_precision="ieee")
+        x = b_r.to(tl.float32)
+        squares += tl.sum(x * x, 1)
 
-    heavy = tl.load(tail_rows + nearest)
-    mass_h = tl.load(mass + heavy)
-    slope_h = tl.full([B_R], SCALE, tl.float32)
+    # The cosine between the states less the mean of the heavy ones: all have a large part in common.
+    with_mean = tl.sum(products, 1) / T
+    mean_h = tl.sum(gram, 0) / T
+    mean_square = tl.sum(mean_h, 0) / T
+    squares_h = tl.sum(tl.where(i_t[:, None] == i_t[None, :], gram, 0.0), 0)
+    length = _inverse_norm(squares - 2.0 * with_mean + mean_square)
+    length_h = _inverse_norm(squares_h - 2.0 * mean_h + mean_square)
+    cosine = (products - with_mean[:, None] - mean_h[None, :] + mean_square) * length[:, None] * length_h[None, :]
+    if SHARPNESS is None:
+        mix = (i_t[None, :] == tl.argmax(cosine, 1)[:, None]).to(tl.float32)
+    else:
+        mix = tl.exp(SHARPNESS * (cosine - tl.max(cosine, 1)[:, None]))
+        mix /= tl.sum(mix, 1)[:, None]
+
+    mass_h = tl.load(mass + i_h)
+    slope_h = tl.full([T], SCALE, tl.float32)
     if temperature is not None:
-        slope_h /= tl.load(temperature + heavy)
+        slope_h /= tl.load(temperature + i_h)
+    per_tail = tl.where(mass_h > 0.0, 1.0 / (mass_h * slope_h), 0.0)
     size = tl.load(tail + i_r, mask=m_r, other=0.0)
-    tl.store(share + i_r, tl.where(mass_h > 0.0, size / (mass_h * slope_h), 0.0), mask=m_r)
-    tl.store(tail_of + i_r, nearest, mask=m_r)
+    tl.store(shares + i_r[:, None] * T + i_t[None, :], size[:, None] * mix * per_tail[None, :], mask=m_r[:, None])
 
-    # What stands for the tail is its sum times a distribution, whose sum of squares is at most its largest entry. Both
-    # have one sign where there is no entropy coefficient, so that their squares add up; with one twice them.
-    largest = tl.minimum(min_prob / mass_h, 1.0).to(tl.float64)
+    # What stands for the tail is its sum times a mixture of distributions, whose sums of squares are at most their
+    # largest entries. Both have one sign where there is no entropy coefficient, so that their squares add up; with one
+    # twice them.
+    largest = tl.sum(mix * tl.minimum(min_prob / mass_h, 1.0)[None, :], 1).to(tl.float64)
     error = tl.load(tail_bound + i_r, mask=m_r, other=0.0) + size.to(tl.float64) * size.to(tl.float64) * largest
     if ENTROPY:
         error *= 2.0
@@ -113,33 +137,34 @@ def assign_tails(
     scale: float,
     min_prob: float,
     entropy: bool,
+    sharpness: float | None,
 ) -> TailPlan:
-    """The tail that each row uses if it becomes sparse, and the bound on its error. ``entropy``: whether there are
-    coefficients of entropies."""
-    n_rows, device = len(hidden), hidden.device
-    tail_of = torch.empty(n_rows, dtype=torch.int32, device=device)
-    share, kind, bound = (torch.empty_like(x) for x in (rows.tail, rows.kind, rows.bound))
+    """The tails that each row uses if it becomes sparse, and the bound on its error. A row's similarity to a heavy row
+    is the cosine of the angle between their hidden states, less the mean of the heavy rows' states. The tails are mixed
+    by the softmax of ``sharpness`` times the similarities; None: the tail of the most similar row alone. ``entropy``:
+    whether there are coefficients of entropies."""
+    (n_rows, depth), n_tails = hidden.shape, len(tail_rows)
+    shares = torch.empty(n_rows, n_tails, dtype=torch.float32, device=hidden.device)
+    kind, bound = torch.empty_like(rows.kind), torch.empty_like(rows.bound)
     assign_tails_kernel[lambda meta: (triton.cdiv(n_rows, meta["B_R"]),)](
         hidden=hidden, tail_rows=tail_rows, temperature=temperature, tail=rows.tail, mass=rows.mass,
-        plan_kind=rows.kind, plan_bound=rows.bound, tail_bound=rows.tail_bound,
-        tail_of=tail_of, share=share, kind=kind, bound=bound,
-        n_rows=n_rows, depth=hidden.shape[1], hidden_stride=hidden.stride(0), min_prob=min_prob,
-        SCALE=scale, ENTROPY=entropy, T=len(tail_rows), **options("assign_tails", device),
+        plan_kind=rows.kind, plan_bound=rows.bound, tail_bound=rows.tail_bound, shares=shares, kind=kind, bound=bound,
+        n_rows=n_rows, depth=depth, hidden_stride=hidden.stride(0), min_prob=min_prob, SCALE=scale,
+        SHARPNESS=sharpness, ENTROPY=entropy, T=n_tails, **options("assign_tails", hidden.device),
     )  # fmt: skip
-    return TailPlan(tail_of, share, kind, bound)
+    return TailPlan(shares, kind, bound)
 
 
 @triton.jit(
     do_not_specialize=["n_rows", "part_rows"],
-    do_not_specialize_on_alignment=["tail_of", "share", "row_class", "sums", "shares"],
+    do_not_specialize_on_alignment=["shares", "row_class", "sums", "sums_of_shares"],
 )
 def tail_states_kernel(  # type: ignore[no-untyped-def]
     hidden,  # [N, D]
-    tail_of,  # [N] int32
-    share,  # [N]
+    shares,  # [N, T]
     row_class,  # [N] int8
     sums,  # [P, T, D] float32
-    shares,  # [P, T] float32
+    sums_of_shares,  # [P, T] float32
     n_rows,
     depth,  # D
     hidden_stride,
@@ -160,9 +185,8 @@ def tail_states_kernel(  # type: ignore[no-untyped-def]
         # Other rows may hold anything, NaN included: they are not read.
         m_r = i_r < n_rows
         m_r = m_r & (tl.load(row_class + i_r, mask=m_r, other=0) == _SPARSE)
-        k = tl.load(tail_of + i_r, mask=m_r, other=-1)
-        c = tl.load(share + i_r, mask=m_r, other=0.0)
-        a = tl.where(k[None, :] == i_t[:, None], c[None, :], 0.0)
+        o_s = i_r.to(tl.int64)[None, :] * T + i_t[:, None]
+        a = tl.load(shares + o_s, mask=m_r[None, :], other=0.0)
         o_h = i_r.to(tl.int64)[:, None] * hidden_stride + i_d[None, :]
         b = tl.load(hidden + o_h, mask=m_r[:, None] & m_d[None, :], other=0.0)
         total = dot_of_parts(a, b, total)
@@ -170,40 +194,39 @@ def tail_states_kernel(  # type: ignore[no-untyped-def]
     i_p = part.to(tl.int64) * T + i_t
     tl.store(sums + i_p[:, None] * depth + i_d[None, :], total, mask=m_d[None, :])
     if tl.program_id(0) == 0:
-        tl.store(shares + i_p, total_share)
+        tl.store(sums_of_shares + i_p, total_share)
 
 
 def sum_tail_states(
     hidden: Tensor,  # [N, D]
-    tails: TailPlan,  # of N rows
+    shares: Tensor,  # [N, T]
     row_class: Tensor,  # [N] int8, of `classify_rows`
-    n_tails: int,  # T
 ) -> tuple[Tensor, Tensor]:
-    """Sums over the sparse rows of each tail, in parts that `gather_states` adds: of share * hidden states, [P, T, D],
+    """Sums over the sparse rows for each tail, in parts that `gather_states` adds: of share * hidden states, [P, T, D],
     and of shares, [P, T]; both float32, rows in order."""
-    (n_rows, depth), device = hidden.shape, hidden.device
+    (n_rows, depth), n_tails, device = hidden.shape, shares.shape[1], hidden.device
     cut = options("tail_states", device)
     part_rows = triton.cdiv(triton.cdiv(n_rows, _MAX_PARTS), cut["B_K"]) * cut["B_K"]
     n_parts = triton.cdiv(n_rows, part_rows)
     sums = torch.empty(n_parts, n_tails, depth, dtype=torch.float32, device=device)
-    shares = torch.empty(n_parts, n_tails, dtype=torch.float32, device=device)
+    sums_of_shares = torch.empty(n_parts, n_tails, dtype=torch.float32, device=device)
     tail_states_kernel[(triton.cdiv(depth, cut["B_D"]), n_parts)](
-        hidden=hidden, tail_of=tails.tail_of, share=tails.share, row_class=row_class, sums=sums, shares=shares,
+        hidden=hidden, shares=shares, row_class=row_class, sums=sums, sums_of_shares=sums_of_shares,
         n_rows=n_rows, depth=depth, hidden_stride=hidden.stride(0), part_rows=part_rows,
         T=n_tails, **cut,
     )  # fmt: skip
-    return sums, shares
+    return sums, sums_of_shares
 
 
 @triton.jit(
     do_not_specialize=["n_rows", "n_parts"],
-    do_not_specialize_on_alignment=["rows", "sums", "shares", "bias_factors"],
+    do_not_specialize_on_alignment=["rows", "sums", "sums_of_shares", "bias_factors"],
 )
 def gather_states_kernel(  # type: ignore[no-untyped-def]
     hidden,  # [N, D]
     rows,  # [R] int64
     sums,  # [P, T, D], or None as is the next, and T = 0: no tails
-    shares,  # [P, T]
+    sums_of_shares,  # [P, T]
     states,  # [R, D]
     bias_factors,  # [T]
     n_rows,  # R
@@ -231,7 +254,7 @@ def gather_states_kernel(  # type: ignore[no-untyped-def]
             for part in range(n_parts):
                 i_p = part * T + i
                 total += tl.load(sums + i_p[:, None] * depth + i_d[None, :], mask=m_t[:, None] & m_d, other=0.0)
-                share += tl.load(shares + i_p, mask=m_t, other=0.0)
+                share += tl.load(sums_of_shares + i_p, mask=m_t, other=0.0)
             tl.store(states + o_s, rounded(total * min_prob, states), mask=m_t[:, None] & m_d)
             if tl.program_id(1) == 0:
                 tl.store(bias_factors + i, share * min_prob, mask=m_t)
@@ -249,13 +272,13 @@ def gather_states(
     float32 (the others count once); None without tails. Both include ``min_prob``, by which `grad` divides the tails.
     """
     depth, device = hidden.shape[1], hidden.device
-    sums, shares = (None, None) if parts is None else parts
-    n_parts, n_tails = (0, 0) if shares is None else shares.shape
+    sums, sums_of_shares = (None, None) if parts is None else parts
+    n_parts, n_tails = (0, 0) if sums_of_shares is None else sums_of_shares.shape
     states = torch.empty(len(rows), depth, dtype=hidden.dtype, device=device)
     factors = None if parts is None else torch.empty(n_tails, dtype=torch.float32, device=device)
     if len(rows):
         gather_states_kernel[lambda meta: (triton.cdiv(len(rows), meta["B_R"]), triton.cdiv(depth, meta["B_D"]))](
-            hidden=hidden, rows=rows, sums=sums, shares=shares, states=states, bias_factors=factors,
+            hidden=hidden, rows=rows, sums=sums, sums_of_shares=sums_of_shares, states=states, bias_factors=factors,
             n_rows=len(rows), depth=depth, hidden_stride=hidden.stride(0), n_parts=n_parts, min_prob=min_prob,
             T=n_tails, **options("gather_states", device),
         )  # fmt: skip
