@@ -393,6 +393,21 @@ def test_of_rows_with_equal_bounds_the_first_are_dropped():
     assert result.error_bound.item() == pytest.approx(math.sqrt(n_dropped / n))
 
 
+@pytest.mark.parametrize("largest_share", [2.0, 8.0, 32.0])
+def test_no_row_makes_room_for_all_others(largest_share):
+    """Norms over a dozen orders of magnitude; how many rows are dropped shows what they add up to."""
+    n, n_dropped = 300, 150
+    g = torch.Generator().manual_seed(0)
+    norm = 10 ** (2 * torch.randn(n, generator=g, dtype=F64))
+    counted = counted_total(norm.tolist(), largest_share)
+    assert counted < 0.7 * norm.sum()
+    bound = torch.full((n,), 0.25 * counted / (n_dropped + 0.5), dtype=F64)
+    kind = torch.full((n,), plan_rows.LIVE, dtype=torch.int8)
+    result = row_classes.classify_rows(*on_device((bound, norm, kind, torch.zeros(n).int())), None, 0.5, largest_share)
+    assert result.counts[0] == n - n_dropped
+    assert result.error_bound.item() == pytest.approx(math.sqrt(n_dropped * bound[0] / norm.sum()))
+
+
 @pytest.mark.parametrize("n", [1, 64])
 def test_nothing_to_classify(n):
     """Rows without any gradient."""

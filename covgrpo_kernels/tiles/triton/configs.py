@@ -27,7 +27,7 @@ _BACKWARD: dict[str, dict[str, int]] = {
     "place_pairs": dict(B_P=256, num_warps=4),
     "tail_states": dict(B_K=32, B_D=128, num_warps=4, num_stages=2),
     "gather_states": dict(B_R=1, B_D=1024, num_warps=4),
-    "hidden_grad": dict(B_R=4, B_D=512, num_warps=4),
+    "hidden_grad": dict(B_R=1, B_D=1024, num_warps=4),
 }
 
 # Of a program: rows and columns of the tile; for fold the columns are the block, which is fixed; tokens of a scope at

@@ -54,24 +54,24 @@ def hidden_grad_kernel(  # type: ignore[no-untyped-def]
     is_dense = what == _DENSE
     at = tl.load(place + i_r, mask=is_dense, other=0).to(tl.int64)
     total = tl.load(products + at[:, None] * depth + i_d[None, :], mask=is_dense[:, None] & m_d, other=0.0)
-    if vocab_ids is not None:
-        is_sparse = what == _SPARSE
-        for k in range(T):
-            factor = tl.load(shares + i_r * T + k, mask=is_sparse, other=0.0) * min_prob
-            # Most shares are next to nothing, or nothing.
-            if tl.max(tl.abs(factor), 0) > 0.0:
+    is_sparse = what == _SPARSE
+    if vocab_ids is not None:  # noqa: SIM102
+        if tl.max(is_sparse.to(tl.int32), 0) > 0:
+            # Unrolled and without a branch, so that all of these loads are under way at once.
+            for k in tl.static_range(T):
+                factor = tl.load(shares + i_r * T + k, mask=is_sparse, other=0.0) * min_prob
                 total += factor[:, None] * tl.load(products + k * depth + i_d[None, :], mask=m_d, other=0.0)
-        v = tl.load(targets + i_r, mask=is_sparse, other=0)
-        factor = tl.load(target_value + i_r, mask=is_sparse, other=0.0)
-        x = tl.load(weight + v[:, None] * weight_stride + i_d[None, :], mask=is_sparse[:, None] & m_d, other=0.0)
-        total += factor[:, None] * x.to(tl.float32)
-        n_kept = tl.load(kept + i_r, mask=is_sparse, other=0)
-        for k in range(tl.max(n_kept, 0)):
-            m_k = k < n_kept
-            v = tl.load(vocab_ids + i_r * K + k, mask=m_k, other=0).to(tl.int64)
-            factor = tl.load(values + i_r * K + k, mask=m_k, other=0.0)
-            x = tl.load(weight + v[:, None] * weight_stride + i_d[None, :], mask=m_k[:, None] & m_d, other=0.0)
+            v = tl.load(targets + i_r, mask=is_sparse, other=0)
+            factor = tl.load(target_value + i_r, mask=is_sparse, other=0.0)
+            x = tl.load(weight + v[:, None] * weight_stride + i_d[None, :], mask=is_sparse[:, None] & m_d, other=0.0)
             total += factor[:, None] * x.to(tl.float32)
+            n_kept = tl.load(kept + i_r, mask=is_sparse, other=0)
+            for k in range(tl.max(n_kept, 0)):
+                m_k = k < n_kept
+                v = tl.load(vocab_ids + i_r * K + k, mask=m_k, other=0).to(tl.int64)
+                factor = tl.load(values + i_r * K + k, mask=m_k, other=0.0)
+                x = tl.load(weight + v[:, None] * weight_stride + i_d[None, :], mask=m_k[:, None] & m_d, other=0.0)
+                total += factor[:, None] * x.to(tl.float32)
     if scale is not None:
         total *= tl.load(scale)
     tl.store(out + i_r[:, None] * depth + i_d[None, :], rounded(total, out), mask=m_r[:, None] & m_d)
