@@ -45,6 +45,7 @@ _CANDIDATES: Arguments = dict(min_logits="*fp32", found="*i32", vocab_ids="*i32"
 _COEFFICIENTS: Arguments = dict(
     maximum="*fp32", log_sum="*fp32", at_target="*fp32", entropy="*fp32", logprob_grad="*fp32"
 )
+_DLOGITS: Arguments = {"tile": "*fp32", **_TILE, **_COEFFICIENTS}
 _TOKENS: Arguments = dict(logprobs="*fp32", valid="*i1", order="*i64", offsets="*i64")
 _WEIGHTS: Arguments = dict(advantages="*fp32", weights="*fp64", covariance="*fp64", deviation="*fp64", std="*fp64")
 _READING: Arguments = dict(NOISE=1e-6, BANDWIDTH_EPS=0.0, NUMEL=False)
@@ -68,6 +69,46 @@ _SPARSE: Arguments = dict(
     values="*fp32", indices="*i64", offsets="*i64", out="*fp32", depth="i32", row_stride="i32", column_stride="i32"
 )
 
+# Of the backward: the plan, the tails, the pairs and the gradients.
+_NO_TAILS: Arguments = dict(rows=None, log_min_prob="fp32", TAILS=0)
+_TAILS: Arguments = dict(rows="*i64", log_min_prob="fp32", TAILS=16)
+_PLAN_ROWS: Arguments = dict(
+    found="*i32", vocab_ids="*i32", logits="*fp32", stats="*fp32", targets="*i64", logprob_grad="*fp32",
+    entropy_grad=None, temperature=None, kind="*i8", kept="*i32", per_row="*fp32", bounds="*fp64", n_rows="i32",
+    log_min_prob="fp32", SCALE=1.0, CAP=None, K=64,
+)  # fmt: skip
+_PLAN_ROWS_ALL: Arguments = dict(entropy_grad="*fp32", temperature="*fp32", SCALE=0.5, CAP=30.0)
+_ASSIGN_TAILS: Arguments = dict(
+    hidden="*bf16", tail_rows="*i64", temperature="*fp32", tail="*fp32", mass="*fp32", plan_kind="*i8",
+    plan_bound="*fp64", tail_bound="*fp64", shares="*fp32", kind="*i8", bound="*fp64", n_rows="i32", depth="i32",
+    hidden_stride="i32", min_prob="fp32", SCALE=0.5, SHARPNESS=10.0, ENTROPY=True, T=16,
+)  # fmt: skip
+_CLASSES: Arguments = dict(row_class="*i8", place="*i32")
+_CLASSIFY_ROWS: Arguments = dict(
+    in_order="*fp64", order="*i64", bound="*fp64", norm="*fp64", kind="*i8", kept="*i32", tail_rows="*i64", **_CLASSES,
+    rows="*i64", counts="*i64", error_bound="*fp64", n_rows="i32", GRAD_TOL=1e-3, LARGEST_SHARE=32.0, T=16,
+)  # fmt: skip
+_ENTRIES: Arguments = dict(
+    kept="*i32", vocab_ids="*i32", values="*fp32", targets="*i64", target_value="*fp32", K=64
+)  # fmt: skip
+_PLACE_PAIRS: Arguments = dict(
+    sorted_ids="*i32", order="*i64", rows="*i32", values="*fp32", sorted_rows="*i32", sorted_values="*fp32",
+    offsets="*i32", n_pairs="i32", n_blocks="i32", steps="i32", PAIR_BLOCK=64,
+)  # fmt: skip
+_TAIL_STATES: Arguments = dict(
+    hidden="*bf16", shares="*fp32", row_class="*i8", sums="*fp32", sums_of_shares="*fp32", n_rows="i32",
+    depth="i32", hidden_stride="i32", part_rows="i32", T=16,
+)  # fmt: skip
+_GATHER_STATES: Arguments = dict(
+    hidden="*bf16", rows="*i64", sums="*fp32", sums_of_shares="*fp32", states="*bf16", bias_factors="*fp32",
+    n_rows="i32", depth="i32", hidden_stride="i32", n_parts="i32", min_prob="fp32", T=16,
+)  # fmt: skip
+_HEAD_GRAD: Arguments = dict(
+    dz="*bf16", states="*bf16", hidden="*bf16", pair_ids="*i32", pair_rows="*i32", pair_values="*fp32",
+    pair_offsets="*i32", bias_factors=None, scale=None, out="*bf16", bias_out=None, n_rows="i32", width="i32",
+    depth="i32", first="i32", hidden_stride="i32", T=0, PAIR_BLOCK=64,
+)  # fmt: skip
+
 CASES = [
     Case("online softmax", "online_softmax.online_softmax_kernel", {**_SOFTMAX, **_NO_CANDIDATES}, "online_softmax"),
     Case(
@@ -83,10 +124,19 @@ CASES = [
         Case(
             f"dlogits to {out}{', all' if entropy else ''}",
             "dlogits.dlogits_kernel",
-            {"tile": "*fp32", "out": f"*{out}", **_TILE, **options, **_COEFFICIENTS, "entropy_grad": entropy},
+            {**_DLOGITS, "out": f"*{out}", **_NO_TAILS, **options, "entropy_grad": entropy},
             "dlogits",
         )
         for out in ("bf16", "fp16", "fp32")
+        for options, entropy in ((_PLAIN, None), (_ALL, "*fp32"))
+    ),
+    *(
+        Case(
+            f"dlogits with tails{', all' if entropy else ''}",
+            "dlogits.dlogits_kernel",
+            {**_DLOGITS, "out": "*bf16", **_TAILS, **options, "entropy_grad": entropy},
+            "dlogits",
+        )
         for options, entropy in ((_PLAIN, None), (_ALL, "*fp32"))
     ),
     Case("sparse product", "sparse_product.sparse_product_kernel", {**_SPARSE, "matrix": "*bf16"}, "sparse"),
@@ -101,6 +151,46 @@ CASES = [
     Case(
         "covariance weights, all", "covariance_weights.covariance_weights_kernel",
         {**_TOKENS, **_WEIGHTS, **_READING, "segment": "*i64", "lengths": "*fp64", "means": "*fp64"}, "weights",
+    ),
+    Case("plan rows", "plan_rows.plan_rows_kernel", _PLAN_ROWS, "plan_rows"),
+    Case("plan rows, all", "plan_rows.plan_rows_kernel", {**_PLAN_ROWS, **_PLAN_ROWS_ALL}, "plan_rows"),
+    Case("plan rows, 256 candidates", "plan_rows.plan_rows_kernel", {**_PLAN_ROWS, "K": 256}, "plan_rows"),
+    Case(
+        "plan rows without candidates", "plan_rows.plan_rows_kernel",
+        {**_PLAN_ROWS, "found": None, "vocab_ids": None, "logits": None, "K": 1}, "plan_rows",
+    ),
+    Case("assign tails", "tails.assign_tails_kernel", _ASSIGN_TAILS, "assign_tails"),
+    Case("assign tails of float32", "tails.assign_tails_kernel", {**_ASSIGN_TAILS, "hidden": "*fp32"}, "assign_tails"),
+    Case("classify rows", "row_classes.classify_rows_kernel", _CLASSIFY_ROWS, "classify_rows"),
+    Case(
+        "list pairs", "pairs.list_pairs_kernel",
+        {**_CLASSES, **_ENTRIES, "pair_ids": "*i32", "pair_rows": "*i32", "pair_values": "*fp32", "n_rows": "i32"},
+        "list_pairs",
+    ),
+    Case("place pairs", "pairs.place_pairs_kernel", _PLACE_PAIRS, "place_pairs"),
+    Case("tail states", "tails.tail_states_kernel", _TAIL_STATES, "tail_states"),
+    Case(
+        "tail states of float32", "tails.tail_states_kernel", {**_TAIL_STATES, "hidden": "*fp32"},
+        "tail_states",
+    ),
+    Case("gather states", "tails.gather_states_kernel", _GATHER_STATES, "gather_states"),
+    Case("head grad", "head_grad.head_grad_kernel", _HEAD_GRAD, "head grad"),
+    Case("head grad by pointers", "head_grad.head_grad_kernel", _HEAD_GRAD, "head grad by pointers"),
+    Case(
+        "head grad, all", "head_grad.head_grad_kernel",
+        {**_HEAD_GRAD, "bias_factors": "*fp32", "bias_out": "*bf16", "T": 16, "scale": "*fp32"}, "head grad",
+    ),
+    Case("head grad of many rows", "head_grad.head_grad_kernel", _HEAD_GRAD, "head grad of many rows"),
+    Case(
+        "head grad of float32", "head_grad.head_grad_kernel",
+        {**_HEAD_GRAD, **dict.fromkeys(("dz", "states", "hidden", "out"), "*fp32")},
+        "head grad of float32",
+    ),
+    Case(
+        "hidden grad", "hidden_grad.hidden_grad_kernel",
+        {**_CLASSES, **_ENTRIES, "shares": "*fp32", "T": 16, "weight": "*bf16", "products": "*fp32",
+         "scale": None, "out": "*bf16", "n_rows": "i32", "depth": "i32", "weight_stride": "i32", "min_prob": "fp32"},
+        "hidden_grad",
     ),
     Case("forward", "forward.forward_kernel", {**_FORWARD_PLAIN, "peaks": None}, "forward"),
     Case("forward, peaks", "forward.forward_kernel", {**_FORWARD_PLAIN, "peaks": "*bf16"}, "forward"),
@@ -174,7 +264,7 @@ def _cuts(architecture: str) -> dict[str, dict[str, int]]:
     from covgrpo_kernels.kernels.triton import configs
 
     half, single = (configs.FORWARD[architecture][itemsize] for itemsize in (2, 4))
-    pointers = dict(DESCRIPTORS=False)
+    pointers, head_grad = dict(DESCRIPTORS=False), configs.HEAD_GRAD[architecture]
     return {
         **configs.CONFIGS[architecture],
         "forward": half[min(half)],
@@ -184,6 +274,10 @@ def _cuts(architecture: str) -> dict[str, dict[str, int]]:
         "products": configs.COLLECT[architecture][2],
         "products by pointers": configs.COLLECT[architecture][2] | pointers,
         "products of float32": configs.COLLECT[architecture][4],
+        "head grad": head_grad[2]["few"],
+        "head grad by pointers": head_grad[2]["few"] | pointers,
+        "head grad of many rows": head_grad[2]["many"],
+        "head grad of float32": head_grad[4]["few"],
     }
 
 
@@ -202,7 +296,10 @@ def compile_case(case: Case, architecture: str) -> dict[str, int]:
     arguments: dict[str, Any] = {**case.arguments, **options}
     if "ACCUMULATOR" in kernel.arg_names:
         arguments["ACCUMULATOR"] = triton.language.float32
-    if options.get("DESCRIPTORS"):
+    if options.get("DESCRIPTORS") and "dz" in arguments:
+        arguments["dz"] = f"tensordesc<bf16[{options['B_K']}, {options['B_V']}]>"
+        arguments["states"] = f"tensordesc<bf16[{options['B_K']}, {options['B_D']}]>"
+    elif options.get("DESCRIPTORS"):
         arguments["weight"] = f"tensordesc<bf16[{arguments['B_V']}, {options['B_D']}]>"
         if "hidden_stride" in arguments:  # of gathered rows, which are described too
             arguments["hidden"] = f"tensordesc<bf16[{options['B_R']}, {options['B_D']}]>"

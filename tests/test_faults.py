@@ -247,7 +247,7 @@ KERNEL_FAULTS = {
     "entropy gradient without H": (many_tiles, KernelFault("grad", "(log_p + h)", "log_p")),
     "softcap's slope lost": (many_tiles, KernelFault("grad", "y, dz) * slope", "y, dz)")),
     "temperature lost in the slope": (many_tiles, KernelFault("numerics", "slope *= per_temperature", "pass")),
-    "last row lost": (many_tiles, KernelFault("grad", "i_r < n_rows", "i_r < n_rows - 1")),
+    "last row lost": (many_tiles, KernelFault("grad", "i_o < n_rows", "i_o < n_rows - 1")),
     "variance about zero": (weights, KernelFault("group_weights", "tl.where(m_v, c - mean_c, 0.0)", "c")),
     "noise taken for variance": (no_variance, KernelFault("group_weights", "<= floor * floor", "< 0")),
     "masked tokens weighed": (

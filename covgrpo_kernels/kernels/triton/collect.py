@@ -36,7 +36,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .configs import architecture, options
-from .forward import accumulator_of, check_operands, describable, multiprocessors, upcast
+from .forward import accumulator_of, check_operands, multiprocessors, upcast
 from .numerics import inverse, logit, slices_of
 
 LAUNCHES = 5

@@ -30,6 +30,18 @@ _EVERYWHERE: dict[str, dict[str, int]] = {
     "ends": dict(B_T=1024, num_warps=4),
     "list": dict(B_R=2048, num_warps=8),
 }
+# Of the backward's kernels on [N] vectors, candidates and hidden states: the same on every architecture.
+_BACKWARD: dict[str, dict[str, int]] = {
+    "plan_rows": dict(B_R=4, num_warps=4),
+    "assign_tails": dict(B_R=64, B_D=64, num_warps=4, num_stages=3),
+    "classify_rows": dict(B_R=2048, num_warps=8),
+    "list_pairs": dict(B_R=8, num_warps=4),
+    "place_pairs": dict(B_P=256, num_warps=4),
+    "tail_states": dict(B_K=32, B_D=128, num_warps=4, num_stages=2),
+    "gather_states": dict(B_R=1, B_D=1024, num_warps=4),
+    "hidden_grad": dict(B_R=1, B_D=1024, num_warps=4),
+}
+
 # Of a program: rows and columns of the tile; for online_softmax the columns are VOCAB_BLOCK; tokens of a scope at
 # a time; columns of a sparse product. Registers, spills and shared memory of each are gated by tests/test_compiled.py.
 CONFIGS: dict[str, dict[str, dict[str, int]]] = {
@@ -39,6 +51,7 @@ CONFIGS: dict[str, dict[str, dict[str, int]]] = {
         "weights": dict(B_T=1024, num_warps=8),
         "sparse": dict(B_D=512, num_warps=4),
         **_EVERYWHERE,
+        **_BACKWARD,
     },
     "sm_90": {
         "online_softmax": _tile(1, VOCAB_BLOCK, 4),
@@ -46,6 +59,7 @@ CONFIGS: dict[str, dict[str, dict[str, int]]] = {
         "weights": dict(B_T=1024, num_warps=8),
         "sparse": dict(B_D=512, num_warps=4),
         **_EVERYWHERE,
+        **_BACKWARD,
     },
     "sm_100": {
         "online_softmax": _tile(1, VOCAB_BLOCK, 4),
@@ -53,6 +67,7 @@ CONFIGS: dict[str, dict[str, dict[str, int]]] = {
         "weights": dict(B_T=1024, num_warps=8),
         "sparse": dict(B_D=512, num_warps=4),
         **_EVERYWHERE,
+        **_BACKWARD,
     },
     "gfx942": {
         "online_softmax": _tile(1, VOCAB_BLOCK, 4),
@@ -60,6 +75,7 @@ CONFIGS: dict[str, dict[str, dict[str, int]]] = {
         "weights": dict(B_T=1024, num_warps=8),
         "sparse": dict(B_D=512, num_warps=4),
         **_EVERYWHERE,
+        **_BACKWARD,
     },
     # An operation costs the interpreter the same, whatever its size.
     "interpreter": {
@@ -71,6 +87,14 @@ CONFIGS: dict[str, dict[str, dict[str, int]]] = {
         "merge": dict(B_R=256, num_warps=1),
         "gather": dict(B_R=256, B_D=1024, num_warps=1),
         "limits": dict(B_N=256, B_T=64, num_warps=1),
+        "plan_rows": dict(B_R=128, num_warps=1),
+        "assign_tails": dict(B_R=128, B_D=256, num_warps=1),
+        "classify_rows": dict(B_R=64, num_warps=1),
+        "list_pairs": dict(B_R=128, num_warps=1),
+        "place_pairs": dict(B_P=1024, num_warps=1),
+        "tail_states": dict(B_K=64, B_D=256, num_warps=1),
+        "gather_states": dict(B_R=32, B_D=256, num_warps=1),
+        "hidden_grad": dict(B_R=256, B_D=256, num_warps=1),
     },
 }
 SEARCH = {
@@ -141,6 +165,31 @@ COLLECT: dict[str, dict[int, dict[str, int]]] = {
     "interpreter": {itemsize: _listed(64, 64, 1, 1, 2, True) for itemsize in (2, 4, 8)},
 }
 
+
+def _head_grad(vocab: int, depth: int, rows: int, warps: int, stages: int, descriptors: bool = False) -> dict[str, int]:
+    return dict(B_V=vocab, B_D=depth, B_K=rows, DESCRIPTORS=descriptors, num_warps=warps, num_stages=stages)
+
+
+# Rows of dZ from which on dW is bound by the product, and not by its one write.
+MANY_ROWS = 512
+# By architecture, bytes of an input's element, and whether dZ has many rows. B_V is a multiple of PAIR_BLOCK. With few
+# rows blocks of 64 x 128 wrote 1 GiB of dW in 0.69 ms on an H200; there are some hundred of them and some tens of pairs
+# a block, so that more than 32 at a time would be mostly padding. With many rows the cut is the forward's, except on
+# sm_100: three products of 128 x 256 do not fit its tensor memory.
+_FLOAT32 = dict.fromkeys(("few", "many"), _head_grad(64, 64, 32, 4, 3))
+HEAD_GRAD: dict[str, dict[int, dict[str, dict[str, int]]]] = {
+    "sm_80": {2: dict(few=_head_grad(64, 128, 32, 4, 3), many=_head_grad(128, 128, 64, 8, 3)), 4: _FLOAT32},
+    "sm_90": {
+        2: dict(few=_head_grad(64, 128, 32, 4, 3, True), many=_head_grad(128, 256, 64, 8, 3, True)),
+        4: _FLOAT32,
+    },
+    "sm_100": {
+        2: dict(few=_head_grad(64, 128, 32, 4, 3, True), many=_head_grad(128, 128, 64, 8, 3, True)),
+        4: _FLOAT32,
+    },
+    "gfx942": {2: dict(few=_head_grad(64, 128, 32, 4, 2), many=_head_grad(128, 128, 64, 8, 2)), 4: _FLOAT32},
+    "interpreter": dict.fromkeys((2, 4), dict.fromkeys(("few", "many"), _head_grad(64, 256, 128, 1, 1, True))),
+}
 AUTOTUNE = os.environ.get("COVGRPO_AUTOTUNE", "0") == "1"
 
 
@@ -153,6 +202,11 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major = torch.cuda.get_device_properties(device).major
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+
+
+def describable(x: torch.Tensor) -> bool:  # [R, C]
+    """Whether a descriptor (TMA) can describe the matrix."""
+    return x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 and x.stride(1) == 1
 
 
 def tuned(name: str, key: list[str], restored: list[str]) -> Callable[[Any], Any]:

@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..interface import NO_MAX
 from . import configs
-from .configs import architecture, options
+from .configs import architecture, describable, options
 from .numerics import inverse, log1p, logit, online_softmax_block_with_maximum, round_up_to_bfloat16, slices_of
 from .select_rows import gather_rows, padded_depth, select_rows
 
@@ -233,11 +233,6 @@ def merge_kernel(  # type: ignore[no-untyped-def]
 def multiprocessors(device: torch.device) -> int:
     # The interpreter runs one program after the other: any number does.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def describable(x: Tensor) -> bool:  # [R, C]
-    """Whether the hardware can copy blocks of it (TMA)."""
-    return x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 and x.stride(1) == 1
 
 
 def accumulator_of(dtype: torch.dtype) -> tl.dtype:

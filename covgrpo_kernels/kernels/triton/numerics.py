@@ -10,6 +10,7 @@ from ..interface import LOG_ZERO, NO_MAX
 
 _NO_MAX = tl.constexpr(NO_MAX)
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
@@ -24,6 +25,14 @@ def tanh(x):  # type: ignore[no-untyped-def]
     near = n * (135135.0 + q * (17325.0 + q * (378.0 + q))) / (135135.0 + q * (62370.0 + q * (3150.0 + q * 28.0)))
     far = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
     return tl.where(a < 0.5, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def expm1(x):  # type: ignore[no-untyped-def]
+    """exp(x) - 1 for x <= 0 to a few ulp, also near 0, where the subtraction would cancel: 2t / (1 - t) with
+    t = tanh(x / 2)."""
+    t = tanh(0.5 * x)
+    return 2.0 * t / (1.0 - t)
 
 
 @triton.jit
@@ -42,6 +51,29 @@ def log1p(x):  # type: ignore[no-untyped-def]
     total = 1.0 + x
     added = total - 1.0
     return tl.where(added == 0.0, x, tl.log(total) * (x * inverse(tl.where(added == 0.0, 1.0, added))))
+
+
+@triton.jit
+def _compare_and_swap(x, RUN: tl.constexpr, DISTANCE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of each two elements of a row that are DISTANCE apart the smaller comes first; in every other run of RUN elements
+    the larger one."""
+    h = tl.reshape(x, [x.shape[0], x.shape[1] // (2 * DISTANCE), 2, DISTANCE])
+    partner = tl.reshape(tl.sum(h, 2, keep_dims=True) - h, x.shape)
+    i_k = tl.arange(0, x.shape[1])[None, :]
+    takes_larger = ((i_k & DISTANCE) != 0) != ((i_k & RUN) != 0)
+    return tl.where((x > partner) != takes_larger, partner, x)
+
+
+@triton.jit
+def sort_rows(x):  # type: ignore[no-untyped-def]
+    """Each row of integers [R, K] in ascending order, K a power of two up to 256: a bitonic network. (The one of
+    Triton's library takes a minute for a hundred rows under the interpreter, whose only fast reductions are sums and
+    maxima.)"""
+    for stage in tl.static_range(1, 9):
+        if 2**stage <= x.shape[1]:
+            for step in tl.static_range(0, stage):
+                x = _compare_and_swap(x, 2**stage, 2 ** (stage - 1 - step))
+    return x
 
 
 @triton.jit
@@ -121,3 +153,38 @@ def round_up_to_bfloat16(x):  # type: ignore[no-untyped-def]
     upper = tl.where(bits < 0, bits, bits + 0xFFFF) >> 16
     upper = tl.where(single == single, upper, 0x7FC0)
     return upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def operand(x):  # type: ignore[no-untyped-def]
+    """What a matrix product takes: the interpreter's products of bfloat16 are wrong."""
+    if _INTERPRETED:  # noqa: SIM102
+        if x.dtype == tl.bfloat16:
+            x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def dot_of_parts(a, b, acc):  # type: ignore[no-untyped-def]
+    """acc + a @ b for ``a`` in float32 and ``b`` of any dtype. Where that has 16 bits, ``a`` is the sum of two numbers
+    of it, so that tensor cores can be used and at least 16 bits of its mantissa count."""
+    b = operand(b)
+    if b.dtype.primitive_bitwidth == 16:
+        high = a.to(b.dtype)
+        acc = tl.dot(high, b, acc)
+        acc = tl.dot((a - high.to(tl.float32)).to(b.dtype), b, acc)
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def rounded(x, out):  # type: ignore[no-untyped-def]
+    """float32 numbers in the dtype of what ``out`` points to, rounded to the nearest: the interpreter cuts bits off
+    when it makes bfloat16."""
+    if _INTERPRETED:  # noqa: SIM102
+        if out.dtype.element_ty == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+            x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(out.dtype.element_ty)
