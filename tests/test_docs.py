@@ -27,10 +27,11 @@ except ImportError:  # Python 3.10
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "README.md"])
 README = (ROOT / "README.md").read_text()
-SOURCES = sorted(path for folder in ("covgrpo_kernels", "bench", "tests") for path in (ROOT / folder).rglob("*.py"))
+FOLDERS = ("covgrpo_kernels", "bench", "research", "tests")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 FILES = {
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*", ".ci/*", "csrc/*", "docs/*", "recipes/*", "covgrpo_kernels/**/*", "bench/**/*", "tests/**/*")
+    for pattern in ("*", ".ci/*", "csrc/*", "docs/*", *(f"{folder}/**/*" for folder in FOLDERS))
     for path in ROOT.glob(pattern)
     if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
 }

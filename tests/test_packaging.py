@@ -32,6 +32,7 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+NOT_INSTALLED = {"bench", "research", "tests"}
 OPTIONAL = ("triton", "transformers", "trl", "liger_kernel", "matplotlib", "rich", "accelerate", "datasets")
 
 
@@ -73,7 +74,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
-    for package in ("covgrpo_kernels", "bench", "tests", "csrc"):
+    for package in ("covgrpo_kernels", "bench", "research", "tests", "csrc"):
         if (ROOT / package).exists():
             shutil.copytree(ROOT / package, folder / package, ignore=ignored)
     built = subprocess.run(
@@ -93,6 +94,15 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> Non
     package = ROOT / "covgrpo_kernels"
     sources = {path.relative_to(ROOT).as_posix() for path in package.rglob("*.py")}
     assert packed == sources | {"covgrpo_kernels/py.typed"}
+    assert not {part for name in packed for part in Path(name).parts} & {"study", "recipe", *NOT_INSTALLED}
+
+
+def test_package_imports_nothing_that_is_not_installed() -> None:
+    for path in (ROOT / "covgrpo_kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            assert not {name.split(".")[0] for name in names} & NOT_INSTALLED, path
 
 
 def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
@@ -102,7 +112,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     required = metadata.get_all("Requires-Dist")
     assert [r for r in required if "extra ==" not in r] == ["torch>=2.11"]
-    assert {"grpo", "trl", "recipe", "bench", "dev"} == set(metadata.get_all("Provides-Extra"))
+    assert {"grpo", "trl", "research", "bench", "dev"} == set(metadata.get_all("Provides-Extra"))
     assert "covgrpo = covgrpo_kernels.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert "Apache License" in wheel.read(f"{info}/licenses/LICENSE").decode()
 
