@@ -27,7 +27,7 @@ except ImportError:  # Python 3.10
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "README.md"])
 README = (ROOT / "README.md").read_text()
-FOLDERS = ("covgrpo_kernels", "bench", "research", "tests")
+FOLDERS = ("covgrpo_kernels", "examples", "bench", "research", "tests")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 FILES = {
     path.relative_to(ROOT).as_posix()
