@@ -388,7 +388,9 @@ def test_prompts_that_are_too_long(tmp_path: Path) -> None:
         rows = [{"prompt": "short", "answer": "a"}, {"prompt": "x" * length, "answer": "a"}]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         if length == 62:
-            message = "mine.jsonl: a prompt must have .* at most the 64 positions .* got 62"
+            message = (
+                r"mine.jsonl: a prompt and max_new_tokens must fit into the 64 positions .* got 62 \+ 3 tokens with 'x"
+            )
             refused(ValueError, message, tmp_path, **options)
         else:
             train(dataclasses.replace(RUN, **options, steps=1))
@@ -404,7 +406,7 @@ def test_prompts_without_tokens(tmp_path: Path) -> None:
     tokenizer.save_pretrained(model)
     data.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "xxx", "answer": "b"}\n')
     options = dict(model=str(model), data=str(data), out=str(tmp_path / "out"))
-    refused(ValueError, "a prompt must have at least one token, .* got 0 in 'xxx'", tmp_path, **options)
+    refused(ValueError, "mine.jsonl: the tokenizer makes no tokens of the prompt 'xxx'", tmp_path, **options)
 
 
 # --- what the command says ---------------------------------------------------------------------------------

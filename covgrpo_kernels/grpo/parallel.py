@@ -107,8 +107,8 @@ def reduce(value: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
 
 
 def distribute(policy: Policy, how: str) -> None:
-    """ "ddp": every rank keeps the whole model. "fsdp": each has a part of the parameters, their gradients and the
-    optimiser's state (FSDP2)."""
+    """With "ddp" every rank keeps the whole model; with "fsdp" each has a part of the parameters, their gradients and
+    the optimiser's state (FSDP2)."""
     if group() is None or how == "ddp":
         return
     model = policy.model

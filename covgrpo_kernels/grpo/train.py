@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -307,13 +308,15 @@ def check_shares(config: TrainConfig) -> None:
 
 def check_prompts(policy: Policy, task: Task, config: TrainConfig) -> None:
     """Raises ValueError where a prompt of the user's file is nothing to the tokenizer, or too long for the model."""
-    most = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for prompt in task.prompts:
         length = len(policy.tokenizer(prompt).input_ids)
-        if length == 0 or (most is not None and length + config.max_new_tokens > most):
+        if length == 0:
+            raise ValueError(f"{config.data}: the tokenizer makes no tokens of the prompt {prompt[:40]!r}")
+        if length + config.max_new_tokens > positions:
             raise ValueError(
-                f"{config.data}: a prompt must have at least one token, and at most the {most} positions of the model "
-                f"less max_new_tokens, got {length} in {prompt[:40]!r}"
+                f"{config.data}: a prompt and max_new_tokens must fit into the {positions} positions of the model, got "
+                f"{length} + {config.max_new_tokens} tokens with {prompt[:40]!r}"
             )
 
 
