@@ -168,7 +168,7 @@ def test_row_plan_equals_the_specification(settings):
 
     def spread(spec):
         out = torch.zeros(150, 200, dtype=F64)
-        return out.scatter_add_(1, spec.entries.where(spec.used, 0), spec.values.double())
+        return out.scatter_add_(1, spec.vocab_ids.where(spec.used, 0), spec.values.double())
 
     kept, tail = spread(exact), exact.tail.where(fits, 0)
     ours = dense_values(rows, batch.targets, 200)
@@ -238,7 +238,7 @@ def test_any_capacity(capacity):
     rows = batch.plan(candidates)
     assert torch.equal(rows.kept.cpu(), (exact.used.sum(1) - 1).int())
     kept = torch.zeros(40, 200, dtype=F64)
-    kept.scatter_add_(1, exact.entries.where(exact.used, 0), exact.values)
+    kept.scatter_add_(1, exact.vocab_ids.where(exact.used, 0), exact.values)
     torch.testing.assert_close(dense_values(rows, batch.targets, 200), kept, rtol=1e-5, atol=1e-12)
 
 
