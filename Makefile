@@ -1,7 +1,8 @@
 # make demo       train GRPO and CW-GRPO from one warm start; ends with a table and runs/demo/report.png
 # make study      does CW-GRPO do what its paper says? Some two hours on two cores; goes on where it was
-# make test       all the tests
-# make test-deep  the long grids as well, and the C++ under sanitizers; run by hand
+# make test       the tests of the library, the benchmark and the documents
+# make test-research  the tests of research/
+# make test-deep  both, the long grids as well, and the C++ under sanitizers; run by hand
 # make sanitize   the latter alone
 # make lint       ruff, mypy, clang-format and clang-tidy
 # make clean      remove the environment and what was built
@@ -20,6 +21,7 @@ VERL ?= $(shell $(PYTHON) -c 'import sys; print("verl" if sys.version_info < (3,
 WORKERS ?= logical
 
 RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 REQUIREMENTS := "$(TORCH)" $(if $(TRITON),"$(TRITON)")
 # What verl imports where it computes advantages and losses on a CPU.
@@ -34,22 +36,25 @@ ifneq ($(BUILD),$(strip $(shell cat $(READY) 2>/dev/null)))
 NEW_VENV = $(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV)
 endif
 
-.PHONY: demo study test test-deep sanitize lint clean
+.PHONY: demo study test test-research test-deep sanitize lint clean
 
 demo: $(READY)
 	$(RUN) -m covgrpo_kernels demo --out runs/demo
 
 study: $(READY)
-	$(RUN) -m covgrpo_kernels study --out runs/study --results bench/results
+	$(RUN) -m research study --out runs/study --results research/results
 
 # One torch thread in each of the workers, which are as many as the processors: more of both only wait.
-test test-deep: export OMP_NUM_THREADS = 1
+test test-research test-deep: export OMP_NUM_THREADS = 1
 test: $(READY)
-	$(RUN) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -m "not deep"
+	$(PYTEST) -m "not deep" --ignore tests/research
+
+test-research: $(READY)
+	$(PYTEST) -m "not deep" tests/research
 
 test-deep: export HYPOTHESIS_PROFILE = deep
 test-deep: $(READY) sanitize
-	$(RUN) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+	$(PYTEST)
 
 sanitize: $(READY)
 	PYTHON=$(RUN) tests/sanitize.sh

@@ -39,24 +39,32 @@ class Case(NamedTuple):
 _TILE: Arguments = dict(targets="*i64", n_rows="i32", width="i32", first="i32")
 _PLAIN: Arguments = dict(bias=None, temperature=None, SCALE=1.0, CAP=None)
 _ALL: Arguments = dict(bias="*fp32", temperature="*fp32", SCALE=0.5, CAP=30.0)
-_STATE: Arguments = dict(maximum="*fp32", total="*fp32", moment="*fp32", target="*fp32")
-_NO_CANDIDATES: Arguments = dict(threshold=None, found=None, entries=None, logits=None, CAPACITY=0)
-_CANDIDATES: Arguments = dict(threshold="*fp32", found="*i32", entries="*i32", logits="*fp32", CAPACITY=64)
+_RUNNING: Arguments = dict(maximum="*fp32", sums="*fp32", entropy_sum="*fp32", target="*fp32")
+_NO_CANDIDATES: Arguments = dict(min_logits=None, found=None, vocab_ids=None, logits=None, CAPACITY=0)
+_CANDIDATES: Arguments = dict(min_logits="*fp32", found="*i32", vocab_ids="*i32", logits="*fp32", CAPACITY=64)
 _COEFFICIENTS: Arguments = dict(
-    maximum="*fp32", log_total="*fp32", at_target="*fp32", entropy="*fp32", logprob_grad="*fp32"
+    maximum="*fp32", log_sum="*fp32", at_target="*fp32", entropy="*fp32", logprob_grad="*fp32"
 )
-_GRAD: Arguments = {"tile": "*fp32", **_TILE, **_COEFFICIENTS}
+_DLOGITS: Arguments = {"tile": "*fp32", **_TILE, **_COEFFICIENTS}
 _TOKENS: Arguments = dict(logprobs="*fp32", valid="*i1", order="*i64", offsets="*i64")
 _WEIGHTS: Arguments = dict(advantages="*fp32", weights="*fp64", covariance="*fp64", deviation="*fp64", std="*fp64")
 _READING: Arguments = dict(NOISE=1e-6, BANDWIDTH_EPS=0.0, NUMEL=False)
 
-_SIZES: Arguments = dict(n_rows="i32", depth="i32", vocab="i32", splits="i32", hidden_stride="i32", weight_stride="i32")
+_ROWS: Arguments = dict(rows="*i32", count="*i32", first="i32", room="i32", n_tokens="i32")
+_HEAD: Arguments = dict(weight="*bf16", depth="i32", vocab="i32", weight_stride="i32", UPCAST=False)
 _FORWARD: Arguments = {
-    "hidden": "*bf16", "weight": "*bf16", "targets": "*i64", "partial": "*fp32",
-    **_SIZES, "UPCAST": False, "GROUP": 16,
+    "hidden": "*bf16", "hidden_stride": "i32", "targets": "*i64", "partial": "*fp32", "splits": "i32",
+    **_ROWS, **_HEAD, "GROUP": 16, "B_P": 256,
 }  # fmt: skip
-_FOLD_ALL: Arguments = {"tile": "*fp32", **_TILE, **_ALL, **_STATE, **_CANDIDATES, "ENTROPY": True}
-_FOLD: Arguments = {"tile": "*fp32", **_TILE, **_PLAIN, **_STATE, "ENTROPY": False}
+_FORWARD_PLAIN: Arguments = {**_FORWARD, **_PLAIN, "ENTROPY": False}
+_FORWARD_ALL: Arguments = {**_FORWARD, **_ALL, "ENTROPY": True, "peaks": "*bf16"}
+_PRODUCTS: Arguments = {
+    "hidden": "*bf16", "min_logits": "*fp32", "ends": "*i64", "item_ends": "*i32", "pairs": "*i32", "found": "*i32",
+    "vocab_ids": "*i32", "logits": "*fp32", "tiles": "i32", "room": "i32", "row_stride": "i32", "column_stride": 1,
+    **_HEAD, "B_V": 256, "B_T": 1024, "K": 64,
+}  # fmt: skip
+_SOFTMAX_ALL: Arguments = {"tile": "*fp32", **_TILE, **_ALL, **_RUNNING, **_CANDIDATES, "ENTROPY": True}
+_SOFTMAX: Arguments = {"tile": "*fp32", **_TILE, **_PLAIN, **_RUNNING, "ENTROPY": False}
 _SPARSE: Arguments = dict(
     values="*fp32", indices="*i64", offsets="*i64", out="*fp32", depth="i32", row_stride="i32", column_stride="i32"
 )
@@ -102,43 +110,46 @@ _HEAD_GRAD: Arguments = dict(
 )  # fmt: skip
 
 CASES = [
-    Case("fold", "fold.fold_kernel", {**_FOLD, **_NO_CANDIDATES}, "fold"),
-    Case("fold, candidates", "fold.fold_kernel", {**_FOLD, **_CANDIDATES}, "fold"),
-    Case("fold, all", "fold.fold_kernel", _FOLD_ALL, "fold"),
+    Case("online softmax", "online_softmax.online_softmax_kernel", {**_SOFTMAX, **_NO_CANDIDATES}, "online_softmax"),
     Case(
-        "fold of float64", "fold.fold_kernel",
-        {key: "*fp64" if value == "*fp32" else value for key, value in _FOLD_ALL.items()}, "fold",
+        "online softmax, candidates", "online_softmax.online_softmax_kernel", {**_SOFTMAX, **_CANDIDATES},
+        "online_softmax",
+    ),
+    Case("online softmax, all", "online_softmax.online_softmax_kernel", _SOFTMAX_ALL, "online_softmax"),
+    Case(
+        "online softmax of float64", "online_softmax.online_softmax_kernel",
+        {key: "*fp64" if value == "*fp32" else value for key, value in _SOFTMAX_ALL.items()}, "online_softmax",
     ),
     *(
         Case(
-            f"grad to {out}{', all' if entropy else ''}",
-            "grad.grad_kernel",
-            {**_GRAD, "out": f"*{out}", **_NO_TAILS, **options, "entropy_grad": entropy},
-            "grad",
+            f"dlogits to {out}{', all' if entropy else ''}",
+            "dlogits.dlogits_kernel",
+            {**_DLOGITS, "out": f"*{out}", **_NO_TAILS, **options, "entropy_grad": entropy},
+            "dlogits",
         )
         for out in ("bf16", "fp16", "fp32")
         for options, entropy in ((_PLAIN, None), (_ALL, "*fp32"))
     ),
     *(
         Case(
-            f"grad with tails{', all' if entropy else ''}",
-            "grad.grad_kernel",
-            {**_GRAD, "out": "*bf16", **_TAILS, **options, "entropy_grad": entropy},
-            "grad",
+            f"dlogits with tails{', all' if entropy else ''}",
+            "dlogits.dlogits_kernel",
+            {**_DLOGITS, "out": "*bf16", **_TAILS, **options, "entropy_grad": entropy},
+            "dlogits",
         )
         for options, entropy in ((_PLAIN, None), (_ALL, "*fp32"))
     ),
     Case("sparse product", "sparse_product.sparse_product_kernel", {**_SPARSE, "matrix": "*bf16"}, "sparse"),
     Case(
-        "sequence means", "group_weights.sequence_means_kernel", {**_TOKENS, "lengths": "*fp64", "means": "*fp64"},
+        "sequence means", "covariance_weights.sequence_means_kernel", {**_TOKENS, "lengths": "*fp64", "means": "*fp64"},
         "weights",
     ),
     Case(
-        "group weights", "group_weights.group_weights_kernel",
+        "covariance weights", "covariance_weights.covariance_weights_kernel",
         {**_TOKENS, **_WEIGHTS, **_READING, "segment": None, "lengths": None, "means": None}, "weights",
     ),
     Case(
-        "group weights, all", "group_weights.group_weights_kernel",
+        "covariance weights, all", "covariance_weights.covariance_weights_kernel",
         {**_TOKENS, **_WEIGHTS, **_READING, "segment": "*i64", "lengths": "*fp64", "means": "*fp64"}, "weights",
     ),
     Case("plan rows", "plan_rows.plan_rows_kernel", _PLAN_ROWS, "plan_rows"),
@@ -181,18 +192,93 @@ CASES = [
          "scale": None, "out": "*bf16", "n_rows": "i32", "depth": "i32", "weight_stride": "i32", "min_prob": "fp32"},
         "hidden_grad",
     ),
-    Case("forward", "forward.forward_kernel", {**_FORWARD, **_PLAIN, "ENTROPY": False}, "forward"),
-    Case("forward, all", "forward.forward_kernel", {**_FORWARD, **_ALL, "ENTROPY": True}, "forward"),
-    Case("forward by pointers", "forward.forward_kernel", {**_FORWARD, **_ALL, "ENTROPY": True}, "forward by pointers"),
+    Case("forward", "forward.forward_kernel", {**_FORWARD_PLAIN, "peaks": None}, "forward"),
+    Case("forward, peaks", "forward.forward_kernel", {**_FORWARD_PLAIN, "peaks": "*bf16"}, "forward"),
+    Case("forward, all", "forward.forward_kernel", _FORWARD_ALL, "forward"),
+    Case("forward of deep rows", "forward.forward_kernel", {**_FORWARD_PLAIN, "peaks": "*bf16"}, "forward, deep"),
+    Case("forward of deep rows, all", "forward.forward_kernel", _FORWARD_ALL, "forward, deep"),
+    Case("forward by pointers", "forward.forward_kernel", _FORWARD_ALL, "forward by pointers"),
     Case(
         "forward of float32", "forward.forward_kernel",
-        {**_FORWARD, **_ALL, "hidden": "*fp32", "weight": "*fp32", "ENTROPY": True}, "forward of float32",
+        {**_FORWARD_ALL, "hidden": "*fp32", "weight": "*fp32"}, "forward of float32",
     ),
     Case(
         "merge", "forward.merge_kernel",
-        {"partial": "*fp32", "merged": "*fp32", "n_rows": "i32", "splits": "i32", "ENTROPY": True, "B_S": 256}, "merge",
+        {
+            "partial": "*fp32", "place": "*i32", "stats": "*fp32", "first": "i32", "room": "i32", "n_tokens": "i32",
+            "splits": "i32", "ENTROPY": True, "B_S": 256,
+        },
+        "merge",
+    ),
+    Case(
+        "select rows", "select_rows.select_rows_kernel",
+        {
+            "targets": "*i64", "rows": "*i32", "place": "*i32", "count": "*i32", "n_tokens": "i32",
+            "ignore_index": "i32",
+        },
+        "select",
+    ),
+    Case(
+        "gather rows", "select_rows.gather_rows_kernel",
+        {
+            "hidden": "*bf16", "rows": "*i32", "count": "*i32", "out": "*bf16", "first": "i32", "room": "i32",
+            "depth": "i32", "padded": "i32", "row_stride": "i32", "column_stride": 1,
+        },
+        "gather",
+    ),
+    Case(
+        "limits", "collect.limits_kernel",
+        {
+            "peaks": "*bf16", "place": "*i32", "min_logits": "*fp32", "limits": "*fp32", "found": "*i32",
+            "n_tokens": "i32", "tiles": "i32", "K": 64,
+        },
+        "limits",
+    ),
+    Case(
+        "count", "collect.count_kernel",
+        {"peaks": "*bf16", "limits": "*fp32", "count": "*i32", "counts": "*i32", "n_tokens": "i32"}, "count",
+    ),
+    Case(
+        "ends", "collect.ends_kernel",
+        {"counts": "*i32", "ends": "*i64", "item_ends": "*i32", "tiles": "i32", "room": "i32", "B_R": 64}, "ends",
+    ),
+    Case(
+        "list", "collect.list_kernel",
+        {
+            "peaks": "*bf16", "limits": "*fp32", "rows": "*i32", "count": "*i32", "ends": "*i64", "pairs": "*i32",
+            "found": "*i32", "n_tokens": "i32", "room": "i32", "K": 64,
+        },
+        "list",
+    ),
+    Case("products", "collect.products_kernel", {**_PRODUCTS, **_PLAIN}, "products"),
+    Case("products, all", "collect.products_kernel", {**_PRODUCTS, **_ALL}, "products"),
+    Case("products by pointers", "collect.products_kernel", {**_PRODUCTS, **_ALL}, "products by pointers"),
+    Case(
+        "products of float32", "collect.products_kernel",
+        {**_PRODUCTS, **_ALL, "hidden": "*fp32", "weight": "*fp32"}, "products of float32",
     ),
 ]  # fmt: skip
+
+
+def _cuts(architecture: str) -> dict[str, dict[str, int]]:
+    from covgrpo_kernels.kernels.triton import configs
+
+    half, single = (configs.FORWARD[architecture][itemsize] for itemsize in (2, 4))
+    pointers, head_grad = dict(DESCRIPTORS=False), configs.HEAD_GRAD[architecture]
+    return {
+        **configs.CONFIGS[architecture],
+        "forward": half[min(half)],
+        "forward, deep": half[max(half)],
+        "forward by pointers": half[min(half)] | pointers,
+        "forward of float32": single[min(single)],
+        "products": configs.COLLECT[architecture][2],
+        "products by pointers": configs.COLLECT[architecture][2] | pointers,
+        "products of float32": configs.COLLECT[architecture][4],
+        "head grad": head_grad[2]["few"],
+        "head grad by pointers": head_grad[2]["few"] | pointers,
+        "head grad of many rows": head_grad[2]["many"],
+        "head grad of float32": head_grad[4]["few"],
+    }
 
 
 def compile_case(case: Case, architecture: str) -> dict[str, int]:
@@ -203,17 +289,9 @@ def compile_case(case: Case, architecture: str) -> dict[str, int]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from covgrpo_kernels.tiles.triton.configs import CONFIGS, FORWARD, HEAD_GRAD, MERGE
-
     module, name = case.kernel.split(".")
-    kernel = getattr(importlib.import_module(f"covgrpo_kernels.tiles.triton.{module}"), name)
-    cuts = {**CONFIGS[architecture], "merge": MERGE}
-    cuts |= {"forward": FORWARD[architecture][2], "forward of float32": FORWARD[architecture][4]}
-    cuts |= {"forward by pointers": FORWARD[architecture][2] | dict(DESCRIPTORS=False)}
-    head_grad = HEAD_GRAD[architecture]
-    cuts |= {"head grad": head_grad[2]["few"], "head grad by pointers": head_grad[2]["few"] | dict(DESCRIPTORS=False)}
-    cuts |= {"head grad of many rows": head_grad[2]["many"], "head grad of float32": head_grad[4]["few"]}
-    options = dict(cuts[case.config])
+    kernel = getattr(importlib.import_module(f"covgrpo_kernels.kernels.triton.{module}"), name)
+    options = dict(_cuts(architecture)[case.config])
     compiler = {key: options.pop(key) for key in ("num_warps", "num_stages") if key in options}
     arguments: dict[str, Any] = {**case.arguments, **options}
     if "ACCUMULATOR" in kernel.arg_names:
@@ -222,8 +300,9 @@ def compile_case(case: Case, architecture: str) -> dict[str, int]:
         arguments["dz"] = f"tensordesc<bf16[{options['B_K']}, {options['B_V']}]>"
         arguments["states"] = f"tensordesc<bf16[{options['B_K']}, {options['B_D']}]>"
     elif options.get("DESCRIPTORS"):
-        arguments["hidden"] = f"tensordesc<bf16[{options['B_R']}, {options['B_D']}]>"
-        arguments["weight"] = f"tensordesc<bf16[{options['B_V']}, {options['B_D']}]>"
+        arguments["weight"] = f"tensordesc<bf16[{arguments['B_V']}, {options['B_D']}]>"
+        if "hidden_stride" in arguments:  # of gathered rows, which are described too
+            arguments["hidden"] = f"tensordesc<bf16[{options['B_R']}, {options['B_D']}]>"
     types = {key: value if isinstance(value, str) else "constexpr" for key, value in arguments.items()}
     values = {key: value for key, value in arguments.items() if not isinstance(value, str)}
     aligned = [
@@ -280,7 +359,7 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 def check_search() -> None:
     """Every cut that COVGRPO_AUTOTUNE=1 tries, on every architecture. Raises AssertionError for one that has too much
     shared memory. (One that spills is slow, and a search leaves it.)"""
-    from covgrpo_kernels.tiles.triton.configs import CONFIGS, SEARCH
+    from covgrpo_kernels.kernels.triton.configs import CONFIGS, SEARCH
 
     for case in CASES:
         for architecture in SHARED_LIMIT:

@@ -16,9 +16,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from covgrpo_kernels import linear_logprob, logprob, tiles
-from covgrpo_kernels.backward_plan import resolve_grad_tol
+from covgrpo_kernels import kernels, linear_logprob, operators
 from covgrpo_kernels.config import IGNORE_INDEX
+from covgrpo_kernels.inputs import resolve_grad_tol
 
 from .measure import Problem, eager_logprob
 
@@ -70,7 +70,7 @@ class Ours(Contender):
         self.name, self.grad_tol, self.backend = name, grad_tol, backend
 
     def why_not(self, problem: Problem) -> str | None:
-        if self.backend == "eager" and tiles.describe(problem.hidden.device) == "eager":
+        if self.backend == "eager" and kernels.describe(problem.hidden.device) == "eager":
             return "is the default backend here"
         return None
 
@@ -81,7 +81,7 @@ class Ours(Contender):
 
     def around(self) -> AbstractContextManager[Any]:
         # Forward and backward are two operators, and each looks which backend is meant.
-        return mock.patch.dict(os.environ, {tiles.VARIABLE: self.backend} if self.backend else {})
+        return mock.patch.dict(os.environ, {kernels.VARIABLE: self.backend} if self.backend else {})
 
     def tolerance(self, dtype: torch.dtype) -> float:
         return resolve_grad_tol(self.grad_tol, dtype)
@@ -93,13 +93,13 @@ def certificates() -> Iterator[list[dict[str, Any]]]:
     backward."""
     plans: list[Any] = []
     found: list[dict[str, Any]] = []
-    plan_backward = logprob.plan_backward
+    make_plan = operators.plan
 
     def spy(*arguments: Any, **options: Any) -> Any:
-        plans.append(plan_backward(*arguments, **options))
+        plans.append(make_plan(*arguments, **options))
         return plans[-1]
 
-    with mock.patch.object(logprob, "plan_backward", spy):
+    with mock.patch.object(operators, "plan", spy):
         yield found
     # Not before: it waits for the device.
     for plan in plans:
@@ -114,16 +114,16 @@ class SingleKernel(Contender):
     ours = softcap = True
 
     def why_not(self, problem: Problem) -> str | None:
-        triton = tiles._usable("triton", problem.hidden.device)
+        triton = kernels._usable("triton", problem.hidden.device)
         if isinstance(triton, str):
             return triton
         return "has no backward" if problem.backward else None
 
     def forward(self, hidden: Tensor, weight: Tensor, problem: Problem) -> Outputs:
-        from covgrpo_kernels.tiles.triton.forward import forward
+        from covgrpo_kernels.kernels.triton.forward import forward
 
         settings: dict[str, Any] = dict(scale=1.0, softcap=problem.softcap, entropy=False)
-        return Outputs(forward(hidden, weight, None, problem.labels, None, **settings).results().logprob)
+        return Outputs(forward(hidden, weight, None, problem.labels, None, **settings)[0][0])
 
 
 # ----------------------------------------------------------------------------------------------------------- peers

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from covgrpo_kernels import reference, tiles
+from covgrpo_kernels import kernels, reference
 from covgrpo_kernels.config import IGNORE_INDEX
 from covgrpo_kernels.testing import Results, policy_head
 
@@ -268,7 +268,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     where: dict[str, Any] = dict(torch=torch.__version__, python=platform.python_version())
     where |= dict(commit=commit.stdout.strip(), peers={name: _version(name) for name in PEERS})
     if device is None or device.type != "cuda":
-        backend = tiles.describe(torch.device("cpu"))
+        backend = kernels.describe(torch.device("cpu"))
         capability = torch.backends.cpu.get_cpu_capability()
         cpu = dict(cpu=_cpu_model(), threads=torch.get_num_threads(), cpu_capability=capability)
         return where | cpu | dict(backend=backend)
@@ -277,7 +277,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     gpu = torch.cuda.get_device_properties(device)
     return where | dict(
         triton=triton.__version__, gpu=gpu.name, multiprocessors=gpu.multi_processor_count, l2_bytes=gpu.L2_cache_size,
-        backend=tiles.describe(device),
+        backend=kernels.describe(device),
     )  # fmt: skip
 
 

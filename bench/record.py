@@ -53,7 +53,7 @@ def record(policy: Any, data: str | None, prompts: int, group_size: int, max_new
         raise ValueError("the head has a bias: it can't be replayed beside peers that know none")
     config = TrainConfig(
         data=data, prompts_per_step=prompts, group_size=group_size, temperature=1.0, max_new_tokens=max_new_tokens,
-        minibatch_prompts=prompts, microbatch_prompts=1,
+        inner_steps=1, microbatch_prompts=1,
     )  # fmt: skip
     generator = torch.Generator(policy.device).manual_seed(0)
     sampled, _ = rollout(1, policy, None, make_task(config), config, generator)

@@ -11,9 +11,10 @@ from unittest import mock
 
 import torch
 
-from covgrpo_kernels import logprob, tiles
+from covgrpo_kernels import engines, kernels
+from covgrpo_kernels.engines.tiling import largest_tile
+from covgrpo_kernels.kernels.interface import VOCAB_BLOCK, Coefficients, LogitTransform, OnlineSoftmax, Tile
 from covgrpo_kernels.testing import policy_head
-from covgrpo_kernels.tiles.interface import BLOCK, Coefficients, Head, State
 
 from .contenders import Ours
 from .measure import Problem, environment, step, timed, write_json
@@ -38,33 +39,29 @@ def _median(function: Callable[[], Any], device: torch.device, repeats: int) -> 
 
 def _kernel_calls(device: torch.device, rows: int, columns: int) -> dict[str, tuple[Callable[[], Any], int]]:
     """A call of each kernel on a tile in the middle of a vocabulary, and the bytes it moves."""
-    from covgrpo_kernels.tiles.triton.fold import traffic as fold_traffic
-    from covgrpo_kernels.tiles.triton.grad import traffic as grad_traffic
-
-    ops = tiles.select(device)
-    tile = torch.randn(rows, columns, device=device)
+    ops = kernels.select(device)
+    products = torch.randn(rows, columns, device=device)
     targets = torch.randint(0, 2 * columns, (rows,), device=device)
-    head, first = Head(1.0, None), columns // 2
-    state = State.empty(rows, tile.dtype, device)
-    out = torch.empty_like(tile, dtype=torch.bfloat16 if device.type == "cuda" else tile.dtype)
-    coefficients = Coefficients.of(
-        state._replace(target=state.maximum).results(), torch.randn(rows, device=device), None
-    )
+    tile = Tile(targets, columns // 2, LogitTransform(), None, None)
+    running = OnlineSoftmax.empty(rows, products.dtype, device)
+    out = torch.empty_like(products, dtype=torch.bfloat16 if device.type == "cuda" else products.dtype)
+    coefficients = Coefficients(torch.randn(4, rows, device=device))
 
-    def run_fold() -> None:
-        ops.fold(tile, state, targets, first, head, None, None, False)
+    def run_online_softmax() -> None:
+        ops.online_softmax_(products, tile, running, False)
 
-    def run_grad() -> None:
-        ops.grad(tile, out, targets, first, head, None, None, coefficients)
+    def run_dlogits() -> None:
+        ops.dlogits(products, tile, coefficients, out)
 
+    # What is one number a row or a column is left out.
     return {
-        "fold": (run_fold, sum(fold_traffic(rows, columns))),
-        "grad": (run_grad, sum(grad_traffic(rows, columns, out.itemsize))),
+        "online_softmax": (run_online_softmax, products.nbytes),
+        "dlogits": (run_dlogits, products.nbytes + out.nbytes),
     }
 
 
 def tune_kernels(device: torch.device, shape: tuple[int, int], repeats: int) -> Iterator[dict[str, Any]]:
-    from covgrpo_kernels.tiles.triton.configs import CONFIGS, SEARCH, architecture
+    from covgrpo_kernels.kernels.triton.configs import CONFIGS, SEARCH, architecture
 
     chosen = CONFIGS[architecture(device)]
     for name, (call, moved) in _kernel_calls(device, *shape).items():
@@ -83,9 +80,9 @@ def tune_kernels(device: torch.device, shape: tuple[int, int], repeats: int) -> 
 def tune_tiles(device: torch.device, size: dict[str, int], repeats: int) -> Iterator[dict[str, Any]]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     problem, ours = Problem.of(policy_head(0, **size), dtype, device), Ours(grad_tol=0.0)
-    current = logprob.largest_tile(size["depth"], device)
+    current = largest_tile(size["depth"], device)
     for shape in dict.fromkeys([current, *SHAPES]):
-        with mock.patch.object(logprob, "largest_tile", lambda depth, device, shape=shape: shape):
+        with engines.use(shape):
             step(ours, problem)  # compiles
             turns = [step(ours, problem) for _ in range(repeats)]
         forward, backward = ([getattr(turn, part) for turn in turns] for part in ("forward", "backward"))
@@ -98,7 +95,7 @@ def tune_tiles(device: torch.device, size: dict[str, int], repeats: int) -> Iter
 def run(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
     report: dict[str, Any] = dict(environment=environment(device), kernels=[], tiles=[])
-    shape = (32, 2 * BLOCK) if arguments.toy else logprob.largest_tile(4096, device)
+    shape = (32, 2 * VOCAB_BLOCK) if arguments.toy else largest_tile(4096, device)
 
     def keep(kind: str, results: Iterator[dict[str, Any]], cells: Callable[[dict[str, Any]], str]) -> None:
         for result in results:

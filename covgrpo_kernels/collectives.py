@@ -7,20 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def check_process_group(name: str, group: object) -> dist.ProcessGroup | None:
-    """Raises TypeError, naming the argument, for what is no process group that this process belongs to."""
-    if group is None or (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-        return group
-    raise TypeError(
-        f"{name} must be a torch.distributed.ProcessGroup that this rank belongs to, got {type(group).__name__}"
-    )
-
-
-def all_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return _all_reduce(value, dist.ReduceOp.SUM, group)
 
 
-def all_max(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_reduce_max(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return _all_reduce(value, dist.ReduceOp.MAX, group)
 
 

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
+
+from .checks import check_flag, check_int, check_number, check_one_of
 
 IGNORE_INDEX = -100
 
-
-def _one_of(name: str, value: Any, options: Sequence[str]) -> None:
-    if value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
-
-
-def _number(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and (low < value if open_low else low <= value) and value <= high):
-        interval = f"{'>' if open_low else '>='} {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
-        raise ValueError(f"{name} must be finite and {interval}, got {value!r}")
-
-
-def check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+Scope = Literal["group", "batch"]
+Centering = Literal["scope", "sequence"]
+AdvantageCentering = Literal["token", "response"]
+Normalizer = Literal["valid", "numel"]
+WeightingName = Literal["covariance", "none", "clip_cov", "kl_cov"]
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
+ImportanceLevel = Literal["token", "sequence"]
+KLEstimator = Literal["k1", "k2", "k3"]
 
 
 @dataclass(frozen=True)
@@ -42,20 +34,20 @@ class CovarianceWeighting:
     bandwidth_eps: added to the standard deviation of the covariances (nats times advantage).
     """
 
-    scope: str = "group"
-    centering: str = "scope"
-    advantage_centering: str = "token"
-    normalizer: str = "valid"
+    scope: Scope = "group"
+    centering: Centering = "scope"
+    advantage_centering: AdvantageCentering = "token"
+    normalizer: Normalizer = "valid"
     differentiate_weights: bool = False
     bandwidth_eps: float = 0.0
 
     def __post_init__(self) -> None:
-        _one_of("scope", self.scope, ("group", "batch"))
-        _one_of("centering", self.centering, ("scope", "sequence"))
-        _one_of("advantage_centering", self.advantage_centering, ("token", "response"))
-        _one_of("normalizer", self.normalizer, ("valid", "numel"))
+        check_one_of("scope", self.scope, get_args(Scope))
+        check_one_of("centering", self.centering, get_args(Centering))
+        check_one_of("advantage_centering", self.advantage_centering, get_args(AdvantageCentering))
+        check_one_of("normalizer", self.normalizer, get_args(Normalizer))
         check_flag("differentiate_weights", self.differentiate_weights)
-        _number("bandwidth_eps", self.bandwidth_eps, 0.0)
+        check_number("bandwidth_eps", self.bandwidth_eps, 0.0)
 
 
 @dataclass(frozen=True)
@@ -68,9 +60,9 @@ class ClipCov:
     high: float = 5.0
 
     def __post_init__(self) -> None:
-        _number("ratio", self.ratio, 0.0, 1.0)
-        _number("low", self.low, -math.inf)
-        _number("high", self.high, -math.inf)
+        check_number("ratio", self.ratio, 0.0, 1.0)
+        check_number("low", self.low, -math.inf)
+        check_number("high", self.high, -math.inf)
         if self.low >= self.high:
             raise ValueError(f"low must be less than high, got {self.low!r} and {self.high!r}")
 
@@ -84,8 +76,8 @@ class KLCov:
     coef: float = 1.0
 
     def __post_init__(self) -> None:
-        _number("fraction", self.fraction, 0.0, 1.0)
-        _number("coef", self.coef, 0.0)
+        check_number("fraction", self.fraction, 0.0, 1.0)
+        check_number("coef", self.coef, 0.0)
 
 
 _WEIGHTINGS = {"covariance": CovarianceWeighting, "none": None, "clip_cov": ClipCov, "kl_cov": KLCov}
@@ -112,14 +104,14 @@ class CovGRPOConfig:
     Raises ValueError or TypeError, naming the field.
     """
 
-    weighting: str | CovarianceWeighting | ClipCov | KLCov = "covariance"
-    loss_type: str = "grpo"
-    importance_level: str = "token"
+    weighting: WeightingName | CovarianceWeighting | ClipCov | KLCov = "covariance"
+    loss_type: LossType = "grpo"
+    importance_level: ImportanceLevel = "token"
     clip_low: float | None = 0.2
     clip_high: float | None = 0.2
     dual_clip: float | None = None
     beta: float = 0.0
-    kl_estimator: str = "k3"
+    kl_estimator: KLEstimator = "k3"
     entropy_coef: float = 0.0
     max_completion_length: int | None = None
 
@@ -130,18 +122,18 @@ class CovGRPOConfig:
                     "weighting must be a str, CovarianceWeighting, ClipCov or KLCov, "
                     f"got {type(self.weighting).__name__}"
                 )
-            _one_of("weighting", self.weighting, tuple(_WEIGHTINGS))
-        _one_of("loss_type", self.loss_type, ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"))
-        _one_of("importance_level", self.importance_level, ("token", "sequence"))
-        _one_of("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+            check_one_of("weighting", self.weighting, tuple(_WEIGHTINGS))
+        check_one_of("loss_type", self.loss_type, get_args(LossType))
+        check_one_of("importance_level", self.importance_level, get_args(ImportanceLevel))
+        check_one_of("kl_estimator", self.kl_estimator, get_args(KLEstimator))
         if self.clip_low is not None:
-            _number("clip_low", self.clip_low, 0.0, 1.0)
+            check_number("clip_low", self.clip_low, 0.0, 1.0)
         if self.clip_high is not None:
-            _number("clip_high", self.clip_high, 0.0)
+            check_number("clip_high", self.clip_high, 0.0)
         if self.dual_clip is not None:
-            _number("dual_clip", self.dual_clip, 1.0, open_low=True)
-        _number("beta", self.beta, 0.0)
-        _number("entropy_coef", self.entropy_coef, -math.inf)
+            check_number("dual_clip", self.dual_clip, 1.0, above_low=True)
+        check_number("beta", self.beta, 0.0)
+        check_number("entropy_coef", self.entropy_coef, -math.inf)
         if self.loss_type == "cispo" and (
             self.dual_clip is not None or isinstance(self.token_weighting, (ClipCov, KLCov))
         ):
@@ -149,11 +141,8 @@ class CovGRPOConfig:
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError("max_completion_length must be given for loss_type 'dr_grpo', got None")
         if self.max_completion_length is not None:
-            if isinstance(self.max_completion_length, bool) or not isinstance(self.max_completion_length, int):
-                raise TypeError(
-                    f"max_completion_length must be an int, got {type(self.max_completion_length).__name__}"
-                )
-            _number("max_completion_length", self.max_completion_length, 1)
+            check_int("max_completion_length", self.max_completion_length)
+            check_number("max_completion_length", self.max_completion_length, 1)
 
     @property
     def token_weighting(self) -> CovarianceWeighting | ClipCov | KLCov | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__, covgrpo_loss, linear_logprob, reference, tiles
+from . import __version__, covgrpo_loss, kernels, linear_logprob, reference
 from .config import CovGRPOConfig
 from .testing import ErrorBook, Results, check_draw, random_batch, random_head, run_logprob, run_loss
 
@@ -42,7 +42,7 @@ def main() -> int:
         _row("cuda", _why_no_gpu())
 
     _section("backends")
-    for name, usable, why in tiles.backends():
+    for name, usable, why in kernels.report():
         _row(name, f"{'usable' if usable else 'not usable'}: {why}")
 
     _section("self-test: errors against float64, as multiples of eager PyTorch's in the same dtype")

@@ -1,4 +1,4 @@
-"""`covgrpo_loss`: one pass over the vocabulary forward, the policy objective on [N] vectors, one pass backward."""
+"""`covgrpo_loss`: log-probs from the head, the policy objective on [N] vectors, gradients back through the head."""
 
 from __future__ import annotations
 
@@ -8,14 +8,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .backward_plan import BackwardPlan, Kept, plan_backward
-from .collectives import check_process_group
-from .config import IGNORE_INDEX, CovarianceWeighting, CovGRPOConfig, KLCov, check_flag
-from .distributed import GroupMoments, VocabularySlice
-from .layout import Segments, Tokens, check_tensor, flatten_floats, flatten_tokens, valid_tokens
-from .logprob import draw_chance, positive, prepare_head, run_backward, run_forward
+from . import operators
+from .checks import check_flag, check_positive, check_tensor
+from .config import IGNORE_INDEX, CovarianceWeighting, CovGRPOConfig, KLCov
+from .covariance import ScopeMoments
+from .group_moments import GroupMoments
+from .inputs import (
+    HeadInputs,
+    Precision,
+    Tokens,
+    accumulator_dtype,
+    flatten_floats,
+    flatten_tokens,
+    prepare_head,
+    valid_tokens,
+)
+from .kernels.interface import LogitTransform, RowStats
 from .objective import METRICS, policy_objective
-from .tiles.interface import Head, Moments, Results
+from .plan import BackwardPlan
+from .segments import Segments
+from .vocab_parallel import VocabSlice
 from .weighting import weighting_scopes, with_moments
 
 
@@ -27,16 +39,29 @@ class CovGRPOOutput(NamedTuple):
     metrics: dict[str, Tensor]  # [] each, on the device
 
 
-_METRICS = (*METRICS, "rows/live_fraction", "rows/dense_fraction", "rows/grad_error_bound", "rows/invalid_targets")
+_METRICS = (
+    *METRICS,
+    *("rows/live_fraction", "rows/dense_fraction", "rows/grad_error_bound"),
+    *("rows/invalid_targets", "rows/invalid_advantages"),
+)
+
+
+class _Batch(NamedTuple):
+    """What the objective takes besides log-probs and entropies; [N] tensors are zero where masked."""
+
+    tokens: Tokens
+    old: Tensor | None  # [N] log-probs
+    ref: Tensor | None  # [N] log-probs
+    rollout: Tensor | None  # [N] weights
+    moments: ScopeMoments | None
+    normalizer: float | Tensor | None
 
 
 class _Settings(NamedTuple):
     config: CovGRPOConfig
-    normalizer: float | Tensor | None
     generator: torch.Generator | None
     metrics: bool
-    moments: Moments | None
-    vocabulary: VocabularySlice | None
+    vocab_slice: VocabSlice | None
 
     @property
     def with_entropy(self) -> bool:
@@ -64,7 +89,7 @@ def _scored(tokens: Tokens, settings: _Settings) -> Tensor:  # [N] bool
 
 
 def _anywhere(flag: Tensor, segments: Segments) -> Tensor:
-    return segments.spread(segments.sum(flag.float())) > 0
+    return segments.gather(segments.sum(flag.float())) > 0
 
 
 class _CovGRPO(torch.autograd.Function):
@@ -76,60 +101,74 @@ class _CovGRPO(torch.autograd.Function):
         bias: Tensor | None,  # [V]
         targets: Tensor,  # [N]
         temperature: Tensor | None,  # [N]
-        old: Tensor | None,  # [N], zero where masked, as are the next two
-        ref: Tensor | None,  # [N]
-        rollout: Tensor | None,  # [N]
-        chance: Tensor | None,  # [N]
-        tokens: Tokens,
-        head: Head,
-        grad_tol: float,
+        transform: LogitTransform,
+        precision: Precision,
+        batch: _Batch,
         settings: _Settings,
     ) -> tuple[Tensor, ...]:
-        scored = _scored(tokens, settings)
-        targets = targets.where(scored, IGNORE_INDEX)
-        keep = chance is None and any(ctx.needs_input_grad[:3])
-        results, kept, local_targets = run_forward(
-            hidden, weight, bias, targets, temperature, head,
-            settings.with_entropy, IGNORE_INDEX, grad_tol, keep, chance, settings.vocabulary,
+        tokens, needs_grad = batch.tokens, any(ctx.needs_input_grad[:3])
+        is_scored = _scored(tokens, settings)
+        targets = targets.where(is_scored, IGNORE_INDEX)
+        inputs = HeadInputs(hidden, weight, bias, targets, temperature, transform)
+        scored = operators.forward(
+            inputs, entropy=settings.with_entropy, ignore_index=IGNORE_INDEX, precision=precision,
+            needs_grad=needs_grad, vocab_slice=settings.vocab_slice,
         )  # fmt: skip
-        x, entropy = results.logprob, results.entropy
+        x, entropy = scored.stats.logprob, scored.stats.entropy
         objective = policy_objective(
             x, entropy, tokens,
-            old=None if old is None else old.where(scored, 0), ref=ref, rollout=rollout,
-            config=settings.config, normalizer=settings.normalizer, generator=settings.generator,
-            metrics=settings.metrics, moments=settings.moments,
+            old=None if batch.old is None else batch.old.where(is_scored, 0), ref=batch.ref, rollout=batch.rollout,
+            config=settings.config, normalizer=batch.normalizer, generator=settings.generator,
+            metrics=settings.metrics, moments=batch.moments,
         )  # fmt: skip
         g, e = objective.logprob_grad, objective.entropy_grad
-        plan = plan_backward(results, kept, targets, g, e, head, temperature, grad_tol, chance)
-        g, e = plan.boosted(g), None if e is None else plan.boosted(e)
-        ctx.save_for_backward(hidden, weight, bias, local_targets, temperature, g, e, *results, *kept, *plan.tensors())
-        ctx.head, ctx.grad_tol, ctx.vocabulary = head, grad_tol, settings.vocabulary
+        planned = operators.plan(inputs, scored, g, e, precision)
+        ctx.save_for_backward(
+            hidden, weight, bias, targets, temperature, g, e, scored.stats.packed, *scored.notes, *planned.tensors()
+        )
+        ctx.notes, ctx.transform, ctx.grad_tol, ctx.vocab_slice = (
+            len(scored.notes),
+            transform,
+            precision.grad_tol,
+            settings.vocab_slice,
+        )
 
-        logprobs = x.where(scored | ~tokens.valid, torch.nan)
+        logprobs = x.where(is_scored | ~tokens.valid, torch.nan)
         metrics = x.new_empty(0)
         if settings.metrics:
-            vocab = len(weight) if settings.vocabulary is None else settings.vocabulary.total
-            rows = {
-                "rows/live_fraction": (plan.dense | plan.sparse).sum() / tokens.valid.sum().clamp(min=1),
-                "rows/dense_fraction": plan.dense.sum() / tokens.valid.sum().clamp(min=1),
-                "rows/grad_error_bound": plan.error_bound,
-                "rows/invalid_targets": (scored & ((targets < 0) | (targets >= vocab))).sum(),
-            }
-            by_name = objective.metrics | rows
+            vocab = len(weight) if settings.vocab_slice is None else settings.vocab_slice.total
+            by_name = objective.metrics | _plan_metrics(planned.plan, tokens.valid)
+            by_name["rows/invalid_targets"] = (is_scored & ((targets < 0) | (targets >= vocab))).sum()
+            by_name["rows/invalid_advantages"] = (tokens.valid & tokens.advantages.isnan()).sum()
             metrics = torch.stack([by_name[name].to(x.dtype) for name in _METRICS])
         ctx.mark_non_differentiable(logprobs, entropy, objective.weights, metrics)
         return objective.loss, logprobs, entropy, objective.weights, metrics
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, temperature, g, e, *rest = ctx.saved_tensors
-        results, kept, plan = Results(*rest[:4]), Kept(*rest[4:7]), BackwardPlan(*rest[7:])
-        grads = run_backward(
-            hidden, weight, bias, targets, temperature, ctx.head, results, kept,
-            g * loss_grad, None if e is None else e * loss_grad, plan, ctx.grad_tol,
-            list(ctx.needs_input_grad[:3]), ctx.vocabulary,
-        )  # fmt: skip
-        return *grads, *[None] * 10
+        hidden, weight, bias, targets, temperature, g, e, packed, *rest = ctx.saved_tensors
+        notes, planned = rest[: ctx.notes], operators.Planned.of(rest[ctx.notes :])
+        grads = operators.backward(
+            HeadInputs(hidden, weight, bias, targets, temperature, ctx.transform),
+            operators.Scored(RowStats(packed), notes),
+            g,
+            e,
+            planned,
+            precision=Precision(ctx.grad_tol, None),
+            needs=ctx.needs_input_grad[:3],
+            vocab_slice=ctx.vocab_slice,
+            grad_scale=loss_grad,
+        )
+        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
+
+
+def _plan_metrics(plan: BackwardPlan, valid: Tensor) -> dict[str, Tensor]:
+    count = valid.sum().clamp(min=1)
+    return {
+        "rows/live_fraction": (plan.dense | plan.sparse).sum() / count,
+        "rows/dense_fraction": plan.dense.sum() / count,
+        "rows/grad_error_bound": plan.error_bound,
+    }
 
 
 def covgrpo_loss(
@@ -176,7 +215,7 @@ def covgrpo_loss(
         group_size: instead, responses per prompt, where rows of one group follow each other.
         sequence_ids: integers as ``targets``: which response a packed token is of.
         old_logprobs: as ``targets``, of the policy that sampled; None: the current ones, ratio 1.
-        ref_logprobs: as ``targets``, of the KL reference.
+        ref_logprobs: as ``targets``, of the KL reference. Where ``beta`` is 0 they enter the metric ``kl`` only.
         rollout_weights: [B] or as ``targets``: multiply the policy term (truncated importance sampling).
         config: what is computed; None: `CovGRPOConfig.paper()`.
         normalizer: replaces the number of sequences (grpo, dr_grpo) or valid tokens (bnpo, dapo, cispo) in the
@@ -198,45 +237,40 @@ def covgrpo_loss(
         CovGRPOOutput. Only ``loss`` carries a gradient, once differentiable, in hidden, weight and bias.
 
     Raises:
-        TypeError, ValueError: a wrong argument, by name; on a CPU also a target outside [0, V). On a GPU such
-        a target gives NaN and is counted in the metric ``rows/invalid_targets``.
+        TypeError, ValueError: a wrong argument, by name; on a CPU also a target outside [0, V) and a NaN among the
+            advantages of valid tokens. On a GPU these give NaN and are counted in the metrics ``rows/invalid_targets``
+            and ``rows/invalid_advantages``.
     """
     config = _checked_config(config)
     check_flag("metrics", metrics)
-    x = prepare_head(hidden, weight, targets, bias, temperature, logit_scale, softcap, grad_tol, vocab_group)
-    valid = valid_tokens("targets", targets, mask) & (x.targets != IGNORE_INDEX)
-    dtype = torch.promote_types(x.hidden.dtype, torch.float32)
+    head = prepare_head(
+        hidden, weight, targets, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+        grad_tol=grad_tol, grad_mode=grad_mode, generator=generator, vocab_group=vocab_group,
+    )  # fmt: skip
+    valid = valid_tokens("targets", targets, mask) & (head.inputs.targets != IGNORE_INDEX)
+    dtype = accumulator_dtype(head.inputs.hidden.dtype)
     tokens = flatten_tokens(
-        targets, advantages, valid, dtype=dtype,
-        group_ids=group_ids, group_size=group_size, sequence_ids=sequence_ids,
-        process_group=check_process_group("process_group", process_group),
-        sequence_group=check_process_group("sequence_group", sequence_group),
+        targets, advantages, valid, dtype=dtype, group_ids=group_ids, group_size=group_size,
+        sequence_ids=sequence_ids, process_group=process_group, sequence_group=sequence_group,
     )  # fmt: skip
+    _check_advantages(tokens)
     tokens, group_moments = with_moments(tokens, moments, config.token_weighting, group_ids, targets)
-    if isinstance(config.token_weighting, CovarianceWeighting):
-        weighting_scopes(tokens, config.token_weighting)
-    if tokens.sequences is None and (config.loss_type in ("grpo", "dr_grpo") or config.importance_level == "sequence"):
-        raise ValueError("sequence_ids must be given for packed tokens with this config, got None")
-    if config.beta != 0 and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs must be given where beta is {config.beta:g}, got None")
-    chance = draw_chance(grad_mode, generator, targets, x.vocabulary)
-    if normalizer is not None:
-        normalizer = _checked_normalizer(normalizer, targets, dtype)
-
-    loss, logprobs, entropy, weights, values = _CovGRPO.apply(
-        x.hidden, x.weight, x.bias, x.targets, x.temperature,
-        flatten_floats("old_logprobs", old_logprobs, targets, valid, dtype),
-        flatten_floats("ref_logprobs", ref_logprobs, targets, valid, dtype),
+    _check_against_config(config, tokens, ref_logprobs)
+    batch = _Batch(
+        tokens,
+        flatten_floats("old_logprobs", old_logprobs, targets, valid, dtype, per_token=True),
+        flatten_floats("ref_logprobs", ref_logprobs, targets, valid, dtype, per_token=True),
         flatten_floats("rollout_weights", rollout_weights, targets, valid, dtype),
-        chance, tokens, x.head, x.grad_tol,
-        _Settings(config, normalizer, generator, metrics, group_moments, x.vocabulary),
-    )  # fmt: skip
-    shape = targets.shape
+        group_moments,
+        None if normalizer is None else _checked_normalizer(normalizer, targets, dtype),
+    )
+    settings = _Settings(config, generator, metrics, head.vocab_slice)
+    loss, logprobs, entropy, weights, values = _CovGRPO.apply(*head.inputs, head.precision, batch, settings)
     return CovGRPOOutput(
         loss,
-        logprobs.reshape(shape),
-        entropy.reshape(shape) if metrics or config.entropy_coef != 0 else None,
-        weights.reshape(shape),
+        logprobs.reshape(targets.shape),
+        entropy.reshape(targets.shape) if settings.with_entropy else None,
+        weights.reshape(targets.shape),
         dict(zip(_METRICS, values.unbind(), strict=True)) if metrics else {},
     )
 
@@ -247,16 +281,35 @@ def _checked_config(config: CovGRPOConfig | None) -> CovGRPOConfig:
     return CovGRPOConfig() if config is None else config
 
 
+def _check_advantages(tokens: Tokens) -> None:
+    """On a CPU. On a GPU nothing is read back: they are counted in a metric."""
+    if tokens.valid.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    count = int((tokens.valid & tokens.advantages.isnan()).sum())
+    if count:
+        raise ValueError(f"advantages must be numbers, got NaN for {count} valid tokens")
+
+
+def _check_against_config(config: CovGRPOConfig, tokens: Tokens, ref_logprobs: Tensor | None) -> None:
+    """That what this configuration needs was given."""
+    if isinstance(config.token_weighting, CovarianceWeighting):
+        weighting_scopes(tokens, config.token_weighting)
+    if tokens.sequences is None and (config.loss_type in ("grpo", "dr_grpo") or config.importance_level == "sequence"):
+        raise ValueError("sequence_ids must be given for packed tokens with this config, got None")
+    if config.beta != 0 and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs must be given where beta is {config.beta:g}, got None")
+
+
 def _checked_normalizer(normalizer: float | Tensor, like: Tensor, dtype: torch.dtype) -> float | Tensor:
     if not isinstance(normalizer, Tensor):
-        return positive("normalizer", normalizer)
+        return check_positive("normalizer", normalizer)
     check_tensor("normalizer", normalizer, like)
     if normalizer.is_complex():
         raise TypeError(f"normalizer must be real, got {normalizer.dtype}")
     if normalizer.numel() != 1:
         raise ValueError(f"normalizer must be a number or one element, got {list(normalizer.shape)}")
     if normalizer.device.type == "cpu" and not torch.compiler.is_compiling():
-        positive("normalizer", normalizer.item())
+        check_positive("normalizer", normalizer.item())
     return normalizer.detach().reshape(()).to(dtype)
 
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from .config import ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov
-from .layout import Segments, Tokens
-from .tiles.interface import Moments
-from .weighting import batch_covariance, clip_cov_choice, group_weights, group_weights_grad, kl_cov_choice
+from .covariance import ScopeMoments, covariance_weights_grad
+from .inputs import Tokens
+from .segments import Segments
+from .weighting import batch_covariance, clip_cov_choice, covariance_stats, kl_cov_choice
 
 COVARIANCE_QUANTILES = {"q01": 0.01, "q20": 0.2, "q50": 0.5, "q80": 0.8, "q99": 0.99}
 METRICS = (
-    *("loss/policy", "loss/kl", "loss/entropy", "entropy", "kl", "ratio/mean", "ratio/max"),
+    *("loss/policy", "loss/kl", "loss/entropy", "entropy", "kl", "ratio/mean", "ratio/max", "ratio/non_finite"),
     *("weight/mean", "weight/min", "weight/max", "weight/ess", "clip/low", "clip/high", "clip/dual"),
     *("covariance/mean", "covariance/std", *(f"covariance/{q}" for q in COVARIANCE_QUANTILES)),
 )
@@ -49,7 +50,7 @@ def _token_shares(
         total = tokens.count_sequences().clamp(min=1) if normalizer is None else normalizer
         if config.loss_type == "grpo":
             lengths = _count(valid, sequences, dtype)
-            return torch.where(valid, 1 / (sequences.spread(lengths.clamp(min=1)) * total), 0)
+            return torch.where(valid, 1 / (sequences.gather(lengths.clamp(min=1)) * total), 0)
         assert config.max_completion_length is not None
         total = total * config.max_completion_length
     else:
@@ -69,7 +70,7 @@ def policy_objective(
     normalizer: float | Tensor | None,
     generator: torch.Generator | None,
     metrics: bool,
-    moments: Moments | None = None,
+    moments: ScopeMoments | None = None,
 ) -> Objective:
     valid, a0, sequences = tokens.valid, tokens.advantages, tokens.sequences
     kind = config.token_weighting
@@ -81,7 +82,7 @@ def policy_objective(
     if config.importance_level == "sequence":
         assert sequences is not None
         lengths = _count(valid, sequences, x.dtype).clamp(min=1)
-        log_ratio = sequences.spread(sequences.sum(log_ratio) / lengths)
+        log_ratio = sequences.gather(sequences.sum(log_ratio) / lengths)
     ratio = log_ratio.exp()
     clips = not isinstance(kind, KLCov)
     low = 1 - config.clip_low if clips and config.clip_low is not None else None
@@ -94,10 +95,13 @@ def policy_objective(
     covariance: Tensor | None = None
     weights_grad = None
     if isinstance(kind, CovarianceWeighting):
-        weighted, scopes = group_weights(x, tokens, kind, moments)
+        weighted, scopes = covariance_stats(x, tokens, kind, moments)
         weights, covariance = weighted.weights.to(x.dtype), weighted.covariance
         if kind.differentiate_weights:
-            weights_grad = partial(group_weights_grad, result=weighted, scopes=scopes, tokens=tokens, weighting=kind)
+            weights_grad = partial(
+                covariance_weights_grad,
+                stats=weighted, valid=valid, scopes=scopes, sequences=sequences, weighting=kind,
+            )  # fmt: skip
     elif isinstance(kind, ClipCov):
         covariance = batch_covariance(x, tokens)
         eligible = valid & ~(within * a0 < ratio * a0)
@@ -106,28 +110,32 @@ def policy_objective(
         covariance = batch_covariance(x, tokens)
         penalised = kl_cov_choice(covariance, valid, kind)
 
-    # The policy term is -slope * a (times x for CISPO); dx and da are its derivatives in x and in a.
-    a = weights * a0
+    # The policy term is -slope * a (times x for CISPO); dx and da are its derivatives in x and in a. A zero advantage
+    # has none, whatever it would be multiplied with.
+    has_term = a0 != 0
+    a = (weights * a0).where(has_term, 0)
+    policy_ratio, within = ratio.where(has_term, 1), within.where(has_term, 1)
     bounded = torch.zeros_like(valid)
     if config.loss_type == "cispo":
         clipped = bounded if high is None else ratio > high
-        slope = ratio if high is None else ratio.clamp(max=high)
-        policy, dx, da = -slope * a * x, -slope * a, -slope * x
+        slope = policy_ratio if high is None else policy_ratio.clamp(max=high)
+        policy_x = x.where(has_term, 0)
+        policy, dx, da = -slope * a * policy_x, -slope * a, -slope * policy_x
     else:
-        clipped = within * a < ratio * a
-        slope = within.where(clipped, ratio)
+        clipped = within * a < policy_ratio * a
+        slope = within.where(clipped, policy_ratio)
         if config.dual_clip is not None:
             bounded = (a < 0) & (slope > config.dual_clip)
             slope = slope.masked_fill(bounded, config.dual_clip)
         policy, da = -slope * a, -slope
-        dx = (-ratio * a).masked_fill(clipped | bounded, 0)
+        dx = (-policy_ratio * a).masked_fill(clipped | bounded, 0)
 
     policy_share = share if rollout is None else share * rollout
     g = policy_share * dx
     if lengths is not None and config.loss_type != "cispo":
         # The ratio is its sequence's: each of its log-probs moves the loss of all its tokens.
         assert sequences is not None
-        g = sequences.spread(sequences.sum(g.where(valid, 0)) / lengths)
+        g = sequences.gather(sequences.sum(g.where(valid, 0)) / lengths)
     if isinstance(kind, KLCov):
         assert penalised is not None
         gap = zero if old is None else x - old
@@ -189,6 +197,7 @@ def _token_metrics(valid: Tensor, entropy: Tensor, kl: Tensor, ratio: Tensor) ->
         "kl": _mean(kl, valid),
         "ratio/mean": _mean(ratio, valid),
         "ratio/max": _extreme(ratio, valid, 1.0),
+        "ratio/non_finite": (valid & ~ratio.isfinite()).sum().to(ratio.dtype),
     }
 
 
@@ -202,8 +211,8 @@ def _clip_metrics(valid: Tensor, clipped: Tensor, bounded: Tensor, ratio: Tensor
 
 def _group_covariance(x: Tensor, tokens: Tokens) -> Tensor:  # [N]
     """Where the weighting looks at none: per group where groups are known, else over the batch."""
-    scope = "batch" if tokens.groups is None else "group"
-    return group_weights(x, tokens, CovarianceWeighting(scope=scope))[0].covariance
+    weighting = CovarianceWeighting(scope="batch" if tokens.groups is None else "group")
+    return covariance_stats(x, tokens, weighting)[0].covariance
 
 
 def weighting_metrics(

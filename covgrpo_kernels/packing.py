@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_integer
 from .config import IGNORE_INDEX
-from .layout import check_integer, check_tensor
 
 
 class PackedSequences(NamedTuple):
@@ -34,7 +34,7 @@ def packed_sequences(
         TypeError, ValueError: a wrong argument, by name; on a CPU also places in ``cu_seqlens`` that are not ascending
             from 0 to N.
     """
-    check_integer("input_ids", check_tensor("input_ids", input_ids))
+    check_integer("input_ids", input_ids)
     if input_ids.ndim not in (1, 2) or (input_ids.ndim == 2 and len(input_ids) != 1):
         raise ValueError(f"input_ids must have shape [N] or [1, N], got {list(input_ids.shape)}")
     if (position_ids is None) == (cu_seqlens is None):
@@ -42,7 +42,7 @@ def packed_sequences(
     tokens = input_ids.reshape(-1).long()
     place = torch.arange(len(tokens), device=tokens.device)
     if position_ids is not None:
-        check_integer("position_ids", check_tensor("position_ids", position_ids, input_ids))
+        check_integer("position_ids", position_ids, input_ids)
         if position_ids.shape != input_ids.shape:
             raise ValueError(f"position_ids must have shape {list(input_ids.shape)}, got {list(position_ids.shape)}")
         positions = position_ids.reshape(-1).long()
@@ -51,7 +51,7 @@ def packed_sequences(
         sequences = begins.cumsum(0)
     else:
         assert cu_seqlens is not None
-        check_integer("cu_seqlens", check_tensor("cu_seqlens", cu_seqlens, input_ids))
+        check_integer("cu_seqlens", cu_seqlens, input_ids)
         if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
             raise ValueError(f"cu_seqlens must have shape [S + 1], got {list(cu_seqlens.shape)}")
         ends = cu_seqlens.long()

@@ -153,12 +153,7 @@ def covgrpo_loss(
     seq: Any = None if sequence is None else sequence[keep]
     kind = config.token_weighting
 
-    # Importance ratios, of the token or of its sequence (GSPO, arXiv 2507.18071 eq. 7).
-    log_ratio = x - old
-    if config.importance_level == "sequence":
-        order = seq.unique(return_inverse=True)[1]
-        log_ratio = torch.stack([log_ratio[seq == s].mean() for s in seq.unique()] or [x.new_zeros(())])[order]
-    r = log_ratio.exp()
+    r = _ratios(x - old, seq, config)
     low = None if config.clip_low is None or isinstance(kind, KLCov) else 1 - config.clip_low
     high = None if config.clip_high is None or isinstance(kind, KLCov) else 1 + config.clip_high
     clipped = r if low is None and high is None else r.clamp(low, high)
@@ -177,18 +172,7 @@ def covgrpo_loss(
         chosen = draw.where(candidate, 2.0).argsort()[: max(int(kind.ratio * n), 1)]
         W = W.index_fill(0, chosen[candidate[chosen]], 0.0)
 
-    # Policy term.
-    a = W * A
-    if config.loss_type == "cispo":
-        policy = -(r if high is None else r.clamp(max=high)).detach() * a * x
-    else:
-        surrogate = torch.minimum(r * a, clipped * a)
-        if config.dual_clip is not None:
-            surrogate = torch.where(a < 0, torch.maximum(surrogate, config.dual_clip * a), surrogate)
-        policy = -surrogate
-    if isinstance(kind, KLCov):
-        top = cov.argsort(descending=True, stable=True)[: max(int(kind.fraction * n), 1)]
-        policy = policy + kind.coef * (x - old).abs() * torch.zeros_like(x).index_fill(0, top, 1.0)
+    policy = _policy_term(x, old, A, W, cov, r, clipped, high, config)
     token_loss = policy if tis is None else policy * tis
     if config.beta != 0:
         d = ref.to(x.dtype) - x
@@ -196,17 +180,56 @@ def covgrpo_loss(
         token_loss = token_loss + config.beta * kl
     token_loss = token_loss - config.entropy_coef * H
 
-    # Aggregation.
-    if config.loss_type == "grpo":
-        sums = [token_loss[seq == s].mean() for s in seq.unique()]
-        loss = sum(sums, token_loss[:0].sum()) / (max(len(sums), 1) if normalizer is None else normalizer)
-    elif config.loss_type == "dr_grpo":
-        sequences = max(len(seq.unique()), 1) if normalizer is None else normalizer
-        loss = token_loss.sum() / (sequences * config.max_completion_length)  # type: ignore[operator]
-    else:
-        loss = token_loss.sum() / (max(n, 1) if normalizer is None else normalizer)
-
     def scatter(value: Tensor) -> Tensor:
         return value.new_zeros(targets.numel()).index_put((keep,), value.detach()).reshape(shape)
 
-    return Reference(loss, scatter(x), scatter(H), scatter(W))
+    return Reference(_aggregate(token_loss, seq, config, normalizer), scatter(x), scatter(H), scatter(W))
+
+
+def _ratios(
+    log_ratio: Tensor, seq: Any, config: CovGRPOConfig
+) -> Tensor:  # [n] of the valid tokens, as their sequences
+    """Importance ratios, of the token or of its sequence (GSPO, arXiv 2507.18071 eq. 7)."""
+    if config.importance_level == "sequence":
+        order = seq.unique(return_inverse=True)[1]
+        means = [log_ratio[seq == s].mean() for s in seq.unique()]
+        log_ratio = torch.stack(means or [log_ratio.new_zeros(())])[order]
+    return log_ratio.exp()
+
+
+def _policy_term(
+    x: Tensor,  # [n] of the valid tokens, as the next six
+    old: Tensor,
+    A: Tensor,
+    W: Tensor,
+    cov: Tensor,
+    r: Tensor,
+    clipped: Tensor,
+    high: float | None,
+    config: CovGRPOConfig,
+) -> Tensor:
+    """Minus the surrogate. A zero advantage has none, whatever its ratio."""
+    kind = config.token_weighting
+    a = torch.where(A != 0, W * A, 0)
+    r, clipped = r.where(A != 0, 1), clipped.where(A != 0, 1)
+    if config.loss_type == "cispo":
+        policy = -(r if high is None else r.clamp(max=high)).detach() * a * x.where(A != 0, 0)
+    else:
+        surrogate = torch.minimum(r * a, clipped * a)
+        if config.dual_clip is not None:
+            surrogate = torch.where(a < 0, torch.maximum(surrogate, config.dual_clip * a), surrogate)
+        policy = -surrogate
+    if isinstance(kind, KLCov):
+        top = cov.argsort(descending=True, stable=True)[: max(int(kind.fraction * len(x)), 1)]
+        policy = policy + kind.coef * (x - old).abs() * torch.zeros_like(x).index_fill(0, top, 1.0)
+    return policy
+
+
+def _aggregate(token_loss: Tensor, seq: Any, config: CovGRPOConfig, normalizer: float | Tensor | None) -> Tensor:
+    if config.loss_type == "grpo":
+        means = [token_loss[seq == s].mean() for s in seq.unique()]
+        return sum(means, token_loss[:0].sum()) / (max(len(means), 1) if normalizer is None else normalizer)
+    if config.loss_type == "dr_grpo":
+        sequences = max(len(seq.unique()), 1) if normalizer is None else normalizer
+        return token_loss.sum() / (sequences * config.max_completion_length)  # type: ignore[operator]
+    return token_loss.sum() / (max(len(token_loss), 1) if normalizer is None else normalizer)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from . import reference
 from .config import IGNORE_INDEX, CovGRPOConfig
-from .layout import flatten_tokens
+from .inputs import flatten_tokens
+from .kernels.interface import LOG_ZERO
 from .objective import policy_objective
-from .tiles.interface import LOG_ZERO
 
 # What a function of the head returns here: name -> tensor, gradients as "d" + input.
 Results = dict[str, Tensor]
@@ -227,6 +227,15 @@ def rl_head(
     coefficients logprob_grad and entropy_grad [N] of CW-GRPO's loss with an entropy bonus of 1e-3.
     """
     g = torch.Generator().manual_seed(seed)
+    hidden, weight = _policy_states(g, tokens, depth, vocab, mean_entropy)
+    targets, logprobs, entropies = _sample(g, hidden, weight)
+    return dict(hidden=hidden, weight=weight, **_grpo_step(g, targets, logprobs, entropies, zero_advantage, padding))
+
+
+def _policy_states(
+    g: torch.Generator, tokens: int, depth: int, vocab: int, mean_entropy: float
+) -> tuple[Tensor, Tensor]:  # [N, D], [V, D]
+    """Hidden states and embeddings of `rl_head`."""
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(tokens, generator=g)
@@ -272,8 +281,13 @@ def rl_head(
             off = wanted[:, j] - ((noise + to_prior) * weight[candidates[:, j]]).sum(1)
             push = off / own[:, j].square().sum(1)
             noise += own[:, j] * push.where(wanted[:, j].isfinite(), 0).unsqueeze(1)
-    hidden = noise + to_prior
+    return noise + to_prior, weight
 
+
+def _sample(
+    g: torch.Generator, hidden: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # [N] targets, log-probs, entropies
+    tokens = len(hidden)
     targets = torch.zeros(tokens, dtype=torch.int64)
     logprobs, entropies = torch.zeros(2, tokens)
     for block in torch.arange(tokens).split(128):
@@ -282,8 +296,19 @@ def rl_head(
         targets[block] = torch.multinomial(p, 1, generator=g).squeeze(1)
         logprobs[block] = log_p.gather(1, targets[block].unsqueeze(1)).squeeze(1)
         entropies[block] = -(p * log_p).sum(1)
+    return targets, logprobs, entropies
 
-    # Groups, and the coefficients of the loss.
+
+def _grpo_step(
+    g: torch.Generator,
+    targets: Tensor,  # [N], as the next two
+    logprobs: Tensor,
+    entropies: Tensor,
+    zero_advantage: float,
+    padding: float,
+) -> dict[str, Tensor]:
+    """Groups, masked targets, advantages, old log-probs, and the coefficients of the loss."""
+    tokens = len(targets)
     sequence = torch.arange(tokens) * 64 // max(tokens, 1)
     group = sequence // 4
     place = torch.arange(tokens) - torch.searchsorted(sequence, sequence)
@@ -302,9 +327,10 @@ def rl_head(
         logprobs.where(valid, 0), entropies.where(valid, 0), flat, old=old.where(valid, 0), ref=None, rollout=None,
         config=CovGRPOConfig(entropy_coef=1e-3), normalizer=None, generator=None, metrics=False,
     )  # fmt: skip
+    assert objective.entropy_grad is not None
     return dict(
-        hidden=hidden, weight=weight, targets=targets, advantages=advantages, old_logprobs=old, group_ids=group,
-        sequence_ids=sequence, logprob_grad=objective.logprob_grad, entropy_grad=objective.entropy_grad,
+        targets=targets, advantages=advantages, old_logprobs=old, group_ids=group, sequence_ids=sequence,
+        logprob_grad=objective.logprob_grad, entropy_grad=objective.entropy_grad,
     )  # fmt: skip
 
 

@@ -1,6 +1,8 @@
-// The operators of covgrpo_kernels/tiles/cpp.py, on libtorch's stable ABI: one binary serves every torch from 2.11 on.
-// Shapes, dtypes and devices are the caller's to get right (covgrpo_kernels/layout.py checks a user's); what is checked
-// here would otherwise be a write out of bounds.
+// The operators of covgrpo_kernels/kernels/cpp.py, which says what they take and do. They are built on libtorch's
+// stable ABI: one binary serves every torch from 2.11 on.
+//
+// The package checks a user's arguments. Checked here are the shapes, dtypes and devices that would otherwise be a read
+// or write out of bounds.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
@@ -15,11 +17,11 @@
 #include <string>
 #include <vector>
 
-#include "group_weights.h"
-#include "products.h"
+#include "covariance_weights.h"
+#include "fused.h"
 #include "tiles.h"
 
-namespace covgrpo {
+namespace covgrpo::ops {
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -55,10 +57,15 @@ constexpr ScalarType type_of<bool>() {
   return ScalarType::Bool;
 }
 
-// The entries of a contiguous tensor of `count` of them.
+template <class T>
+void check_type(const Tensor& t) {
+  check(t.is_cpu() && t.scalar_type() == type_of<T>(), "a tensor has another dtype or device");
+}
+
+// The elements of a contiguous tensor that has `count` of them.
 template <class T>
 T* data(const Tensor& t, int64_t count) {
-  check(t.is_cpu() && t.scalar_type() == type_of<T>(), "a tensor has another dtype or device");
+  check_type<T>(t);
   check(t.numel() == count && t.is_contiguous(), "a tensor has another size, or is not contiguous");
   return static_cast<T*>(t.data_ptr());
 }
@@ -68,28 +75,45 @@ T* data(const OptionalTensor& t, int64_t count) {
   return t ? data<T>(*t, count) : nullptr;
 }
 
-// ------------------------------------------------------------------------------------------------------ threads
+// A tensor [count, R] of numbers per row, one kind after the other. It may be a view of some rows of a larger one: the
+// numbers of a kind are contiguous, and the kinds are any distance apart.
+template <class T>
+class Packed {
+ public:
+  Packed(const Tensor& t, int64_t rows) {
+    check_type<T>(t);
+    check(t.dim() == 2 && t.size(1) == rows && (rows <= 1 || t.stride(1) == 1),
+          "a tensor has another size, or rows that are not contiguous");
+    data_ = static_cast<T*>(t.data_ptr());
+    stride_ = rows > 0 ? t.stride(0) : 0;  // without rows there is no memory to point into
+    count_ = t.size(0);
+  }
 
-// f(i) for every task i, each at the next free thread of torch's pool. Which thread that is decides nothing.
-template <class F>
-void parallel(int64_t tasks, const F& f) {
-  std::atomic<int64_t> next{0};
-  const int64_t workers = smaller<int64_t>(tasks, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(i);
-  });
+  int64_t count() const { return count_; }
+  T* operator[](int64_t kind) const { return data_ + kind * stride_; }
+
+ private:
+  T* data_;
+  int64_t stride_, count_;
+};
+
+template <class T>
+OnlineSoftmaxRows<T> online_softmax_of(const Tensor& t, int64_t rows) {
+  const Packed<T> packed(t, rows);
+  check(packed.count() == 4, "a running softmax is four numbers per row");
+  return {packed[0], packed[1], packed[2], packed[3]};
 }
 
-// f(begin, end) for ranges of rows of about 16,000 entries.
-template <class F>
-void parallel_rows(int64_t rows, int64_t columns, const F& f) {
-  const int64_t at_once = larger<int64_t>(1, (1 << 14) / larger<int64_t>(1, columns));
-  parallel((rows + at_once - 1) / at_once, [&](int64_t i) { f(i * at_once, smaller(rows, (i + 1) * at_once)); });
+template <class T>
+CoefficientRows<T> coefficients_of(const Tensor& t, int64_t rows) {
+  const Packed<T> packed(t, rows);
+  const bool has_entropy = packed.count() == 6;
+  check(packed.count() == 4 || has_entropy, "coefficients are four or six numbers per row");
+  return {
+      packed[0], packed[1], packed[2], packed[3], has_entropy ? packed[4] : nullptr, has_entropy ? packed[5] : nullptr};
 }
 
-// ---------------------------------------------------------------------------------------------- tile operations
-
-// Of R rows: threshold, count, entries, logits; or nothing.
+// Of R rows: min_logits, found, vocab_ids, logits; or nothing.
 template <class T>
 Candidates<T> candidates_of(const std::vector<Tensor>& t, int64_t rows) {
   if (t.empty()) return {};
@@ -99,102 +123,101 @@ Candidates<T> candidates_of(const std::vector<Tensor>& t, int64_t rows) {
           data<T>(t[3], rows * capacity), capacity};
 }
 
+// f(T()) for the dtype T of a tensor, float or double. Any other is taken for float, which `data` then refuses.
+template <class F>
+void by_dtype(const Tensor& t, const F& f) {
+  t.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+// ------------------------------------------------------------------------------------------------------ threads
+
+// f(i) for every task i, each on the next free thread of torch's pool. No result depends on which thread that is.
+template <class F>
+void parallel(int64_t tasks, const F& f) {
+  std::atomic<int64_t> next{0};
+  const int64_t workers = smaller<int64_t>(tasks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(i);
+  });
+}
+
+// f(begin, end) for ranges of rows that have 16,384 elements together or, where a row has more, for single rows. So
+// many exponentials take some ten microseconds, beside which the fetching of a task costs nothing.
+template <class F>
+void parallel_rows(int64_t rows, int64_t columns, const F& f) {
+  const int64_t at_once = larger<int64_t>(1, (1 << 14) / larger<int64_t>(1, columns));
+  parallel((rows + at_once - 1) / at_once, [&](int64_t i) { f(i * at_once, smaller(rows, (i + 1) * at_once)); });
+}
+
+// --------------------------------------------------------------------------------------------- operations on a tile
+
 template <class T>
-Tile<T> tile_of(const Tensor& tile, const Tensor& targets, int64_t first, double scale, std::optional<double> softcap,
-                const OptionalTensor& bias, const OptionalTensor& temperature) {
-  const int64_t rows = tile.size(0), columns = tile.size(1);
-  return {data<T>(tile, rows * columns), columns,
-          data<int64_t>(targets, rows),  first,
-          Head<T>(scale, softcap),       data<T>(bias, columns),
+Tile<T> tile_of(const Tensor& products, const Tensor& targets, int64_t first, double scale,
+                std::optional<double> softcap, const OptionalTensor& bias, const OptionalTensor& temperature) {
+  const int64_t rows = products.size(0), columns = products.size(1);
+  return {data<T>(products, rows * columns), columns,
+          data<int64_t>(targets, rows),      first,
+          LogitTransform<T>(scale, softcap), data<T>(bias, columns),
           data<T>(temperature, rows)};
 }
 
-template <class T>
-void fold_typed(const Tensor& tile, const Tensor& maximum, const Tensor& total, const Tensor& moment,
-                const Tensor& target, const Tensor& targets, int64_t first, double scale, std::optional<double> softcap,
-                const OptionalTensor& bias, const OptionalTensor& temperature, bool entropy,
-                const std::vector<Tensor>& candidates) {
-  const int64_t rows = tile.size(0);
-  const FoldTile<T> t{tile_of<T>(tile, targets, first, scale, softcap, bias, temperature),
-                      data<T>(maximum, rows),
-                      data<T>(total, rows),
-                      data<T>(moment, rows),
-                      data<T>(target, rows),
-                      entropy,
-                      candidates_of<T>(candidates, rows)};
-  auto* fold_range = by_isa(chosen_isa(), fold_baseline<T>, fold_avx2<T>, fold_avx512<T>);
-  parallel_rows(rows, t.columns, [&](int64_t begin, int64_t end) { fold_range(t, begin, end); });
+void online_softmax_(const Tensor& products, const Tensor& running, const Tensor& targets, int64_t first, double scale,
+                     std::optional<double> softcap, const OptionalTensor& bias, const OptionalTensor& temperature,
+                     bool entropy, const std::vector<Tensor>& collecting) {
+  by_dtype(products, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t rows = products.size(0);
+    const OnlineSoftmaxTile<T> tile{tile_of<T>(products, targets, first, scale, softcap, bias, temperature),
+                                    online_softmax_of<T>(running, rows), entropy, candidates_of<T>(collecting, rows)};
+    auto* range = by_isa(chosen_isa(), online_softmax_baseline<T>, online_softmax_avx2<T>, online_softmax_avx512<T>);
+    parallel_rows(rows, tile.columns, [&](int64_t begin, int64_t end) { range(tile, begin, end); });
+  });
 }
 
-void fold(const Tensor& tile, const Tensor& maximum, const Tensor& total, const Tensor& moment, const Tensor& target,
-          const Tensor& targets, int64_t first, double scale, std::optional<double> softcap, const OptionalTensor& bias,
-          const OptionalTensor& temperature, bool entropy, const std::vector<Tensor>& candidates) {
-  auto* typed = tile.scalar_type() == ScalarType::Double ? fold_typed<double> : fold_typed<float>;
-  typed(tile, maximum, total, moment, target, targets, first, scale, softcap, bias, temperature, entropy, candidates);
+void dlogits(const Tensor& products, const Tensor& targets, int64_t first, double scale, std::optional<double> softcap,
+             const OptionalTensor& bias, const OptionalTensor& temperature, const Tensor& coefficients) {
+  by_dtype(products, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t rows = products.size(0);
+    const DlogitsTile<T> tile{tile_of<T>(products, targets, first, scale, softcap, bias, temperature),
+                              coefficients_of<T>(coefficients, rows)};
+    auto* range = by_isa(chosen_isa(), dlogits_baseline<T>, dlogits_avx2<T>, dlogits_avx512<T>);
+    parallel_rows(rows, tile.columns, [&](int64_t begin, int64_t end) { range(tile, begin, end); });
+  });
 }
 
-template <class T>
-void grad_typed(const Tensor& tile, const Tensor& targets, int64_t first, double scale, std::optional<double> softcap,
-                const OptionalTensor& bias, const OptionalTensor& temperature, const std::vector<Tensor>& per_row,
-                const OptionalTensor& entropy_grad) {
-  const int64_t rows = tile.size(0);
-  check(per_row.size() == 5, "grad takes five coefficients of a row");
-  const GradTile<T> t{tile_of<T>(tile, targets, first, scale, softcap, bias, temperature),
-                      data<T>(per_row[0], rows),
-                      data<T>(per_row[1], rows),
-                      data<T>(per_row[2], rows),
-                      data<T>(per_row[3], rows),
-                      data<T>(per_row[4], rows),
-                      data<T>(entropy_grad, rows)};
-  auto* grad_range = by_isa(chosen_isa(), grad_baseline<T>, grad_avx2<T>, grad_avx512<T>);
-  parallel_rows(rows, t.columns, [&](int64_t begin, int64_t end) { grad_range(t, begin, end); });
-}
-
-void grad(const Tensor& tile, const Tensor& targets, int64_t first, double scale, std::optional<double> softcap,
-          const OptionalTensor& bias, const OptionalTensor& temperature, const std::vector<Tensor>& per_row,
-          const OptionalTensor& entropy_grad) {
-  auto* typed = tile.scalar_type() == ScalarType::Double ? grad_typed<double> : grad_typed<float>;
-  typed(tile, targets, first, scale, softcap, bias, temperature, per_row, entropy_grad);
-}
-
-// ------------------------------------------------------------------------------------------------ group weights
+// ------------------------------------------------------------------------------------------- covariance weights
 
 Segments segments_of(const std::vector<Tensor>& tensors, int64_t tokens) {
+  check(tensors.size() >= 2, "segments are two or three tensors");
   const int64_t bound = tensors[1].numel() - 1;
   return {data<int64_t>(tensors[0], tokens), data<int64_t>(tensors[1], bound + 1),
           tensors.size() > 2 ? data<int64_t>(tensors[2], tokens) : nullptr, bound};
 }
 
-template <class T>
-void group_weights_typed(const Tensor& logprobs, const Tensor& advantages, const Tensor& valid,
-                         const std::vector<Tensor>& scope, const std::vector<Tensor>& sequence, bool by_sequence,
-                         bool by_response, bool numel, double bandwidth_eps, const Tensor& weights,
-                         const Tensor& covariance, const Tensor& deviation, const Tensor& std) {
-  const int64_t n = logprobs.numel();
-  const covgrpo::Tokens<T> tokens{data<T>(logprobs, n), data<T>(advantages, n), data<bool>(valid, n)};
-  const Segments scopes = segments_of(scope, n);
-  Weighting how{nullptr, nullptr, nullptr, numel, bandwidth_eps};
-  std::vector<double> lengths, means;
-  if (by_sequence || by_response) {
-    const Segments sequences = segments_of(sequence, n);
-    lengths.resize(sequences.bound), means.resize(sequences.bound);
-    parallel(sequences.bound, [&](int64_t s) { sequence_mean(tokens, sequences, s, lengths.data(), means.data()); });
-    how.sequence = sequences.segment;
-    if (by_response) how.lengths = lengths.data();
-    if (by_sequence) how.means = means.data();
-  }
-  const GroupWeights out{data<double>(weights, n), data<double>(covariance, n), data<double>(deviation, n),
-                         data<double>(std, scopes.bound)};
-  parallel(scopes.bound, [&](int64_t i) { weigh_scope(tokens, scopes, how, i, out); });
-}
-
-void group_weights(const Tensor& logprobs, const Tensor& advantages, const Tensor& valid,
-                   const std::vector<Tensor>& scope, const std::vector<Tensor>& sequence, bool by_sequence,
-                   bool by_response, bool numel, double bandwidth_eps, const Tensor& weights, const Tensor& covariance,
-                   const Tensor& deviation, const Tensor& std) {
-  auto* typed = logprobs.scalar_type() == ScalarType::Double ? group_weights_typed<double> : group_weights_typed<float>;
-  typed(logprobs, advantages, valid, scope, sequence, by_sequence, by_response, numel, bandwidth_eps, weights,
-        covariance, deviation, std);
+void covariance_weights(const Tensor& logprobs, const Tensor& advantages, const Tensor& valid,
+                        const std::vector<Tensor>& scopes, const std::vector<Tensor>& sequences, bool by_sequence,
+                        bool by_response, bool numel, double bandwidth_eps, const Tensor& weights,
+                        const Tensor& covariance, const Tensor& deviation, const Tensor& std) {
+  by_dtype(logprobs, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t n = logprobs.numel();
+    const Tokens<T> tokens{data<T>(logprobs, n), data<T>(advantages, n), data<bool>(valid, n)};
+    const Segments scope = segments_of(scopes, n);
+    Weighting how{nullptr, nullptr, nullptr, numel, bandwidth_eps};
+    std::vector<double> lengths, means;
+    if (by_sequence || by_response) {
+      const Segments sequence = segments_of(sequences, n);
+      lengths.resize(sequence.bound), means.resize(sequence.bound);
+      parallel(sequence.bound, [&](int64_t s) { sequence_mean(tokens, sequence, s, lengths.data(), means.data()); });
+      how.sequence = sequence.segment;
+      if (by_response) how.lengths = lengths.data();
+      if (by_sequence) how.means = means.data();
+    }
+    const CovarianceStats out{data<double>(weights, n), data<double>(covariance, n), data<double>(deviation, n),
+                              data<double>(std, scope.bound)};
+    parallel(scope.bound, [&](int64_t i) { weigh_scope(tokens, scope, how, i, out); });
+  });
 }
 
 // ------------------------------------------------------------------------------------------------ sparse product
@@ -210,17 +233,17 @@ T number(T x) {
   return x;
 }
 
-// out[i] = sum of values[k] * matrix[indices[k]] over k of segment i, from left to right.
+// out[i] = sum of values[k] * matrix[indices[k]] over the k of output row i, from left to right.
 template <class T, class Element>
 void sparse_product_typed(const Tensor& values, const Tensor& indices, const Tensor& offsets, const Tensor& matrix,
                           const Tensor& out) {
-  const int64_t count = values.numel(), segments = out.size(0), depth = out.size(1);
+  const int64_t count = values.numel(), out_rows = out.size(0), depth = out.size(1);
   const T* value = data<T>(values, count);
-  const int64_t *index = data<int64_t>(indices, count), *offset = data<int64_t>(offsets, segments + 1);
-  T* sums = data<T>(out, segments * depth);
+  const int64_t *index = data<int64_t>(indices, count), *offset = data<int64_t>(offsets, out_rows + 1);
+  T* sums = data<T>(out, out_rows * depth);
   const auto* rows = static_cast<const Element*>(matrix.data_ptr());
   const int64_t row_stride = matrix.stride(0), stride = matrix.stride(1);
-  parallel_rows(segments, depth, [&](int64_t begin, int64_t end) {
+  parallel_rows(out_rows, depth, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       T* sum = sums + i * depth;
       std::fill(sum, sum + depth, T(0));
@@ -247,7 +270,7 @@ void sparse_product(const Tensor& values, const Tensor& indices, const Tensor& o
   }
 }
 
-// ------------------------------------------------------------------------------------------ products with softmax
+// ------------------------------------------------------------------------------ matrix products with the softmax
 
 #if COVGRPO_X86
 
@@ -257,14 +280,21 @@ char* bytes_of(const Tensor& workspace, int64_t needed) {
   return static_cast<char*>(workspace.data_ptr());
 }
 
-void need_products() { check(chosen_isa() == Isa::avx512bf16, "fused products need AVX512-BF16"); }
+// f(Format()) for the format of the operands.
+template <class F>
+void by_format(const Tensor& hidden, const F& f) {
+  check(chosen_isa() == Isa::avx512bf16, "fused products need AVX512-BF16");
+  if (hidden.scalar_type() == ScalarType::Float) return f(Float32{});
+  check(hidden.scalar_type() == ScalarType::BFloat16, "fused products are of bfloat16 or float32");
+  f(BFloat16{});
+}
 
 template <class Format>
 Matrix<Format> matrix_of(const Tensor& t) {
   return {static_cast<const typename Format::Element*>(t.data_ptr()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
-// Of a contiguous tensor like another one.
+// The elements of a contiguous tensor that has the dtype and the size of another.
 template <class Format>
 typename Format::Element* elements(const OptionalTensor& t, const Tensor& like) {
   if (!t) return nullptr;
@@ -276,165 +306,134 @@ typename Format::Element* elements(const OptionalTensor& t, const Tensor& like) 
 template <class Format>
 Slice<Format> slice_of(const Tensor& hidden, const Tensor& weight, const Tensor& targets, int64_t first, double scale,
                        std::optional<double> softcap, const OptionalTensor& bias, const OptionalTensor& temperature) {
-  const int64_t rows = hidden.size(0), entries = weight.size(0);
+  const int64_t tokens = hidden.size(0), vocab = weight.size(0);
   check(hidden.scalar_type() == weight.scalar_type() && hidden.size(1) == weight.size(1),
         "hidden and weight don't match");
-  return {matrix_of<Format>(hidden),   matrix_of<Format>(weight),  data<int64_t>(targets, rows),  first,
-          Head<float>(scale, softcap), data<float>(bias, entries), data<float>(temperature, rows)};
+  return {matrix_of<Format>(hidden),
+          matrix_of<Format>(weight),
+          data<int64_t>(targets, tokens),
+          first,
+          LogitTransform<float>(scale, softcap),
+          data<float>(bias, vocab),
+          data<float>(temperature, tokens)};
 }
 
-template <class Format>
-void fold_products_typed(const Tensor& hidden, const Tensor& weight, const Tensor& maximum, const Tensor& total,
-                         const Tensor& moment, const Tensor& target, const Tensor& targets, int64_t first, double scale,
-                         std::optional<double> softcap, const OptionalTensor& bias, const OptionalTensor& temperature,
-                         bool entropy, const std::vector<Tensor>& candidates, const Tensor& workspace,
-                         bool packed_before) {
-  const int64_t rows = hidden.size(0);
-  const RunningRows out{data<float>(maximum, rows),
-                        data<float>(total, rows),
-                        data<float>(moment, rows),
-                        data<float>(target, rows),
-                        entropy,
-                        candidates_of<float>(candidates, rows)};
-  const auto slice = slice_of<Format>(hidden, weight, targets, first, scale, softcap, bias, temperature);
-  const FoldWorkspace needed(rows, weight.size(0), slice.hidden.units());
-  fold_products(
-      slice, out, [](int64_t tasks, const auto& f) { parallel(tasks, f); }, bytes_of(workspace, needed.bytes),
-      packed_before);
+constexpr auto IN_PARALLEL = [](int64_t tasks, const auto& f) { parallel(tasks, f); };
+
+void fused_forward(const Tensor& hidden, const Tensor& weight, const Tensor& running, const Tensor& targets,
+                   int64_t first, double scale, std::optional<double> softcap, const OptionalTensor& bias,
+                   const OptionalTensor& temperature, bool entropy, const std::vector<Tensor>& collecting,
+                   const Tensor& workspace, bool keep_packed) {
+  by_format(hidden, [&](auto format) {
+    using Format = decltype(format);
+    const int64_t tokens = hidden.size(0);
+    const ForwardOutput out{online_softmax_of<float>(running, tokens), entropy,
+                            candidates_of<float>(collecting, tokens)};
+    const auto slice = slice_of<Format>(hidden, weight, targets, first, scale, softcap, bias, temperature);
+    const ForwardWorkspace needed(tokens, weight.size(0), slice.hidden.units());
+    covgrpo::fused_forward(slice, out, IN_PARALLEL, bytes_of(workspace, needed.bytes), keep_packed);
+  });
 }
 
-void fold_products_op(const Tensor& hidden, const Tensor& weight, const Tensor& maximum, const Tensor& total,
-                      const Tensor& moment, const Tensor& target, const Tensor& targets, int64_t first, double scale,
-                      std::optional<double> softcap, const OptionalTensor& bias, const OptionalTensor& temperature,
-                      bool entropy, const std::vector<Tensor>& candidates, const Tensor& workspace,
-                      bool packed_before) {
-  need_products();
-  auto* typed =
-      hidden.scalar_type() == ScalarType::Float ? fold_products_typed<Float32> : fold_products_typed<BFloat16>;
-  typed(hidden, weight, maximum, total, moment, target, targets, first, scale, softcap, bias, temperature, entropy,
-        candidates, workspace, packed_before);
+// min_logits and bias_counts; or nothing.
+Tails tails_of(const std::vector<Tensor>& tails, double scale, int64_t tokens) {
+  if (tails.empty()) return {};
+  check(tails.size() == 2, "tails are two tensors");
+  check(tokens >= 2 * LANES, "sixteen tails need sixteen rows that they are the tails of");
+  return {data<float>(tails[0], LANES), data<float>(tails[1], LANES), static_cast<float>(scale)};
 }
 
-// Weights and floors of the first rows; or nothing.
-Tail tail_of(const std::vector<Tensor>& tail, double bias, int64_t rows) {
-  if (tail.empty()) return {};
-  check(tail.size() == 2 && rows >= LANES, "a tail is two tensors, made of sixteen rows");
-  return {data<float>(tail[0], LANES), data<float>(tail[1], LANES), static_cast<float>(bias)};
+void fused_backward(const Tensor& hidden, const Tensor& weight, const Tensor& targets, int64_t first, double scale,
+                    std::optional<double> softcap, const OptionalTensor& bias, const OptionalTensor& temperature,
+                    const Tensor& coefficients, const OptionalTensor& hidden_sum, bool add_to_hidden,
+                    const OptionalTensor& weight_sum, bool add_to_weight, const OptionalTensor& weight_grad,
+                    double weight_scale, const OptionalTensor& bias_sum, const std::vector<Tensor>& tails,
+                    double tail_scale, const OptionalTensor& addend, const OptionalTensor& addend_rows,
+                    const Tensor& workspace, bool keep_packed) {
+  by_format(hidden, [&](auto format) {
+    using Format = decltype(format);
+    const int64_t tokens = hidden.size(0), depth = hidden.size(1), vocab = weight.size(0);
+    check(!add_to_weight || weight_sum.has_value(), "there is no sum to add to");
+    check(!addend_rows.has_value() || addend.has_value(), "there is no addend");
+    const BackwardArguments<Format> g{coefficients_of<float>(coefficients, tokens),
+                                      tails_of(tails, tail_scale, tokens),
+                                      data<float>(hidden_sum, tokens * depth),
+                                      add_to_hidden,
+                                      data<float>(weight_sum, vocab * depth),
+                                      add_to_weight,
+                                      elements<Format>(weight_grad, weight),
+                                      static_cast<float>(weight_scale),
+                                      addend ? data<float>(*addend, addend->size(0) * depth) : nullptr,
+                                      data<int32_t>(addend_rows, vocab),
+                                      data<float>(bias_sum, vocab)};
+    const auto slice = slice_of<Format>(hidden, weight, targets, first, scale, softcap, bias, temperature);
+    const BackwardWorkspace needed(tokens, vocab, depth, Format::PER_UNIT, g.hidden, g.weight || g.weight_sum, g.bias);
+    covgrpo::fused_backward(slice, g, IN_PARALLEL, bytes_of(workspace, needed.bytes), keep_packed);
+  });
 }
 
-template <class Format>
-void grad_products_typed(const Tensor& hidden, const Tensor& weight, const Tensor& targets, int64_t first, double scale,
-                         std::optional<double> softcap, const OptionalTensor& bias, const OptionalTensor& temperature,
-                         const std::vector<Tensor>& per_row, const OptionalTensor& entropy_grad,
-                         const OptionalTensor& hidden_sum, bool add_to_hidden, const OptionalTensor& weight_sum,
-                         bool add_to_weight, const OptionalTensor& weight_grad, double weight_scale,
-                         const OptionalTensor& bias_sum, const std::vector<Tensor>& tail, double tail_bias,
-                         const OptionalTensor& addend, const OptionalTensor& addend_rows, const Tensor& workspace,
-                         bool packed_before) {
-  const int64_t rows = hidden.size(0), depth = hidden.size(1), entries = weight.size(0);
-  check(per_row.size() == 5, "grad takes five coefficients of a row");
-  const RowGradients<Format> g{data<float>(per_row[0], rows),
-                               data<float>(per_row[1], rows),
-                               data<float>(per_row[2], rows),
-                               data<float>(per_row[3], rows),
-                               data<float>(per_row[4], rows),
-                               data<float>(entropy_grad, rows),
-                               data<float>(hidden_sum, rows * depth),
-                               add_to_hidden,
-                               data<float>(weight_sum, entries * depth),
-                               add_to_weight,
-                               elements<Format>(weight_grad, weight),
-                               static_cast<float>(weight_scale),
-                               data<float>(bias_sum, entries),
-                               tail_of(tail, tail_bias, rows),
-                               addend ? data<float>(*addend, addend->size(0) * depth) : nullptr,
-                               data<int32_t>(addend_rows, entries)};
-  const auto slice = slice_of<Format>(hidden, weight, targets, first, scale, softcap, bias, temperature);
-  const GradWorkspace needed(rows, entries, depth, Format::PER_UNIT, g.hidden, g.weight || g.weight_sum, g.bias);
-  check(!add_to_weight || weight_sum.has_value(), "there is no sum to add to");
-  grad_products(
-      slice, g, [](int64_t tasks, const auto& f) { parallel(tasks, f); }, bytes_of(workspace, needed.bytes),
-      packed_before);
+int64_t fused_forward_bytes(int64_t rows, int64_t vocab, int64_t depth, int64_t itemsize) {
+  return ForwardWorkspace(rows, vocab, ceil_div(depth * itemsize, 4)).bytes;
 }
 
-void grad_products_op(const Tensor& hidden, const Tensor& weight, const Tensor& targets, int64_t first, double scale,
-                      std::optional<double> softcap, const OptionalTensor& bias, const OptionalTensor& temperature,
-                      const std::vector<Tensor>& per_row, const OptionalTensor& entropy_grad,
-                      const OptionalTensor& hidden_sum, bool add_to_hidden, const OptionalTensor& weight_sum,
-                      bool add_to_weight, const OptionalTensor& weight_grad, double weight_scale,
-                      const OptionalTensor& bias_sum, const std::vector<Tensor>& tail, double tail_bias,
-                      const OptionalTensor& addend, const OptionalTensor& addend_rows, const Tensor& workspace,
-                      bool packed_before) {
-  need_products();
-  auto* typed =
-      hidden.scalar_type() == ScalarType::Float ? grad_products_typed<Float32> : grad_products_typed<BFloat16>;
-  typed(hidden, weight, targets, first, scale, softcap, bias, temperature, per_row, entropy_grad, hidden_sum,
-        add_to_hidden, weight_sum, add_to_weight, weight_grad, weight_scale, bias_sum, tail, tail_bias, addend,
-        addend_rows, workspace, packed_before);
-}
-
-int64_t fold_products_bytes(int64_t tokens, int64_t entries, int64_t depth, int64_t itemsize) {
-  return FoldWorkspace(tokens, entries, ceil_div(depth * itemsize, 4)).bytes;
-}
-
-int64_t grad_products_bytes(int64_t tokens, int64_t entries, int64_t depth, int64_t itemsize, bool hidden, bool weight,
-                            bool bias) {
-  return GradWorkspace(tokens, entries, depth, 4 / itemsize, hidden, weight, bias).bytes;
+int64_t fused_backward_bytes(int64_t rows, int64_t vocab, int64_t depth, int64_t itemsize, bool needs_hidden,
+                             bool needs_weight, bool needs_bias) {
+  return BackwardWorkspace(rows, vocab, depth, 4 / itemsize, needs_hidden, needs_weight, needs_bias).bytes;
 }
 
 #endif
 
 }  // namespace
-}  // namespace covgrpo
+}  // namespace covgrpo::ops
 
 STABLE_TORCH_LIBRARY(covgrpo_cpp, m) {
   m.def(
-      "fold(Tensor tile, Tensor(a!) maximum, Tensor(b!) total, Tensor(c!) moment, Tensor(d!) target, Tensor targets, "
-      "int first, float scale, float? softcap, Tensor? bias, Tensor? temperature, bool entropy, "
-      "Tensor[] candidates) -> ()");
+      "online_softmax_(Tensor products, Tensor(a!) running, Tensor targets, int first, float scale, float? softcap, "
+      "Tensor? bias, Tensor? temperature, bool entropy, Tensor[] collecting) -> ()");
   m.def(
-      "grad(Tensor(a!) tile, Tensor targets, int first, float scale, float? softcap, Tensor? bias, "
-      "Tensor? temperature, Tensor[] per_row, Tensor? entropy_grad) -> ()");
+      "dlogits(Tensor(a!) products, Tensor targets, int first, float scale, float? softcap, Tensor? bias, "
+      "Tensor? temperature, Tensor coefficients) -> ()");
   m.def(
-      "group_weights(Tensor logprobs, Tensor advantages, Tensor valid, Tensor[] scope, Tensor[] sequence, "
+      "covariance_weights(Tensor logprobs, Tensor advantages, Tensor valid, Tensor[] scopes, Tensor[] sequences, "
       "bool by_sequence, bool by_response, bool numel, float bandwidth_eps, Tensor(a!) weights, "
       "Tensor(b!) covariance, Tensor(c!) deviation, Tensor(d!) std) -> ()");
-  m.def(
-      "fold_products(Tensor hidden, Tensor weight, Tensor(a!) maximum, Tensor(b!) total, Tensor(c!) moment, "
-      "Tensor(d!) target, Tensor targets, int first, float scale, float? softcap, Tensor? bias, Tensor? temperature, "
-      "bool entropy, Tensor[] candidates, Tensor(e!) workspace, bool packed_before) -> ()");
-  m.def(
-      "grad_products(Tensor hidden, Tensor weight, Tensor targets, int first, float scale, float? softcap, "
-      "Tensor? bias, Tensor? temperature, Tensor[] per_row, Tensor? entropy_grad, Tensor(a!)? hidden_sum, "
-      "bool add_to_hidden, Tensor(b!)? weight_sum, bool add_to_weight, Tensor(c!)? weight_grad, float weight_scale, "
-      "Tensor(d!)? bias_sum, Tensor[] tail, float tail_bias, Tensor? addend, Tensor? addend_rows, "
-      "Tensor(e!) workspace, bool packed_before) -> ()");
   m.def("sparse_product(Tensor values, Tensor indices, Tensor offsets, Tensor matrix, Tensor(a!) out) -> ()");
-  m.def("fold_products_bytes(int tokens, int entries, int depth, int itemsize) -> int");
   m.def(
-      "grad_products_bytes(int tokens, int entries, int depth, int itemsize, bool hidden, bool weight, bool bias) "
-      "-> int");
+      "fused_forward(Tensor hidden, Tensor weight, Tensor(a!) running, Tensor targets, int first, float scale, "
+      "float? softcap, Tensor? bias, Tensor? temperature, bool entropy, Tensor[] collecting, Tensor(b!) workspace, "
+      "bool keep_packed) -> ()");
+  m.def(
+      "fused_backward(Tensor hidden, Tensor weight, Tensor targets, int first, float scale, float? softcap, "
+      "Tensor? bias, Tensor? temperature, Tensor coefficients, Tensor(a!)? hidden_sum, bool add_to_hidden, "
+      "Tensor(b!)? weight_sum, bool add_to_weight, Tensor(c!)? weight_grad, float weight_scale, "
+      "Tensor(d!)? bias_sum, Tensor[] tails, float tail_scale, Tensor? addend, Tensor? addend_rows, "
+      "Tensor(e!) workspace, bool keep_packed) -> ()");
+  m.def("fused_forward_bytes(int rows, int vocab, int depth, int itemsize) -> int");
+  m.def(
+      "fused_backward_bytes(int rows, int vocab, int depth, int itemsize, bool needs_hidden, bool needs_weight, "
+      "bool needs_bias) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(covgrpo_cpp, CPU, m) {
-  m.impl("fold", TORCH_BOX(&covgrpo::fold));
-  m.impl("grad", TORCH_BOX(&covgrpo::grad));
-  m.impl("group_weights", TORCH_BOX(&covgrpo::group_weights));
-  m.impl("sparse_product", TORCH_BOX(&covgrpo::sparse_product));
+  m.impl("online_softmax_", TORCH_BOX(&covgrpo::ops::online_softmax_));
+  m.impl("dlogits", TORCH_BOX(&covgrpo::ops::dlogits));
+  m.impl("covariance_weights", TORCH_BOX(&covgrpo::ops::covariance_weights));
+  m.impl("sparse_product", TORCH_BOX(&covgrpo::ops::sparse_product));
 #if COVGRPO_X86
-  m.impl("fold_products", TORCH_BOX(&covgrpo::fold_products_op));
-  m.impl("grad_products", TORCH_BOX(&covgrpo::grad_products_op));
+  m.impl("fused_forward", TORCH_BOX(&covgrpo::ops::fused_forward));
+  m.impl("fused_backward", TORCH_BOX(&covgrpo::ops::fused_backward));
 #endif
 }
 
 #if COVGRPO_X86
 STABLE_TORCH_LIBRARY_IMPL(covgrpo_cpp, CompositeExplicitAutograd, m) {
-  m.impl("fold_products_bytes", TORCH_BOX(&covgrpo::fold_products_bytes));
-  m.impl("grad_products_bytes", TORCH_BOX(&covgrpo::grad_products_bytes));
+  m.impl("fused_forward_bytes", TORCH_BOX(&covgrpo::ops::fused_forward_bytes));
+  m.impl("fused_backward_bytes", TORCH_BOX(&covgrpo::ops::fused_backward_bytes));
 }
 #endif
 
-// The instruction set in use. Raises RuntimeError where COVGRPO_CPU_ISA names none, or one the processor lacks.
+// The instruction set in use. Raises ValueError where COVGRPO_CPU_ISA names none, RuntimeError where the processor
+// lacks the one that it names.
 static PyObject* isa(PyObject*, PyObject*) {
   try {
     return PyUnicode_FromString(covgrpo::ISA_NAMES[static_cast<int>(covgrpo::chosen_isa())]);

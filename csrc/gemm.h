@@ -2,12 +2,12 @@
 //
 //   out[r, c] (+)= sum_k A[r, k] * B[k, c]
 //
-// A is read where it lies, a row at a time, and broadcast; the columns of B are in the lanes and B is packed. A *unit*
-// is 32 bits of depth, two bfloat16 or one float: what one instruction multiplies in each lane. Packed B is
-// [panels of 64 columns][units of depth][64 columns] of units.
+// A is read where it lies: each unit of a row is broadcast to all lanes. The columns of B are in the lanes, and B is
+// packed. A *unit* is 32 bits of depth, two bfloat16 or one float: what one instruction multiplies in each lane. Packed
+// B is [panels of 64 columns][units of depth][64 columns] of units.
 //
-// The sum over the depth is made of chains of fixed length, one after the other, for each output: its bits depend on
-// nothing but its own operands. The bfloat16 instruction takes denormal operands for zero.
+// The sum over the depth is cut into chains of fixed length. Each output adds up its chains in order, and its bits
+// depend on nothing but its own operands. The bfloat16 instruction treats denormal operands as zero.
 #pragma once
 
 #include "isa.h"
@@ -23,18 +23,18 @@
 namespace covgrpo {
 
 constexpr int PANEL = 64;  // columns of B: four vectors
-constexpr int STRIP = 6;   // rows of A: 6 x 4 sums, 4 vectors of B and a broadcast fill the 32 registers
+constexpr int STRIP = 6;   // rows of A: 6 x 4 sums, 4 vectors of B and a broadcast unit take 29 of the 32 registers
 
 struct BFloat16 {
   using Element = uint16_t;
   static constexpr int PER_UNIT = 2;
-  static constexpr int64_t CHAIN = 1024;  // units; as many as a near cache holds of a panel
+  static constexpr int64_t CHAIN = 1024;  // units: 256 KiB of a panel, which a second-level cache holds beside A
 
   COVGRPO_AVX512BF16 static COVGRPO_INLINE __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
 
-  // To the nearest, ties to even, as PyTorch rounds: denormals stay, where the instruction would make them zero.
+  // To the nearest, ties to even, as PyTorch rounds. The processor's own instruction would make denormals zero.
   COVGRPO_AVX512BF16 static COVGRPO_INLINE void store_rounded(Element* p, __mmask16 mask, __m512 x) {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -47,7 +47,7 @@ struct BFloat16 {
 struct Float32 {
   using Element = float;
   static constexpr int PER_UNIT = 1;
-  static constexpr int64_t CHAIN = 128;  // a longer chain has more rounding errors than the products of other libraries
+  static constexpr int64_t CHAIN = 128;  // units: longer chains are less accurate than PyTorch's products
 
   COVGRPO_AVX512BF16 static COVGRPO_INLINE __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
@@ -58,7 +58,7 @@ struct Float32 {
   }
 };
 
-// A matrix of any strides, counted in elements.
+// A matrix of any strides, which are counted in elements.
 template <class Format>
 struct Matrix {
   using Element = typename Format::Element;
@@ -69,7 +69,8 @@ struct Matrix {
   int64_t units() const { return (columns + Format::PER_UNIT - 1) / Format::PER_UNIT; }
 };
 
-// Some rows of a matrix, COUNT at most, each with its entries side by side: where they lie, or in a copy.
+// Some rows of a matrix, COUNT at most, each contiguous: where they lie, or in a copy if the elements of a row lie
+// apart.
 template <class Format, int COUNT>
 class Rows {
  public:
@@ -79,7 +80,7 @@ class Rows {
     if (m.column_stride != 1) copies_.resize(COUNT * m.columns);
   }
 
-  // Rows first, first + 1, ... of those there are.
+  // Makes them the rows from `first` on. Rows past the end of the matrix are null.
   void take(int64_t first) {
     for (int64_t i = 0; i < COUNT; ++i) {
       rows_[i] = nullptr;
@@ -100,11 +101,12 @@ class Rows {
   std::vector<Element> copies_;
 };
 
+// The mask of the first n lanes, of none or all where n is out of range.
 COVGRPO_AVX512BF16 COVGRPO_INLINE __mmask16 first_lanes(int64_t n) {
   return n >= LANES ? 0xFFFF : n <= 0 ? 0 : static_cast<__mmask16>((1U << n) - 1);
 }
 
-// Where a product goes: the first `columns` of a panel are written, or added to what is there.
+// Where the product with a panel goes. Its first `columns` columns are written, or added to what is there.
 struct Output {
   float* data;
   int64_t stride;
@@ -112,7 +114,7 @@ struct Output {
   bool add;
 };
 
-// A strip of A, of which `rows` count, times `VECTORS` vectors of a panel of B.
+// The strip of A whose rows are at `a` times VECTORS vectors of a panel of B. Only the first `rows` rows are written.
 template <class Format, int VECTORS>
 COVGRPO_AVX512BF16 void multiply_vectors(int64_t rows, const char* const (&a)[STRIP], int64_t depth, const uint32_t* b,
                                          const Output& out) {
@@ -142,7 +144,7 @@ COVGRPO_AVX512BF16 void multiply_vectors(int64_t rows, const char* const (&a)[ST
     a0 += 4, a1 += 4, a2 += 4, a3 += 4, a4 += 4, a5 += 4;
     b += PANEL;
   }
-  if (depth % Format::PER_UNIT) {  // half a unit; what lies behind the row is not ours to read
+  if (depth % Format::PER_UNIT) {  // half a unit: nothing behind the end of the row may be read
     step([](const char* p) __attribute__((always_inline)) {
       uint16_t half;
       std::memcpy(&half, p, sizeof half);
@@ -160,11 +162,11 @@ COVGRPO_AVX512BF16 void multiply_vectors(int64_t rows, const char* const (&a)[ST
     }
 }
 
-// A strip of A from unit `unit` on, `depth` numbers of it.
+// A strip of A times a panel of B, over `depth` elements of the depth from unit `unit` on.
 template <class Format, class Row>
 void multiply_strip(int64_t rows, const Row& row, int64_t unit, int64_t depth, const uint32_t* b, const Output& out) {
   const char* a[STRIP];
-  // Rows past the end are the last one again; their sums are not written.
+  // In place of rows past the end stands the last one; its sums are not written again.
   for (int i = 0; i < STRIP; ++i)
     a[i] = reinterpret_cast<const char*>(row(i < rows ? i : rows - 1)) + unit * sizeof(uint32_t);
   b += unit * PANEL;
@@ -180,7 +182,7 @@ void multiply_strip(int64_t rows, const Row& row, int64_t unit, int64_t depth, c
   }
 }
 
-// `rows` rows of A, given by a function of their number, times one panel of B.
+// `rows` rows of A, where row(i) points to row i, times one panel of B.
 template <class Format, class Row>
 void multiply(int64_t rows, const Row& row, int64_t depth, const uint32_t* b, const Output& out) {
   constexpr int64_t CHAIN = Format::CHAIN * Format::PER_UNIT;
@@ -193,7 +195,7 @@ void multiply(int64_t rows, const Row& row, int64_t depth, const uint32_t* b, co
   }
 }
 
-// The transpose of 16 x 16 units: first of single units, then of pairs, then of quarters of a vector.
+// Transposes 16 x 16 units in three steps: blocks of 2 x 2 units, then of 4 x 4, then the quarters of vectors.
 COVGRPO_AVX512BF16 COVGRPO_INLINE void transpose(__m512i (&v)[LANES]) {
   __m512i t[LANES];
 #pragma GCC unroll 8
@@ -221,7 +223,7 @@ COVGRPO_AVX512BF16 COVGRPO_INLINE void transpose(__m512i (&v)[LANES]) {
   for (int i = 0; i < LANES; ++i) v[i] = t[i];
 }
 
-// Sixteen units of a row from unit `u` on, zeros past its end.
+// Sixteen units of a row from unit `u` on; zeros past the end of the row.
 template <class Format>
 COVGRPO_AVX512BF16 COVGRPO_INLINE __m512i units_of_row(const typename Format::Element* row, int64_t columns,
                                                        int64_t u) {
@@ -234,7 +236,7 @@ COVGRPO_AVX512BF16 COVGRPO_INLINE __m512i units_of_row(const typename Format::El
   }
 }
 
-// Packs panel `panel` of B = transpose of m: the rows of m become columns, the depth is the columns of m.
+// Packs panel `panel` of B = m^T: the rows of m are the columns of B, and the columns of m are its depth.
 template <class Format>
 COVGRPO_AVX512BF16 void pack_rows(const Matrix<Format>& m, int64_t panel, uint32_t* packed) {
   const int64_t units = m.units();
@@ -252,13 +254,13 @@ COVGRPO_AVX512BF16 void pack_rows(const Matrix<Format>& m, int64_t panel, uint32
   }
 }
 
-// Packs the units of rows [unit * PER_UNIT, ...) of B = m, in all panels: the depth is the rows of m, `depth` units.
+// Packs unit `unit` of the depth of B = m, which is PER_UNIT rows of m, in all panels. B has `depth` units of depth.
 template <class Format>
 COVGRPO_AVX512BF16 void pack_columns(const Matrix<Format>& m, int64_t unit, int64_t depth, uint32_t* packed) {
   Rows<Format, Format::PER_UNIT> rows(m);
   rows.take(unit * Format::PER_UNIT);
   const auto* first = rows(0);
-  const auto* second = rows(Format::PER_UNIT - 1);  // null where the last unit is half a one
+  const auto* second = rows(Format::PER_UNIT - 1);  // null where only half of the last unit is there
   for (int64_t c = 0; c < m.columns; c += LANES) {
     const __mmask16 mask = first_lanes(m.columns - c);
     __m512i v;

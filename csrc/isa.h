@@ -1,4 +1,4 @@
-// Which instructions the processor has, or which of them the variable COVGRPO_CPU_ISA lets us use.
+// Instruction sets: what the processor has, and what the environment variable COVGRPO_CPU_ISA restricts us to.
 #pragma once
 
 #include <cstdlib>
@@ -35,8 +35,8 @@ inline Isa best_isa() {
   return Isa::baseline;
 }
 
-// Read at every call, so that tests can go through all of them. Throws where the variable names none, or one that the
-// processor does not have.
+// The instruction set to use. The variable is read at every call, so that tests can go through all of them. Throws
+// invalid_argument where it names no instruction set, runtime_error where it names one that the processor lacks.
 inline Isa chosen_isa() {
   static const Isa best = best_isa();
   const char* wanted = std::getenv("COVGRPO_CPU_ISA");

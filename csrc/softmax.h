@@ -1,6 +1,6 @@
-// What is done to one logit, or to sixteen: from the raw product to the logit, the running statistics of a softmax, the
-// gradient. V is a vector (vectors.h), or a plain number where statistics are merged. The same formulas as
-// covgrpo_kernels/tiles/eager.py.
+// What is done to one logit, or to sixteen at a time: from the raw product to the logit, the running softmax, and the
+// gradient. V is a vector (vectors.h), or a plain number. covgrpo_kernels/kernels/eager.py has the same formulas in
+// PyTorch, and covgrpo_kernels/kernels/interface.py the same names.
 #pragma once
 
 #include <atomic>
@@ -10,110 +10,131 @@
 
 namespace covgrpo {
 
-// Stands for the maximum of no entry, and for the logarithm of zero: covgrpo_kernels/tiles/interface.py says why.
+// The next three are those of interface.py, which says why they have these values.
 constexpr float NO_MAX = -1e30F;
 constexpr float LOG_ZERO = -1e3F;
+constexpr int64_t VOCAB_BLOCK = 1024;
 
-// softcap(scale * (product + bias)) / temperature.
+// From a raw product to a logit: softcap(scale * (product + bias)) / temperature, softcap(x) being cap * tanh(x / cap).
+// The bias is added before, and the temperature divided by after what is here.
 template <class T>
-struct Head {
+struct LogitTransform {
   T scale;
-  bool capped;
+  bool has_softcap;
   T softcap;
 
-  Head(double scale_, std::optional<double> softcap_)
-      : scale(static_cast<T>(scale_)), capped(softcap_.has_value()), softcap(static_cast<T>(softcap_.value_or(1.0))) {}
+  LogitTransform(double scale_, std::optional<double> softcap_)
+      : scale(static_cast<T>(scale_)),
+        has_softcap(softcap_.has_value()),
+        softcap(static_cast<T>(softcap_.value_or(1.0))) {}
 
-  COVGRPO_INLINE bool plain() const { return !capped && scale == 1; }
+  COVGRPO_INLINE bool is_identity() const { return !has_softcap && scale == 1; }
 
-  // tanh of what softcap caps.
+  // tanh(scale * raw / cap). The derivative of softcap is one minus its square.
   template <class V>
-  COVGRPO_INLINE V per_cap(V raw) const {
+  COVGRPO_INLINE V tanh_of(V raw) const {
     return hyperbolic_tangent(raw * (scale / softcap));
   }
 
   template <class V>
-  COVGRPO_INLINE V before_temperature(V raw) const {
-    return capped ? per_cap(raw) * softcap : raw * scale;
+  COVGRPO_INLINE V apply(V raw) const {
+    return has_softcap ? tanh_of(raw) * softcap : raw * scale;
   }
 };
 
-// Of the entries of a row so far; the maximum stays out of the sums.
+// The softmax of the logits of a row that were seen so far. The maximum is kept out of both sums.
 template <class V>
-struct Statistics {
-  V maximum;  // m
-  V total;    // sum of exp(z - m) over the other entries
-  V moment;   // sum of exp(z - m) (m - z) over the other entries; zero without entropy
+struct OnlineSoftmax {
+  V maximum;      // m
+  V sum;          // sum of exp(z - m) over the other logits z
+  V entropy_sum;  // sum of exp(z - m) (m - z) over the other logits; zero without entropy
 
-  // The smaller of the two maxima joins the sum of the others.
-  COVGRPO_INLINE void merge(const Statistics& b) {
+  // Adds the logits of b. The smaller of the two maxima joins the sum.
+  COVGRPO_INLINE void merge(const OnlineSoftmax& b) {
     const V top = larger(maximum, b.maximum);
     const V gap = top - maximum, gap_b = top - b.maximum;
     const V w = exponential(-gap), w_b = exponential(-gap_b);
     const V lesser = smaller(w, w_b), lesser_gap = larger(gap, gap_b);
-    moment = w * (moment + gap * total) + w_b * (b.moment + gap_b * b.total) + lesser * lesser_gap;
-    total = w * total + w_b * b.total + lesser;
+    entropy_sum = w * (entropy_sum + gap * sum) + w_b * (b.entropy_sum + gap_b * b.sum) + lesser * lesser_gap;
+    sum = w * sum + w_b * b.sum + lesser;
     maximum = top;
   }
 };
 
-// Entries of each row whose logit reaches the row's threshold, in no order. Where there are more than `capacity`, the
-// rest is counted but not kept.
+// The running softmax of R rows in memory.
 template <class T>
-struct Candidates {
-  const T* threshold;  // [R]; null where none are wanted
-  int32_t* count;      // [R]
-  int32_t* entries;    // [R, capacity]
-  T* logits;           // [R, capacity]
-  int64_t capacity;
-
-  // From any thread.
-  void add(int64_t row, int64_t entry, T logit) const {
-    const int64_t place = std::atomic_ref<int32_t>(count[row]).fetch_add(1, std::memory_order_relaxed);
-    if (place >= capacity) return;
-    entries[row * capacity + place] = static_cast<int32_t>(entry);
-    logits[row * capacity + place] = logit;
-  }
+struct OnlineSoftmaxRows {
+  T *maximum, *sum, *entropy_sum;  // [R]
+  T* target;                       // [R] logit of the target
 };
 
-// Entries of a block one vector after the other, once the block's maximum is known.
+// The sums of a block of logits whose maximum is known, made one vector after the other.
 template <class V>
 struct BlockSums {
-  V total{}, moment{}, ties{};
+  V sum{}, entropy_sum{};  // as in OnlineSoftmax
+  V ties{};                // how many logits are equal to the maximum
 
   COVGRPO_INLINE void add(V z, V maximum, bool entropy) {
     const V zero{};
     const V d = z - maximum;
     const auto at_maximum = d == zero;
     const V e = exponential(d);
-    total += at_maximum ? zero : e;
+    sum += at_maximum ? zero : e;
     ties += at_maximum ? zero + 1 : zero;
-    if (entropy) moment -= larger(zero + LOG_ZERO, d) * e;
+    if (entropy) entropy_sum -= larger(zero + LOG_ZERO, d) * e;
   }
 };
 
-// Per row (or, for the fused operations, per lane): what the gradient takes besides the logits.
+// The vocabulary ids of each row whose logit reaches the row's min_logits, in any order. A row with more of them than
+// `capacity` counts them all and keeps some.
+template <class T>
+struct Candidates {
+  const T* min_logits;  // [R]; null where no candidates are wanted
+  int32_t* found;       // [R] how many there are
+  int32_t* vocab_ids;   // [R, capacity]
+  T* logits;            // [R, capacity]
+  int64_t capacity;
+
+  // Several threads may add to the same row.
+  void add(int64_t row, int64_t vocab_id, T logit) const {
+    const int64_t place = std::atomic_ref<int32_t>(found[row]).fetch_add(1, std::memory_order_relaxed);
+    if (place >= capacity) return;
+    vocab_ids[row * capacity + place] = static_cast<int32_t>(vocab_id);
+    logits[row * capacity + place] = logit;
+  }
+};
+
+// What the gradient of a row takes besides its logits: Coefficients of interface.py.
 template <class V>
 struct Coefficients {
-  V maximum, log_total;
-  V at_target;  // dL/dlogit of the target itself
-  V logprob_grad;
-  V entropy, entropy_grad;
-  bool with_entropy;
+  V maximum, log_sum;
+  V at_target;              // dL/dlogit of the target
+  V logprob_grad;           // g
+  V entropy, entropy_grad;  // H and e; not read without has_entropy
+  bool has_entropy;
 
   // dL/dlogit: g (1[v = y] - p) - e p (log p + H).
   template <class Mask>
-  COVGRPO_INLINE V gradient(V z, Mask at_target_here) const {
-    V log_p = (z - maximum) - log_total;
+  COVGRPO_INLINE V gradient(V z, Mask is_target) const {
+    V log_p = (z - maximum) - log_sum;
     V dz;
-    if (with_entropy) {
+    if (has_entropy) {
       log_p = larger(V{} + LOG_ZERO, log_p);
       dz = -exponential(log_p) * (logprob_grad + entropy_grad * (log_p + entropy));
     } else {
       dz = -logprob_grad * exponential(log_p);
     }
-    return at_target_here ? at_target : dz;
+    return is_target ? at_target : dz;
   }
+
+  COVGRPO_INLINE V probability(V z) const { return exponential((z - maximum) - log_sum); }
+};
+
+// The coefficients of R rows in memory.
+template <class T>
+struct CoefficientRows {
+  const T *maximum, *log_sum, *at_target, *logprob_grad;  // [R]
+  const T *entropy, *entropy_grad;                        // [R], or both null: the entropy has no gradient
 };
 
 }  // namespace covgrpo

@@ -1,7 +1,7 @@
-// Sixteen numbers at a time, in the vector extension that GCC and Clang share: the same source for every instruction
-// set, with the same order of operations, and therefore no intrinsics and no torch here.
+// Sixteen numbers at a time, in the vector extension that GCC and Clang share. There are no intrinsics, so that one
+// source serves every instruction set with the same order of operations.
 //
-// Everything is inlined into functions that name an instruction set (isa.h), which is what it is compiled for.
+// Everything here is inlined into functions that name an instruction set (isa.h), and is compiled for that one.
 #pragma once
 
 #include <cmath>
@@ -31,7 +31,7 @@ struct VectorOf<double> {
 template <class T>
 using Vector = typename VectorOf<T>::type;
 
-// From memory of any alignment.
+// Memory may have any alignment.
 template <class T>
 COVGRPO_INLINE Vector<T> load(const T* p) {
   Vector<T> v;
@@ -49,7 +49,7 @@ COVGRPO_INLINE Vector<T> broadcast(T x) {
   return x - Vector<T>{};  // x - 0 is x, for -0 and NaN too
 }
 
-// A NaN in b stays, one in a does not: what maxps does.
+// A NaN in b is kept and one in a is not, as by the processor's own instructions.
 template <class V>
 COVGRPO_INLINE V larger(V a, V b) {
   return a > b ? a : b;
@@ -60,7 +60,7 @@ COVGRPO_INLINE V smaller(V a, V b) {
   return a < b ? a : b;
 }
 
-// In a fixed order.
+// The sum of all lanes: halves are added until one number is left, in this order on every processor.
 template <class T>
 COVGRPO_INLINE T sum_of(Vector<T> v) {
   T parts[LANES];
@@ -82,8 +82,9 @@ COVGRPO_INLINE T largest_of(Vector<T> v) {
 COVGRPO_INLINE float exponential(float x) { return std::exp(x); }
 COVGRPO_INLINE double exponential(double x) { return std::exp(x); }
 
-// exp(x) for x <= 88, off by 2 units in the last place at most (tests/test_cpp.py); zero below -87.3, where the result
-// would be denormal. The polynomial is that of Cephes' expf, after x = n log 2 + r with log 2 in two parts.
+// exp(x) for x <= 88, at most 2 units in the last place off (tests/test_cpp.py). It is zero below log 2^-126 = -87.34,
+// where the result would be denormal. With x = n log 2 + r, log 2 being split into two parts so that r is exact enough,
+// it is 2^n times the polynomial in r of Cephes' expf.
 COVGRPO_INLINE F32 exponential(F32 x) {
   constexpr float LOWEST = -87.33654F, ROUND = 12582912.0F;  // adding 1.5 * 2^23 rounds to an integer
   const F32 y = x < LOWEST ? broadcast(LOWEST) : x;          // NaN stays
@@ -110,7 +111,8 @@ COVGRPO_INLINE F64 exponential(F64 x) {
   return x;
 }
 
-// Off by 3 units in the last place at most: near zero Cephes' polynomial in x^2, elsewhere 1 - 2 / (exp(2|x|) + 1).
+// At most 3 units in the last place off. Below 0.625 it is the polynomial of Cephes' tanhf, which is for these x, and
+// elsewhere 1 - 2 / (exp(2|x|) + 1), which is 1 long before |x| = 20, where x is cut off to keep exp finite.
 COVGRPO_INLINE F32 hyperbolic_tangent(F32 x) {
   const F32 size = x < 0.0F ? -x : x;
   const F32 z = x * x;

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from covgrpo_kernels import tiles
+from covgrpo_kernels import kernels
 
 hypothesis.settings.register_profile(
     "suite", max_examples=60, deadline=None, derandomize=True, print_blob=True,
@@ -61,18 +61,18 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     processor and for any, and with the Triton kernels under the interpreter; and with both they and the eager baseline
     on a GPU."""
     if request.param == "eager":
-        monkeypatch.setenv(tiles.VARIABLE, "eager")
+        monkeypatch.setenv(kernels.VARIABLE, "eager")
     elif request.param in ("cpp", "portable"):
         if os.environ.get("COVGRPO_BUILD_CPP") != "1":  # else it has to be there
-            pytest.importorskip("covgrpo_kernels.tiles.cpp", reason="the C++ extension was not built")
-        monkeypatch.setenv(tiles.VARIABLE, "cpp")
+            pytest.importorskip("covgrpo_kernels.kernels.cpp", reason="the C++ extension was not built")
+        monkeypatch.setenv(kernels.VARIABLE, "cpp")
         if request.param == "portable":
             monkeypatch.setenv("COVGRPO_CPU_ISA", "baseline")
     elif request.param == "triton":
         pytest.importorskip("triton")
         if torch.cuda.is_available():
             pytest.skip("the kernels are compiled here, and tested on the GPU")
-        monkeypatch.setenv(tiles.VARIABLE, "triton")
+        monkeypatch.setenv(kernels.VARIABLE, "triton")
     else:
         gpu, module = torch.device("cuda"), request.module
         monkeypatch.setattr(module, "DEVICE", gpu, raising=False)

@@ -1,6 +1,6 @@
-// The operations that run on several threads, with threads of their own, for ThreadSanitizer: torch's pool and its
-// OpenMP are not built with it. `make sanitize` builds and runs this. Ends with 0 where every thread count gives the
-// same bits.
+// Runs the fused operations on threads of its own under ThreadSanitizer, which sees nothing of torch's pool and OpenMP
+// since these were not built with it. `make sanitize` builds and runs this. The exit status is 0 where one thread and
+// four give the same bits.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -8,8 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "group_weights.h"
-#include "products.h"
+#include "fused.h"
 
 using namespace covgrpo;
 
@@ -56,41 +55,49 @@ std::vector<typename Format::Element> rounded(const std::vector<float>& values) 
 template <class Format>
 std::vector<float> results(int threads) {
   generator.seed(0);
-  constexpr int64_t N = 301, D = 77, V = 2 * SEGMENT + 133;
+  constexpr int64_t N = 301, D = 77, V = 2 * VOCAB_BLOCK + 133;
   const auto hidden = rounded<Format>(normal(N * D)), weight = rounded<Format>(normal(V * D));
   const auto bias = normal(V), g = normal(N), e = normal(N);
   std::vector<float> temperature(N, 1.3F);
   std::vector<int64_t> targets(N);
   for (auto& y : targets) y = generator() % V;
-  const Slice<Format> slice{
-      {hidden.data(), N, D, D, 1}, {weight.data(), V, D, D, 1}, targets.data(), 0, Head<float>(1.5, 20.0), bias.data(),
-      temperature.data()};
-  std::vector<float> maximum(N, NO_MAX), total(N), moment(N), target(N);
-  std::vector<char> storage(FoldWorkspace(N, V, slice.hidden.units()).bytes + 64);
+  const Slice<Format> slice{{hidden.data(), N, D, D, 1},
+                            {weight.data(), V, D, D, 1},
+                            targets.data(),
+                            0,
+                            LogitTransform<float>(1.5, 20.0),
+                            bias.data(),
+                            temperature.data()};
+  std::vector<float> maximum(N, NO_MAX), sum(N), entropy_sum(N), target(N);
+  std::vector<char> storage(ForwardWorkspace(N, V, slice.hidden.units()).bytes + 64);
   const auto aligned = [](std::vector<char>& s) {
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(s.data()) + 63) / 64 * 64);
   };
   const Threads parallel{threads};
-  std::vector<float> threshold(N, 12.0F), logits(N * V);
-  std::vector<int32_t> found(N), entries(N * V);
-  const Candidates<float> candidates{threshold.data(), found.data(), entries.data(), logits.data(), V};
-  fold_products(slice, {maximum.data(), total.data(), moment.data(), target.data(), true, candidates}, parallel,
-                aligned(storage), false);
+  std::vector<float> min_logits(N, 12.0F), logits(N * V);
+  std::vector<int32_t> found(N), vocab_ids(N * V);
+  const ForwardOutput forward{{maximum.data(), sum.data(), entropy_sum.data(), target.data()},
+                              true,
+                              {min_logits.data(), found.data(), vocab_ids.data(), logits.data(), V}};
+  fused_forward(slice, forward, parallel, aligned(storage), false);
 
-  std::vector<float> log_total(N), dh(N * D), db(V);
-  for (int64_t i = 0; i < N; ++i) log_total[i] = std::log1p(total[i]);
+  std::vector<float> log_sum(N), dh(N * D), db(V);
+  for (int64_t i = 0; i < N; ++i) log_sum[i] = std::log1p(sum[i]);
   std::vector<typename Format::Element> dw(V * D);
-  std::vector<char> more(GradWorkspace(N, V, D, Format::PER_UNIT, true, true, true).bytes + 64);
-  const RowGradients<Format> wanted{
-      maximum.data(), log_total.data(), g.data(), g.data(),  moment.data(), e.data(),  dh.data(),
-      false,          nullptr,          false,    dw.data(), 2.0F,          db.data(), {},
-      nullptr,        nullptr};
-  grad_products(slice, wanted, parallel, aligned(more), false);
+  std::vector<char> more(BackwardWorkspace(N, V, D, Format::PER_UNIT, true, true, true).bytes + 64);
+  BackwardArguments<Format> backward{};
+  backward.coefficients = {maximum.data(), log_sum.data(), g.data(), g.data(), entropy_sum.data(), e.data()};
+  backward.tails = {min_logits.data(), g.data(), 0.5F};
+  backward.hidden = dh.data();
+  backward.weight = dw.data();
+  backward.weight_scale = 2.0F;
+  backward.bias = db.data();
+  fused_backward(slice, backward, parallel, aligned(more), false);
 
   std::vector<float> all;
-  for (const auto* part : {&maximum, &total, &moment, &target, &dh, &db})
+  for (const auto* part : {&maximum, &sum, &entropy_sum, &target, &dh, &db})
     all.insert(all.end(), part->begin(), part->end());
-  // Which place a candidate has depends on the threads; how many there are, and their sum in order, does not.
+  // The order of a row's candidates depends on the threads; their number and their sorted logits do not.
   for (int64_t i = 0; i < N; ++i) {
     std::sort(&logits[i * V], &logits[i * V] + found[i]);
     all.push_back(static_cast<float>(found[i]));

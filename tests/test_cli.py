@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import covgrpo_kernels
 from covgrpo_kernels import cli
 from covgrpo_kernels.grpo.config import TrainConfig
 
 SMALL = [
     *("--hidden-size", "64", "--layers", "1", "--task", "arithmetic", "--difficulty", "1", "--max-new-tokens", "4"),
-    *("--prompts-per-step", "2", "--group-size", "4", "--minibatch-prompts", "2", "--eval-problems", "4"),
+    *("--prompts-per-step", "2", "--group-size", "4", "--eval-problems", "4"),
     *("--warm-start-steps", "2", "--checkpoint-every", "2"),
 ]
 needs_extra = pytest.mark.skipif(
@@ -46,6 +47,12 @@ def test_help_is_light() -> None:
     assert all(name in result.stdout for name in ("train", "demo", "doctor"))
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        sys.exit(cli.main(["--version"]))
+    assert capsys.readouterr().out == f"covgrpo-kernels {covgrpo_kernels.__version__}\n"
+
+
 def test_every_option_of_a_run_is_an_option_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
@@ -59,7 +66,7 @@ def test_every_option_of_a_run_is_an_option_of_train(capsys: pytest.CaptureFixtu
     [
         (["--group-size", "1"], "group_size must be >= 2, got 1"),
         (["--lr", "0"], "lr must be > 0"),
-        (["--minibatch-prompts", "5"], "minibatch_prompts must divide"),
+        (["--inner-steps", "33"], "inner_steps must be at most prompts_per_step (32)"),
         (["--grad-tol", "tiny"], "grad_tol must be"),
     ],
 )
@@ -95,11 +102,20 @@ def test_train_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     out = tmp_path / "run"
     assert cli.main(["train", "--out", str(out), *SMALL, "--steps", "2"]) == 0
     assert {path.name for path in out.iterdir()} == {
-        *("config.json", "warm_start", "metrics.jsonl", "checkpoint.pt", "model", "report.png")
+        *("covgrpo_run.json", "warm_start", "metrics.jsonl", "checkpoint.pt", "model", "report.png")
     }
     assert cli.main(["train", "--out", str(out), *SMALL, "--steps", "3"]) == 0
-    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
-    capsys.readouterr()
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    shown = capsys.readouterr().out
+    assert f"{rows[0]['eval/accuracy']:.1%} at the start, {rows[-1]['eval/accuracy']:.1%} after 3 steps" in shown
+    assert f"{out}: model/ with its tokenizer, metrics.jsonl, report.png" in shown
+    assert "finished" not in shown
+    assert "CW-GRPO 3/3  reward 0.000  nothing to learn  " in shown  # of a policy that knows nothing
+    assert "Nothing was learnt: all responses of a group had the same reward" in shown
+    assert max(len(line) for line in shown.splitlines() if " left" in line) < 80
+    assert cli.main(["train", "--out", str(out), *SMALL, "--steps", "3"]) == 0
+    assert f"{out} holds a finished run of 3 steps; with more --steps it goes on." in capsys.readouterr().out
     assert cli.main(["train", "--out", str(out), *SMALL, "--steps", "3", "--lr", "0.5"]) == 2
     error = capsys.readouterr().err
     assert "--lr" in error
@@ -109,11 +125,12 @@ def test_train_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 @needs_extra
 def test_unusable_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "run")]
+    (tmp_path / "empty").mkdir()
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c"}\n')
     for arguments, message in (
         (["--data", str(tmp_path / "rows.jsonl")], "line 2: 'answer'"),
         (["--data", str(tmp_path / "none.jsonl")], "none.jsonl"),
-        (["--model", str(tmp_path)], f"model {tmp_path} cannot be loaded"),
+        (["--model", str(tmp_path / "empty")], "empty cannot be used"),
         (["--device", "abacus"], "device abacus"),
     ):
         assert cli.main(["train", *out, *SMALL, *arguments]) == 2
@@ -136,35 +153,72 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "CW-GRPO" in shown
     assert "report.png" in shown
     assert (out / "report.png").stat().st_size > 10_000
-    runs = [(out / name / "metrics.jsonl").read_text() for name in ("none", "covariance")]
+    runs = [(out / name / "metrics.jsonl").read_text() for name in ("grpo", "cw-grpo")]
     first = [json.loads(run.splitlines()[1]) for run in runs]
     for name in ("reward/mean", "response/tokens", "entropy"):
         assert first[0][name] == first[1][name]
-    assert json.loads((out / "none" / "config.json").read_text())["weighting"] == "none"
+    assert json.loads((out / "grpo" / "covgrpo_run.json").read_text())["weighting"] == "none"
     assert cli.main(arguments) == 0
     assert "CW-GRPO" in capsys.readouterr().out
-    assert [(out / name / "metrics.jsonl").read_text() for name in ("none", "covariance")] == runs
+    assert [(out / name / "metrics.jsonl").read_text() for name in ("grpo", "cw-grpo")] == runs
 
 
 @needs_extra
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_interrupt(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "options", "message"),
+    [
+        ("covgrpo_run.json", ["--warm-start-steps", "5000", "--warm-start-reward", "1"], "begins again: there is no"),
+        ("warm_start", ["--checkpoint-every", "5000"], "goes on after the warm start, which is in"),
+        ("checkpoint.pt", [], "goes on from the last checkpoint in"),
+    ],
+)
+def test_interrupt(tmp_path: Path, file: str, options: list[str], message: str) -> None:
+    """The command promises what is true: as soon as there is the file."""
     out = tmp_path / "run"
     process = subprocess.Popen(
-        command("train", "--out", str(out), *SMALL, "--steps", "5000"),
+        command("train", "--out", str(out), *SMALL, "--steps", "5000", *options),
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # even where tests ignore it
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    while process.poll() is None and not (out / "checkpoint.pt").exists():
+    while process.poll() is None and not (out / file).exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on" in error
+    assert f"interrupted; the same command {message}" in error
     assert "Traceback" not in error
+
+
+@needs_extra
+def test_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line that changes, of the same width every time."""
+    from covgrpo_kernels.grpo.progress import ProgressBar
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with ProgressBar("CW-GRPO", 0, 100_000) as progress:
+        for step in (1, 2, 99_999):
+            progress.update(step, "reward 0.123  entropy 1.234  " + 9 * "and more")
+    first, *shown = capsys.readouterr().out.split("\r")
+    assert first == ""
+    assert [len(line.rstrip("\n")) for line in shown] == [79] * 3
+    assert shown[-1].startswith("CW-GRPO 99999/100000  reward 0.123")
+
+
+@needs_extra
+def test_ten_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from covgrpo_kernels.grpo.progress import ProgressBar
+
+    with ProgressBar("GRPO", 0, 40) as progress, ProgressBar("GRPO", 0, 40, quiet=True) as quiet:
+        for step in range(1, 41):
+            progress.update(step, "reward 0.1")
+            quiet.update(step, "never shown")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == [f"{step}/40" for step in range(4, 41, 4)]
+    assert all(line.startswith("GRPO ") and line.endswith(" left") for line in lines)
 
 
 def test_doctor_is_wired(monkeypatch: pytest.MonkeyPatch) -> None:

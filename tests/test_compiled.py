@@ -48,18 +48,20 @@ def test_interpreted_kernels_are_refused() -> None:
 def test_growth_is_a_fault(key: str, change: int, message: str, architecture: str) -> None:
     table = copy.deepcopy(TABLE)
     assert not compiled.faults(table, TABLE)
-    table["fold"][architecture][key] += change
-    assert any(message in fault and f"fold on {architecture}" in fault for fault in compiled.faults(table, TABLE))
+    table["online softmax"][architecture][key] += change
+    assert any(
+        message in fault and f"online softmax on {architecture}" in fault for fault in compiled.faults(table, TABLE)
+    )
 
 
 def test_a_missing_instruction_or_kernel_is_a_fault() -> None:
     golden = copy.deepcopy(TABLE)
-    golden["fold"]["sm_90"]["wgmma.mma_async"] = 1
-    golden["another"] = golden["fold"]
-    del golden["grad to bf16"]["sm_80"]
+    golden["online softmax"]["sm_90"]["wgmma.mma_async"] = 1
+    golden["another"] = golden["online softmax"]
+    del golden["dlogits to bf16"]["sm_80"]
     assert compiled.faults(TABLE, golden) == [
-        "fold on sm_90: no wgmma.mma_async any more",
-        "grad to bf16 on sm_80: not in the committed table",
+        "online softmax on sm_90: no wgmma.mma_async any more",
+        "dlogits to bf16 on sm_80: not in the committed table",
         "another: no longer compiled",
     ]
 
@@ -76,13 +78,13 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-from covgrpo_kernels.tiles.triton.fold import fold_kernel
-from covgrpo_kernels.tiles.triton.grad import grad_kernel
+from covgrpo_kernels.kernels.triton.online_softmax import online_softmax_kernel
+from covgrpo_kernels.kernels.triton.dlogits import dlogits_kernel
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
 for kernel, names in (
-    (fold_kernel, ("maximum", "total", "moment", "target")),
-    (grad_kernel, ("maximum", "log_total", "at_target", "logprob_grad", "entropy_grad", "entropy")),
+    (online_softmax_kernel, ("maximum", "sums", "entropy_sum", "target")),
+    (dlogits_kernel, ("maximum", "log_sum", "at_target", "logprob_grad", "entropy_grad", "entropy")),
 ):
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
 
@@ -92,7 +94,7 @@ for kernel, names in (
         found = targets.int()
         arguments = dict.fromkeys(names, row) | dict(tile=tile, out=tile, targets=targets)
         arguments |= dict(bias=None, temperature=row, n_rows=rows, width=width, first=first, SCALE=1.0, CAP=None)
-        arguments |= dict(threshold=row, found=found, entries=found, logits=row, CAPACITY=64)
+        arguments |= dict(min_logits=row, found=found, vocab_ids=found, logits=row, CAPACITY=64)
         arguments |= dict(rows=targets, log_min_prob=0.0, TAILS=0, ENTROPY=True, B_R=1, B_C=1024)
         return bind(**{n: arguments[n] for n in kernel.arg_names})[1]
 
@@ -103,16 +105,61 @@ for kernel, names in (
     assert result.returncode == 0, result.stderr
 
 
+def test_a_batch_compiles_no_kernel_of_the_forward_anew() -> None:
+    """Whatever its number of tokens, of scored rows and of chunks, and wherever its tensors start."""
+    code = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from covgrpo_kernels.tiles.triton.collect import (
+    count_kernel, ends_kernel, limits_kernel, list_kernel, products_kernel,
+)
+from covgrpo_kernels.tiles.triton.forward import forward_kernel, merge_kernel
+from covgrpo_kernels.tiles.triton.select_rows import gather_rows_kernel, select_rows_kernel
+
+backend = make_backend(GPUTarget("cuda", 90, 32))
+of_the_batch = dict.fromkeys(("n_tokens", "first", "room", "splits"))
+of_the_model = dict(
+    depth=4096, vocab=128256, tiles=501, padded=4096, hidden_stride=4096, weight_stride=4096, row_stride=4096,
+    column_stride=1, ignore_index=-100,
+)
+matrices = ("hidden", "weight", "out", "vocab_ids", "logits")
+for kernel in (
+    select_rows_kernel, gather_rows_kernel, forward_kernel, merge_kernel, limits_kernel, count_kernel, ends_kernel,
+    list_kernel, products_kernel,
+):
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+
+    def key(number, offset, **model):
+        arguments = dict.fromkeys(of_the_batch, number) | of_the_model | model
+        for parameter in kernel.params:
+            if parameter.name == "bias":
+                arguments["bias"] = None
+            elif parameter.name in matrices:
+                arguments[parameter.name] = torch.empty(64, 64)
+            elif parameter.name not in arguments:
+                arguments[parameter.name] = 1 if parameter.is_constexpr else torch.empty(64)[offset:]
+        return bind(**{name: arguments[name] for name in kernel.arg_names})[1]
+
+    assert key(1, 1) == key(17, 3) == key(4096, 0) == key(0, 0), kernel
+    if "depth" in kernel.arg_names:
+        assert key(1, 1) != key(1, 1, depth=77), "the key tells nothing"
+"""
+    result = outside_the_interpreter(code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_search_is_made_only_when_it_is_asked_for() -> None:
     code = """
 from triton.runtime import Autotuner
-from covgrpo_kernels.tiles.triton import configs
-from covgrpo_kernels.tiles.triton.fold import fold_kernel
-from covgrpo_kernels.tiles.triton.grad import grad_kernel
-kernels = [fold_kernel, grad_kernel]
+from covgrpo_kernels.kernels.triton import configs
+from covgrpo_kernels.kernels.triton.online_softmax import online_softmax_kernel
+from covgrpo_kernels.kernels.triton.dlogits import dlogits_kernel
+kernels = [online_softmax_kernel, dlogits_kernel]
 print([isinstance(kernel, Autotuner) for kernel in kernels])
 if configs.AUTOTUNE:
-    for name, kernel in zip(("fold", "grad"), kernels):
+    for name, kernel in zip(("online_softmax", "dlogits"), kernels):
         assert [c.kwargs | {"num_warps": c.num_warps} for c in kernel.configs] == configs.SEARCH[name]
 """
     assert outside_the_interpreter(code, COVGRPO_AUTOTUNE="0").stdout.strip() == "[False, False]"

@@ -14,14 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from covgrpo_kernels import CovGRPOConfig, covgrpo_loss, linear_logprob, logprob, reference, tiles
+from covgrpo_kernels import CovGRPOConfig, covgrpo_loss, engines, kernels, linear_logprob, reference
+from covgrpo_kernels.kernels.interface import NO_MAX, VOCAB_BLOCK, Coefficients, LogitTransform, OnlineSoftmax, Tile
 from covgrpo_kernels.testing import ErrorBook, policy_head, random_batch, random_head, rms
-from covgrpo_kernels.tiles.interface import BLOCK, NO_MAX, Coefficients, Head, State
 
 if os.environ.get("COVGRPO_BUILD_CPP") == "1":
-    from covgrpo_kernels.tiles import cpp
+    from covgrpo_kernels.kernels import cpp
 else:
-    cpp = pytest.importorskip("covgrpo_kernels.tiles.cpp", reason="the C++ extension was not built")
+    cpp = pytest.importorskip("covgrpo_kernels.kernels.cpp", reason="the C++ extension was not built")
 
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 HERE = ISAS.index(cpp.isa())
@@ -34,7 +34,7 @@ F64 = torch.float64
 
 @pytest.fixture(autouse=True)
 def _on_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(tiles.VARIABLE, "cpp")
+    monkeypatch.setenv(kernels.VARIABLE, "cpp")
 
 
 @pytest.fixture(params=ISAS)
@@ -97,25 +97,27 @@ def test_loss_by_instruction_set(isa):
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 def test_exponential(isa, dtype):
-    """Of the gradient of a tile: p = exp(z) where maximum and log_total are zero and g is -1. Denormals become zero."""
+    """Of the gradient of a tile: p = exp(z) where maximum and log_sum are zero and g is -1. Denormals become zero."""
     x = -torch.rand(200, 1000, dtype=dtype) * 90
     x[0, :4] = torch.tensor([0.0, -1e-30, -87.3, -1e30], dtype=dtype)
-    zeros = torch.zeros(200, dtype=dtype)
     result = x.clone()
-    coefficients = Coefficients(zeros, zeros, zeros, zeros - 1, zeros, None)
-    cpp.grad(result, result, torch.full((200,), -1), 0, Head(1.0, None), None, None, coefficients)
+    coefficients = torch.zeros(4, 200, dtype=dtype)
+    coefficients[3] = -1
+    cpp.dlogits(
+        result, Tile(torch.full((200,), -1), 0, LogitTransform(), None, None), Coefficients(coefficients), result
+    )
     exact, eps = x.double().exp(), torch.finfo(dtype).eps
     assert ((result - exact).abs() <= 2 * eps * exact + torch.finfo(dtype).smallest_normal).all()
 
 
 def test_hyperbolic_tangent(isa):
-    """A softcap of 1 makes it the logit, which fold hands on where the target is."""
+    """A softcap of 1 makes it the logit, which the running softmax keeps where it is the target's."""
     x = torch.cat([torch.randn(20_000) * 10 ** torch.randn(20_000), torch.tensor([0.0, 0.6249999, 0.625, 1e30, -1e30])])
-    state = State.empty(len(x), torch.float32, torch.device("cpu"))
-    targets = torch.zeros(len(x), dtype=torch.int64)
-    cpp.fold(x.unsqueeze(1).clone(), state, targets, 0, Head(1.0, 1.0), None, None, False)
+    running = OnlineSoftmax.empty(len(x), torch.float32, torch.device("cpu"))
+    tile = Tile(torch.zeros(len(x), dtype=torch.int64), 0, LogitTransform(1.0, 1.0), None, None)
+    cpp.online_softmax_(x.unsqueeze(1).clone(), tile, running, False)
     exact = x.double().tanh()
-    assert ((state.target - exact).abs() <= 3 * torch.finfo(torch.float32).eps * exact.abs()).all()
+    assert ((running.target - exact).abs() <= 3 * torch.finfo(torch.float32).eps * exact.abs()).all()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_instruction_set_by_its_variable(value, error, monkeypatch):
         cpp.isa()
     with pytest.raises(ValueError, match=error):
         linear_logprob(torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1]))
-    assert ("cpp", True, f"used on CPUs: {error}") in tiles.backends()
+    assert ("cpp", True, f"used on CPUs: {error}") in kernels.report()
 
 
 @pytest.mark.skipif(HERE == 3, reason="the processor has all of them")
@@ -160,42 +162,41 @@ def test_bits_of_a_row_are_its_own(dtype, seed, tokens, depth):
 
 
 @pytest.mark.parametrize("dtype", OWN)
-@pytest.mark.parametrize("tile", [(1024, 2 * BLOCK), (16, BLOCK), (70, 2 * BLOCK)], ids=str)
-def test_bits_do_not_depend_on_threads_and_runs(dtype, tile, monkeypatch):
+@pytest.mark.parametrize("tile", [(1024, 2 * VOCAB_BLOCK), (16, VOCAB_BLOCK), (70, 2 * VOCAB_BLOCK)], ids=str)
+def test_bits_do_not_depend_on_threads_and_runs(dtype, tile):
     """Not even those of the gradients, for one tile: every sum has a fixed order."""
-    monkeypatch.setattr(logprob, "largest_tile", lambda depth, device: tile)
-    hidden, weight, targets = inputs(dtype, 150, 70, 3 * BLOCK + 5)
+    hidden, weight, targets = inputs(dtype, 150, 70, 3 * VOCAB_BLOCK + 5)
     results = []
     for count in (1, 2, 4, 2):
-        with threads(count):
+        with threads(count), engines.use(tile):
             results.append(scored(hidden, weight, targets))
     assert all(same_bits(results[0], other) for other in results[1:])
-    with monkeypatch.context() as patch:
-        patch.setattr(logprob, "largest_tile", lambda depth, device: (33, BLOCK))
+    with engines.use((33, VOCAB_BLOCK)):
         assert same_bits(results[0][:2], scored(hidden, weight, targets)[:2])
 
 
 @pytest.mark.parametrize("dtype", OWN)
 def test_bits_do_not_depend_on_where_the_vocabulary_is_cut(dtype):
-    hidden, weight, targets = inputs(dtype, 40, 33, 5 * BLOCK + 77)
+    hidden, weight, targets = inputs(dtype, 40, 33, 5 * VOCAB_BLOCK + 77)
 
-    def folded(*edges):
-        state = State.empty(40, torch.float32, torch.device("cpu"))
+    def cut_at(*edges):
+        running = OnlineSoftmax.empty(40, torch.float32, torch.device("cpu"))
         for a, b in itertools.pairwise(edges):
-            workspace = torch.empty(cpp.fold_products_bytes(40, b - a, 33, dtype), dtype=torch.uint8)
-            cpp.fold_products(hidden, weight[a:b], state, targets, a, Head(1.0, None), None, None, True, workspace)
-        return state
+            workspace = torch.empty(cpp.fused_forward_bytes(40, b - a, 33, dtype), dtype=torch.uint8)
+            tile = Tile(targets, a, LogitTransform(), None, None)
+            cpp.fused_forward(hidden, weight[a:b], tile, running, True, workspace)
+        return running
 
-    whole = folded(0, len(weight))
-    assert same_bits(whole, folded(0, BLOCK, 4 * BLOCK, len(weight)))
-    assert same_bits(whole, folded(*range(0, 6 * BLOCK, BLOCK), len(weight)))
+    whole = cut_at(0, len(weight))
+    assert same_bits(whole, cut_at(0, VOCAB_BLOCK, 4 * VOCAB_BLOCK, len(weight)))
+    assert same_bits(whole, cut_at(*range(0, 6 * VOCAB_BLOCK, VOCAB_BLOCK), len(weight)))
 
 
 @pytest.mark.parametrize("dtype", OWN)
 @pytest.mark.parametrize("entropy", [False, True])
 def test_memory_that_nobody_initialised(dtype, entropy):
     """PyTorch fills new memory with NaN: nothing of it reaches a result, though lanes and rows are padded."""
-    hidden, weight, targets = inputs(dtype, 70, 19, BLOCK + 51)
+    hidden, weight, targets = inputs(dtype, 70, 19, VOCAB_BLOCK + 51)
     options = dict(bias=torch.randn(len(weight)).to(dtype), temperature=0.7)
     plain = scored(hidden, weight, targets, **options)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -212,14 +213,15 @@ def test_memory_that_nobody_initialised(dtype, entropy):
 def test_gradient_of_the_head_is_rounded_once(dtype):
     """To the nearest, ties to even, of the very sums in float32 and times the scale; in one call or in two."""
     hidden, weight, targets = inputs(dtype, 48, 33, 130)
-    rows = [torch.randn(48) for _ in range(5)]
-    coefficients = Coefficients(rows[0].abs() + 9, *rows[1:], None)
+    coefficients = Coefficients(torch.randn(4, 48))
+    coefficients.packed[0].abs_().add_(9)
 
     def called(rows, weight_sum, add, weight_grad):
-        size = cpp.grad_products_bytes(rows.stop - rows.start, 130, 33, dtype, (False, True, False))
-        cpp.grad_products(
-            hidden[rows], weight, targets[rows], 0, Head(1.0, None), None, None, coefficients.rows(rows), None,
-            weight_sum, add, weight_grad, 0.25, None, torch.empty(size, dtype=torch.uint8), False,
+        size = cpp.fused_backward_bytes(rows.stop - rows.start, 130, 33, dtype, (False, True, False))
+        cpp.fused_backward(
+            hidden[rows], weight, Tile(targets[rows], 0, LogitTransform(), None, None), coefficients.take(rows),
+            hidden_sum=None, weight_sum=weight_sum, add_to_weight=add, weight_grad=weight_grad, weight_scale=0.25,
+            bias_sum=None, workspace=torch.empty(size, dtype=torch.uint8),
         )  # fmt: skip
 
     sums, once, twice = torch.empty(130, 33), torch.empty_like(weight), torch.empty_like(weight)
@@ -252,7 +254,7 @@ def laid_out(x: torch.Tensor, how: str) -> torch.Tensor:
 @pytest.mark.parametrize("which", ["hidden", "weight"])
 @pytest.mark.parametrize("dtype", OWN)
 def test_strides_and_addresses(dtype, which, how):
-    hidden, weight, targets = inputs(dtype, 37, 21, BLOCK + 9)
+    hidden, weight, targets = inputs(dtype, 37, 21, VOCAB_BLOCK + 9)
     plain = scored(hidden, weight, targets)
     changed = dict(hidden=hidden, weight=weight)
     changed[which] = laid_out(changed[which], how)
@@ -349,26 +351,27 @@ def test_pooled_errors_of_long_sums(dtype, tokens, depth, vocab):
 
 
 def test_what_would_be_a_write_out_of_bounds_is_refused():
-    tile, state = torch.zeros(3, 5), State.empty(2, torch.float32, torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="a tensor has another size"):
-        cpp.fold(tile, state, torch.zeros(3, dtype=torch.int64), 0, Head(1.0, None), None, None, False)
-    state = State.empty(3, F64, torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="a tensor has another dtype"):
-        cpp.fold(tile, state, torch.zeros(3, dtype=torch.int64), 0, Head(1.0, None), None, None, False)
-    assert (state.maximum == NO_MAX).all()
+    tile = Tile(torch.zeros(3, dtype=torch.int64), 0, LogitTransform(), None, None)
+    running = OnlineSoftmax.empty(2, torch.float32, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="another size"):
+        cpp.online_softmax_(torch.zeros(3, 5), tile, running, False)
+    running = OnlineSoftmax.empty(3, F64, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="another dtype"):
+        cpp.online_softmax_(torch.zeros(3, 5), tile, running, False)
+    assert (running.maximum == NO_MAX).all()
 
 
 @pytest.mark.skipif(HERE < 3, reason="needs AVX512-BF16")
 def test_a_small_workspace_is_refused(monkeypatch):
     hidden, weight, targets = inputs(torch.float32, 5, 8, 60)
-    state = State.empty(5, torch.float32, torch.device("cpu"))
-    arguments = (state, targets, 0, Head(1.0, None), None, None, False)
+    running = OnlineSoftmax.empty(5, torch.float32, torch.device("cpu"))
+    arguments = (hidden, weight, Tile(targets, 0, LogitTransform(), None, None), running, False)
     with pytest.raises(RuntimeError, match="the workspace is too small"):
-        cpp.fold_products(hidden, weight, *arguments, torch.empty(10, dtype=torch.uint8))
+        cpp.fused_forward(*arguments, torch.empty(10, dtype=torch.uint8))
     monkeypatch.setenv("COVGRPO_CPU_ISA", "avx512")
-    workspace = torch.empty(cpp.fold_products_bytes(5, 60, 8, torch.float32), dtype=torch.uint8)
+    workspace = torch.empty(cpp.fused_forward_bytes(5, 60, 8, torch.float32), dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="fused products need AVX512-BF16"):
-        cpp.fold_products(hidden, weight, *arguments, workspace)
+        cpp.fused_forward(*arguments, workspace)
 
 
 def test_a_build_that_is_asked_for_in_vain_is_an_error():

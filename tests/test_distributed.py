@@ -17,12 +17,13 @@ from covgrpo_kernels import (
     collectives,
     covariance_weights,
     covgrpo_loss,
-    distributed,
-    layout,
+    group_moments,
+    inputs,
+    kernels,
     linear_logprob,
-    logprob,
+    operators,
     reference,
-    tiles,
+    vocab_parallel,
 )  # fmt: skip
 from covgrpo_kernels.testing import ErrorBook, random_batch, rms, run_logprob, run_loss
 
@@ -241,7 +242,7 @@ def sliced_logprob(dtype, backend, seed, capped=True):
     edges = [*[0, 1100, 1100 + 513, 4000][:ranks], len(w)]
     here = slice(edges[rank], edges[rank + 1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(tiles.VARIABLE, backend)
+        patch.setenv(kernels.VARIABLE, backend)
         return run_logprob(
             linear_logprob, h, w[here], y, options["bias"][here], dtype=dtype, grad_tol=0.0, entropy=True,
             vocab_group=dist.group.WORLD, **{n: v for n, v in options.items() if n != "bias"},
@@ -302,7 +303,7 @@ def test_gradient_of_hidden_states_is_rounded_once():
     exact = run_logprob(reference.linear_logprob, h, w, y, dtype=F64, **options)["dhidden"]
     got = processes(4).run(sliced_logprob, torch.bfloat16, "eager", 0)[0]["dhidden"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(tiles.VARIABLE, "eager")
+        patch.setenv(kernels.VARIABLE, "eager")
         alone = run_logprob(linear_logprob, h, w, y, dtype=torch.bfloat16, grad_tol=0.0, entropy=True, **options)
     assert rms(got - exact) <= 1.01 * rms(alone["dhidden"] - exact)
 
@@ -403,7 +404,7 @@ def test_micro_batches_equal_the_whole(name):
 
 def test_micro_batches_have_the_bits_of_the_whole(monkeypatch):
     """Moments are made of the same tokens in the same order by the same sums."""
-    monkeypatch.setenv(tiles.VARIABLE, "eager")
+    monkeypatch.setenv(kernels.VARIABLE, "eager")
     for seed in range(20):
         batch = on_policy(seed, dtype=torch.float32, length=9)
         inputs = {n: batch[n] for n in ("advantages", "mask", "group_ids")}
@@ -452,7 +453,7 @@ def weights_of_rank(seed):
     inputs = {n: batch[n][mine] for n in ("advantages", "mask", "group_ids")}
     got = covariance_weights(batch["old_logprobs"][mine], **inputs, process_group=dist.group.WORLD)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(tiles.VARIABLE, "eager")
+        patch.setenv(kernels.VARIABLE, "eager")
         alone = covariance_weights(batch["old_logprobs"][mine], **inputs)
     return torch.equal(got, alone)
 
@@ -480,7 +481,7 @@ def test_moments_refuse_what_does_not_belong_together():
         GroupMoments.of(*inputs)
     with pytest.raises(TypeError, match="process_group must be a torch"):
         moments.reduce(None)
-    with pytest.raises(TypeError, match="moments must be GroupMoments"):
+    with pytest.raises(TypeError, match="moments must be a GroupMoments"):
         covariance_weights(*inputs, group_ids=batch["group_ids"], moments=1)
     with pytest.raises(ValueError, match="group_ids must be given where moments are"):
         covariance_weights(*inputs, moments=moments)
@@ -571,42 +572,42 @@ def two(cut):
 
 
 FAULTS = {
-    "sums of a rank": (two(rows_anywhere), Fault(collectives.all_sum, "SUM, group", "SUM, None")),
-    "maxima of a rank": (two(rows_by_id), Fault(collectives.all_max, "MAX, group", "MAX, None")),
-    "groups of a rank": (two(rows_anywhere), Fault(layout.flatten_tokens, "(before + torch", "(0 * before + torch")),
-    "responses counted by every rank": (two(columns), Fault(layout.Tokens.count_sequences, "// shared", "")),
+    "sums of a rank": (two(rows_anywhere), Fault(collectives.all_reduce_sum, "SUM, group", "SUM, None")),
+    "maxima of a rank": (two(rows_by_id), Fault(collectives.all_reduce_max, "MAX, group", "MAX, None")),
+    "groups of a rank": (two(rows_anywhere), Fault(inputs._consecutive_groups, "(before + torch", "(0 * before + torch")),
+    "responses counted by every rank": (two(columns), Fault(inputs.Tokens.count_sequences, "// ranks", "")),
     "responses of a rank": (
-        two(packed_tokens), Fault(layout.flatten_tokens, "reshape(-1), sequence_group", "reshape(-1)")
+        two(packed_tokens), Fault(inputs.flatten_tokens, "reshape(-1), sequence_group", "reshape(-1)")
     ),
     "denominator of a rank": (
-        two(packed_responses), Fault(layout.Tokens.count_valid, ", self.process_group", ", None")
+        two(packed_responses), Fault(inputs.Tokens.count_valid, ", self.process_group", ", None")
     ),
-    "target of the slice beside": (two(vocabulary), Fault(logprob.run_forward, "- vocabulary.first", "")),
+    "target of the slice beside": (two(vocabulary), Fault(vocab_parallel.VocabSlice.local_targets, "- self.first", "")),
     "gradient of a slice": (
-        two(vocabulary), Fault(logprob.run_backward, "all_sum(hidden_grad, vocabulary.group)", "hidden_grad")
+        two(vocabulary), Fault(operators.backward, "all_reduce_sum(hidden_grad, vocab_slice.group)", "hidden_grad")
     ),
     "gradient rounded before it is summed": (
         test_gradient_of_hidden_states_is_rounded_once,
-        Fault(logprob.run_backward, "needs, vocabulary is not None", "needs, False"),
+        Fault(operators.backward, "list(needs), vocab_slice is not None", "list(needs), False"),
     ),
-    "largest slice twice": (two(vocabulary), Fault(distributed.merge_results, ".scatter(0, lead, 0)", "")),
+    "largest slice twice": (two(vocabulary), Fault(vocab_parallel.merge_stats, ".scatter(0, lead, 0)", "")),
     "entropy without that of the slices": (
-        two(vocabulary), Fault(distributed.merge_results, "(entropy - log_share)", "(entropy - 0 * log_share)")
+        two(vocabulary), Fault(vocab_parallel.merge_stats, "(entropy - log_share)", "(entropy - 0 * log_share)")
     ),
     "the largest entry in the sum": (
         test_sure_tokens_keep_their_digits_where_slices_are_merged,
-        Fault(distributed.merge_results, "others.sum(0, keepdim=True)", "distance.exp().sum(0, keepdim=True) - 1"),
+        Fault(vocab_parallel.merge_stats, ".exp().scatter(0, lead, 0).sum(0, keepdim=True)", ".exp().sum(0, keepdim=True) - 1"),
     ),
     "dice of every rank": (
-        test_ranks_of_a_head_leave_out_the_same_rows, Fault(logprob.draw_chance, "dist.broadcast", "dict")
+        test_ranks_of_a_head_leave_out_the_same_rows, Fault(inputs._draw_uniform, "dist.broadcast", "dict")
     ),
     "responses of another micro-batch": (
         lambda: test_micro_batches_equal_the_whole("numel by response"),
-        Fault(distributed.GroupMoments.merge, "part.sequences + first", "part.sequences"),
+        Fault(group_moments.GroupMoments.merge, "part.sequences + first", "part.sequences"),
     ),
     "moments of a rank": (
         test_micro_batches_over_ranks_equal_the_whole,
-        Fault(distributed.GroupMoments.reduce, "self.weighting, process_group)", "self.weighting)"),
+        Fault(group_moments.GroupMoments.reduce, "self.weighting, process_group)", "self.weighting)"),
     ),
 }  # fmt: skip
 

@@ -17,7 +17,8 @@ import torch
 
 import covgrpo_kernels
 from bench import report
-from covgrpo_kernels import ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov, covgrpo_loss, logprob, loss
+from covgrpo_kernels import ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov, covgrpo_loss, loss
+from covgrpo_kernels.engines.tiling import WORKSPACE_BYTES
 
 try:
     import tomllib
@@ -27,10 +28,11 @@ except ImportError:  # Python 3.10
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "README.md"])
 README = (ROOT / "README.md").read_text()
-SOURCES = sorted(path for folder in ("covgrpo_kernels", "bench", "tests") for path in (ROOT / folder).rglob("*.py"))
+FOLDERS = ("covgrpo_kernels", "examples", "bench", "research", "tests")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 FILES = {
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*", ".ci/*", "csrc/*", "docs/*", "recipes/*", "covgrpo_kernels/**/*", "bench/**/*", "tests/**/*")
+    for pattern in ("*", ".ci/*", "csrc/*", "docs/*", *(f"{folder}/**/*" for folder in FOLDERS))
     for path in ROOT.glob(pattern)
     if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
 }
@@ -142,7 +144,7 @@ def test_public_names_are_mentioned() -> None:
 
 
 def test_workspace_figures() -> None:
-    cpu, gpu = (logprob.WORKSPACE_BYTES[kind] >> 20 for kind in ("cpu", "cuda"))
+    cpu, gpu = (WORKSPACE_BYTES[kind] >> 20 for kind in ("cpu", "cuda"))
     assert re.search(rf"at most {cpu} MiB on a CPU\s+and {gpu} MiB on a GPU", README)
 
 
@@ -259,24 +261,31 @@ def test_version_has_a_changelog_entry_with_a_line_on_numerics() -> None:
     assert not [version for version, entry in entries.items() if "\n- Numerics: " not in entry]
 
 
-def test_layers_import_only_what_is_below() -> None:
-    """The numbered list of CONTRIBUTING.md."""
+def _layers() -> dict[str, int]:
+    """Module or folder of the package -> number, by the list in CONTRIBUTING.md."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     layer: dict[str, int] = {}
     for number, item in re.findall(r"^(\d)\. (.*?)(?=^\d\. |^$)", text, re.M | re.S):
-        for path in re.findall(r"`covgrpo_kernels/([\w/]+)(?:\.py)?`", item):
-            layer[path.strip("/")] = int(number)
-    assert len(layer) >= 8
-    for source in sorted((ROOT / "covgrpo_kernels").rglob("*.py")):
-        name = source.relative_to(ROOT / "covgrpo_kernels").with_suffix("")
-        own = layer.get(name.parts[0])
-        if own is None:
+        for path in re.findall(r"`covgrpo_kernels/(\w+)(?:\.py|/)`", item):
+            assert path not in layer, f"{path} is in two layers"
+            layer[path] = int(number)
+    return layer
+
+
+def test_layers_import_only_what_is_below() -> None:
+    """The numbered list of CONTRIBUTING.md, which has every module; and within a function, too."""
+    layer, package = _layers(), ROOT / "covgrpo_kernels"
+    modules = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert layer.keys() == modules - {"__init__"}
+    for source in sorted(package.rglob("*.py")):
+        name = source.relative_to(package).with_suffix("").parts
+        if name == ("__init__",):
             continue
         for node in ast.walk(ast.parse(source.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == len(name.parts):
-                modules = [node.module] if node.module else [alias.name for alias in node.names]
-                higher = [m for m in modules if layer.get(m.split(".")[0], 9) < own]
-                assert not higher, f"{source.name} imports {higher}"
+            if isinstance(node, ast.ImportFrom) and node.level == len(name):  # from the package itself
+                imported = [node.module] if node.module else [alias.name for alias in node.names]
+                for other in {module.split(".")[0] for module in imported} & modules:
+                    assert layer[other] >= layer[name[0]], f"{source.relative_to(package)} imports {other}"
 
 
 def test_figures_are_those_of_the_benchmark() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from products import NoProducts
 from torch import Tensor
 
 from covgrpo_kernels import (
@@ -17,9 +19,9 @@ from covgrpo_kernels import (
     KLCov,
     covariance_weights,
     covgrpo_loss,
+    engines,
+    kernels,
     linear_logprob,
-    logprob,
-    tiles,
 )
 from covgrpo_kernels.testing import random_batch
 
@@ -80,8 +82,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def entered(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("work began before the arguments were checked")
 
-    monkeypatch.setattr(logprob, "_stream_forward", entered)
-    monkeypatch.setattr(tiles.select(torch.device("cpu")), "group_weights", entered)
+    monkeypatch.setattr(engines, "select", entered)
+    monkeypatch.setattr(kernels.select(torch.device("cpu")), "covariance_weights", entered)
 
 
 def test_no_work_notices_work(no_work: None) -> None:
@@ -393,11 +395,9 @@ def test_named_configurations_are_validated(make: Any) -> None:
 
 
 @pytest.fixture
-def no_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    def product(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a product was computed before the values were checked")
-
-    monkeypatch.setattr(logprob, "_mm", product)
+def no_products() -> Iterator[None]:
+    with engines.use(NoProducts()):
+        yield
 
 
 @pytest.mark.parametrize("bad", [-1, V, 2**40, -2])

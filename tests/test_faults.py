@@ -4,6 +4,8 @@ A fault names the function, what stands there and what is put in its place; if t
 follow, or this file is red itself.
 """
 
+import __future__
+
 import importlib.util
 import inspect
 import os
@@ -22,9 +24,10 @@ import test_plan
 import test_weights
 import torch
 
-from covgrpo_kernels import backward_plan, layout, logprob, objective, sparse_part, tiles, weighting
-from covgrpo_kernels.tiles import eager
-from covgrpo_kernels.tiles.interface import BLOCK
+from covgrpo_kernels import covariance, engines, inputs, kernels, objective, plan, segments, sparse
+from covgrpo_kernels.engines import chunked, collecting, streaming, tiling
+from covgrpo_kernels.kernels import eager
+from covgrpo_kernels.kernels.interface import VOCAB_BLOCK
 
 
 class Fault(NamedTuple):
@@ -34,13 +37,14 @@ class Fault(NamedTuple):
 
 
 def many_tiles(patch):
-    patch.setattr(logprob, "largest_tile", lambda depth, device: (4, BLOCK))
-    test_logprob.test_many_tiles_agree_with_the_reference("alternate", None)
+    with engines.use((4, VOCAB_BLOCK)):
+        test_logprob.test_many_tiles_agree_with_the_reference("alternate", None)
 
 
 def dense_tiles(patch):
-    patch.setattr(logprob, "largest_tile", lambda depth, device: (4, BLOCK))
-    test_logprob.test_many_tiles_agree_with_the_reference("all but the first", None)
+    patch.setattr(streaming, "_ROWS_AT_ONCE", 4)
+    with engines.use((4, VOCAB_BLOCK)):
+        test_logprob.test_many_tiles_agree_with_the_reference("all but the first", None)
 
 
 def sums_to_zero(patch):
@@ -48,7 +52,7 @@ def sums_to_zero(patch):
 
 
 def sure(patch):
-    test_logprob.test_sure_tokens_keep_their_digits(60.0, BLOCK, torch.float32)
+    test_logprob.test_sure_tokens_keep_their_digits(60.0, VOCAB_BLOCK, torch.float32)
 
 
 def uniform(patch):
@@ -60,7 +64,7 @@ def far(patch):
 
 
 def float16(patch):
-    test_logprob.test_small_coefficients_survive_float16(patch)
+    test_logprob.test_small_coefficients_survive_float16()
 
 
 def losses(patch):
@@ -92,7 +96,7 @@ def certificate(patch):
 
 
 def one_dlogits(patch):
-    test_plan.test_all_gradients_are_of_one_dlogits("all", torch.float64, "eager", patch)
+    test_plan.test_all_gradients_are_of_one_dlogits("all", torch.float64, "eager")
 
 
 def above_the_floor(patch):
@@ -112,37 +116,40 @@ def loose_certificate(patch):
 
 
 def skipping(patch):
-    test_plan.test_rows_without_coefficient_enter_no_product(patch)
+    test_plan.test_rows_without_coefficient_enter_no_product("eager")
 
 
 FAULTS = {
-    "last chunk skipped": (many_tiles, Fault(logprob._vocabulary_slices, "whole, vocab}", "whole}")),
+    "last chunk skipped": (many_tiles, Fault(tiling.vocab_slices, "whole, vocab}", "whole}")),
     "-1 at the target lost": (
-        sums_to_zero, Fault(eager.grad, "torch.where(here.unsqueeze(1)", "torch.where(here.unsqueeze(1) & False")
+        sums_to_zero, Fault(eager.dlogits, "torch.where(is_here.unsqueeze(1)", "torch.where(is_here.unsqueeze(1) & False")
     ),
-    "running sum not rescaled": (many_tiles, Fault(eager.fold, "s.copy_(w * s + ", "s.copy_(s + ")),
-    "lesser maximum forgotten": (many_tiles, Fault(eager.fold, "wb * sb + lesser)", "wb * sb)")),
-    "maximum kept in the sum": (sure, Fault(eager.fold, "e.masked_fill_(at_max, 0)", "ties.fill_(-1)")),
-    "ties dropped": (uniform, Fault(eager.fold, "e.sum(-1).add_(ties)", "e.sum(-1)")),
-    "entropy gradient without H": (many_tiles, Fault(eager.grad, "log_p.add_(entropy)", "log_p")),
-    "softcap's slope lost": (many_tiles, Fault(eager.grad, "dz.mul_(slope)", "pass")),
+    "running sum not rescaled": (many_tiles, Fault(eager.online_softmax_, "s.copy_(w * s + ", "s.copy_(s + ")),
+    "lesser maximum forgotten": (many_tiles, Fault(eager.online_softmax_, "wb * sb + lesser)", "wb * sb)")),
+    "maximum kept in the sum": (sure, Fault(eager.online_softmax_, "e.masked_fill_(at_max, 0)", "ties.fill_(-1)")),
+    "ties dropped": (uniform, Fault(eager.online_softmax_, "e.sum(-1).add_(ties)", "e.sum(-1)")),
+    "entropy gradient without H": (many_tiles, Fault(eager.dlogits, "log_p.add_(coefficients.entropy.unsqueeze(1))", "log_p")),
+    "softcap's slope lost": (many_tiles, Fault(eager.dlogits, "dz.mul_(softcap_slope)", "pass")),
     "int32 offset": (
         far,
         Fault(
-            logprob._stream_forward, "weight[a:b]",
-            "weight.as_strided((b - a, weight.shape[1]), weight.stride(), a * weight.stride(0) % 2**31)",
+            chunked._slice_of_head, "rows.weight[a:b]",
+            "rows.weight.as_strided((b - a, rows.depth), rows.weight.stride(), a * rows.weight.stride(0) % 2**31)",
         ),
     ),
     "rows moved in the wrong order": (
         dense_tiles,
-        Fault(logprob._spread_rows_, "reversed(range(0, len(chosen), block))", "range(0, len(chosen), block)"),
+        Fault(
+            streaming._scatter_in_place,
+            "reversed(range(0, len(index), _ROWS_AT_ONCE))", "range(0, len(index), _ROWS_AT_ONCE)",
+        ),
     ),
     "coefficients rounded as they are": (
-        float16, Fault(logprob._stream_backward, ".clamp(-100, 100)", " * 0")
+        float16, Fault(streaming._to_unit_scale, ".clamp(-100, 100)", " * 0")
     ),
     "KL under the mask": (
         losses,
-        Fault(layout.flatten_floats, ".where(valid, 0)", ""),
+        Fault(inputs.flatten_floats, ".where(valid, 0)", ""),
         Fault(objective.policy_objective, "config.beta * total(share * kl)", "config.beta * (share.amax() * kl).sum()"),
     ),
     "KL weighted": (
@@ -152,68 +159,73 @@ FAULTS = {
     "weights from the wrong group": (
         weights,
         Fault(
-            eager.weights_of_moments, "scopes.spread(factor)", "scopes.spread(factor.roll(1))",
+            covariance.weights_from_moments,
+            "scopes.gather(moments.normalizer)", "scopes.gather(moments.normalizer.roll(1))",
         ),
     ),
     "means of the wrong group": (
-        weights, Fault(layout.Segments.spread, "value[self.segment]", "value[(self.segment + 1) % self.bound]")
+        weights, Fault(segments.Segments.gather, "value[self.segment]", "value[(self.segment + 1) % self.bound]")
     ),
     "normaliser counts padding": (
         losses,
         Fault(objective._token_shares, "lengths = _count(valid, ", "lengths = _count(torch.ones_like(valid), "),
     ),
     "empty sequences counted": (
-        losses, Fault(layout.Tokens.count_sequences, "> 0).sum()", ">= 0).sum()")
+        losses, Fault(inputs.Tokens.count_sequences, "> 0).sum()", ">= 0).sum()")
     ),
-    "noise taken for variance": (no_variance, Fault(eager.scope_moments, "variance <= noise.square()", "variance < 0")),
+    "noise taken for variance": (no_variance, Fault(covariance.scope_moments, "variance <= noise.square()", "variance < 0")),
     "NaN weight under the mask": (
-        poisoned, Fault(eager.weights_of_moments, "scopes.spread(factor)).where(valid, 0)", "scopes.spread(factor))")
+        poisoned, Fault(covariance.weights_from_moments,
+            "kernel.where(valid, 0) * scopes.gather(moments.normalizer)).where(valid, 0)",
+            "kernel * scopes.gather(moments.normalizer))",)
     ),
     "clip on the wrong side": (
-        losses, Fault(objective.policy_objective, "within * a < ratio * a", "within * a > ratio * a")
+        losses, Fault(objective.policy_objective, "within * a < policy_ratio * a", "within * a > policy_ratio * a")
     ),
     "KL-Cov without its penalty's sign": (kl_cov, Fault(objective.policy_objective, "gap.sign()", "gap.sign().abs()")),
     "bandwidth taken for a constant": (
         differentiated,
-        Fault(weighting.group_weights_grad, "scopes.spread(dvariance * 2 / n)", "0 * scopes.spread(dvariance)"),
+        Fault(covariance.covariance_weights_grad,
+            "scopes.gather(dvariance * 2 / n)", "0 * scopes.gather(dvariance)",),
     ),
     "tolerance ignored": (
-        certificate, Fault(backward_plan.plan_backward, "<= grad_tol**2 * total", "<= 0.05 * total")
+        certificate, Fault(plan._within_budget, "<= grad_tol**2 * total", "<= 0.05 * total")
     ),
     "tolerance not used": (
-        certificate, Fault(backward_plan.plan_backward, "<= grad_tol**2 * total", "<= 0.0 * total")
+        certificate, Fault(plan._within_budget, "<= grad_tol**2 * total", "<= 0.0 * total")
     ),
     "sparse rows without the entropy": (
-        certificate, Fault(backward_plan.sparse_rows, "+ entropy_grad.unsqueeze(1)", "+ 0 * entropy_grad.unsqueeze(1)")
+        certificate, Fault(sparse.sparse_entries, "+ entropy_grad.unsqueeze(1)", "+ 0 * entropy_grad.unsqueeze(1)")
     ),
-    "tails dropped": (certificate, Fault(sparse_part.SparsePart.__init__, "= rows.tail", "= 0 * rows.tail")),
-    "tail of another size": (certificate, Fault(sparse_part.SparsePart.__init__, "(1 / total)", "(2 / total)")),
+    "tails dropped": (certificate, Fault(sparse.SparseGradient.__init__, "= entries.tail *", "= 0 * entries.tail *")),
+    "tail of another size": (certificate, Fault(sparse.SparseGradient.__init__, "(min_prob / mass)", "(2 * min_prob / mass)")),
     "target twice in the tail": (
         loose_certificate, Fault(eager.tail_probabilities, "p.scatter_(1, column", "p.scatter_(1, 0 * column")
     ),
     "dW of the slice beside": (
-        one_dlogits, Fault(logprob._stream_backward, "sparse.touched[touched] -", "sparse.touched[touched].flip(0) -")
+        one_dlogits, Fault(sparse.SparseGradient.weight_rows, "self.touched_ids[a:b] -", "self.touched_ids[a:b].flip(0) -")
     ),
-    "tail not in the bias": (one_dlogits, Fault(logprob._stream_backward, "of_tail * with_tail.bias", "0 * of_tail")),
-    "thresholds too high": (above_the_floor, Fault(logprob._stream_forward, "math.log(floor)", "math.log(floor) + 2")),
-    "candidates of one tile": (above_the_floor, Fault(eager._add_candidates, "+ so_far[row]", "")),
+    "tail not in the bias": (one_dlogits, Fault(chunked._bias_sum, "+ tails.bias_counts @", "+ 0 * tails.bias_counts @")),
+    "thresholds too high": (above_the_floor, Fault(collecting.CandidateCollector.__init__, "math.log(min_prob)", "math.log(min_prob) + 2")),
+    "candidates of one tile": (above_the_floor, Fault(eager._collect, "+ found[row]", "")),
     "lost candidates not noticed": (
-        overflow, Fault(backward_plan.plan_backward, "kept.found <= CAPACITY", "kept.found >= 0")
+        overflow, Fault(plan.plan_backward, "candidates.found <= candidates.capacity", "candidates.found >= 0")
     ),
     "kept rows not reweighted": (
-        unbiased, Fault(backward_plan._keep_at_random, "(1 / probability)", "(0 * probability + 1)")
+        unbiased, Fault(plan._drop_at_random, "(1 / probability)", "(0 * probability + 1)")
     ),
     "all but the largest left to chance": (
-        unbiased, Fault(backward_plan._keep_at_random, "c = c.amax()", "c = 4 * c.amax()")
+        unbiased, Fault(plan._drop_at_random, "c = c.amax()", "c = 4 * c.amax()")
     ),
     "dead rows computed": (
-        skipping, Fault(logprob._stream_backward, "plan.dense.nonzero()", "torch.ones_like(plan.dense).nonzero()")
+        skipping, Fault(streaming._dense_index,
+            "plan.dense.index_fill(0, sparse.tail_rows, False)", "torch.ones_like(plan.dense)",)
     ),
 }  # fmt: skip
 
 
 class KernelFault(NamedTuple):
-    module: str  # of covgrpo_kernels.tiles.triton
+    module: str  # of covgrpo_kernels.kernels.triton
     old: str
     new: str
 
@@ -252,20 +264,20 @@ KERNEL_FAULTS = {
 
 def apply_to_kernels(fault: KernelFault, patch: pytest.MonkeyPatch, folder: Path) -> None:
     """A copy of the whole backend with the fault in it takes the backend's place."""
-    package = importlib.import_module("covgrpo_kernels.tiles.triton")
+    package = importlib.import_module("covgrpo_kernels.kernels.triton")
     source = Path(package.__file__).parent
     for path in source.glob("*.py"):
         (folder / path.name).write_text(path.read_text())
     changed = folder / f"{fault.module}.py"
     assert fault.old in changed.read_text(), f"{fault.old!r} is no longer in {changed.name}"
     changed.write_text(changed.read_text().replace(fault.old, fault.new))
-    name = "covgrpo_kernels.tiles.faulty"
+    name = "covgrpo_kernels.kernels.faulty"
     for module in [module for module in sys.modules if module.startswith(name)]:
         del sys.modules[module]
     spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
     faulty = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(faulty)
-    patch.setattr(tiles, "_import", lambda name: faulty)
+    patch.setattr(kernels, "_import", lambda name: faulty)
 
 
 @pytest.fixture
@@ -273,7 +285,7 @@ def interpreted(monkeypatch):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("the kernels are compiled here")
-    monkeypatch.setenv(tiles.VARIABLE, "triton")
+    monkeypatch.setenv(kernels.VARIABLE, "triton")
 
 
 @pytest.mark.parametrize("name", KERNEL_FAULTS)
@@ -296,7 +308,10 @@ def apply(fault: Fault, patch: pytest.MonkeyPatch) -> None:
     assert fault.old in source, f"{fault.old!r} is no longer in {function.__qualname__}"
     module = sys.modules[function.__module__]
     scope: dict = {}
-    exec(compile(source.replace(fault.old, fault.new), inspect.getfile(function), "exec"), vars(module), scope)
+    code = compile(
+        source.replace(fault.old, fault.new), inspect.getfile(function), "exec", __future__.annotations.compiler_flag
+    )
+    exec(code, vars(module), scope)
     *owner, _ = function.__qualname__.split(".")
     holder = vars(module)[owner[0]] if owner else module
     changed = scope[function.__name__]
@@ -308,7 +323,7 @@ def apply(fault: Fault, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_turns_the_suite_red(name, monkeypatch):
-    monkeypatch.setenv(tiles.VARIABLE, "eager")
+    monkeypatch.setenv(kernels.VARIABLE, "eager")
     check, *faults = FAULTS[name]
     for fault in faults:
         apply(fault, monkeypatch)
@@ -318,7 +333,7 @@ def test_fault_turns_the_suite_red(name, monkeypatch):
 
 @pytest.mark.parametrize("check", list(dict.fromkeys(check for check, *_ in FAULTS.values())), ids=lambda c: c.__name__)
 def test_the_same_checks_are_green_without_a_fault(check, monkeypatch):
-    monkeypatch.setenv(tiles.VARIABLE, "eager")
+    monkeypatch.setenv(kernels.VARIABLE, "eager")
     check(monkeypatch)
 
 
@@ -339,27 +354,31 @@ ABOVE = "test_plan.py::test_every_entry_above_the_floor_is_kept"
 CPP_FAULTS = {
     "candidates of the lane beside": (
         f"{ABOVE}[cpp-dtype0]",
-        CppFault("products.h", "candidates.add(lanes.first + lane,", "candidates.add(lanes.first + (lane ^ 1),"),
+        CppFault("fused.h", "candidates.add(lanes.first + lane,", "candidates.add(lanes.first + (lane ^ 1),"),
     ),
     "candidates of a tile numbered from zero": (
         f"{ABOVE}[portable-dtype1]",
         CppFault("tiles.h", "candidates.add(r, tile.first + o + c", "candidates.add(r, o + c"),
     ),
     "target in the tail": (
-        "test_plan.py::test_tail_of_the_backends_own_products",
-        CppFault("products.h", "here || !(z < floors)", "!(z < floors)"),
+        "test_cpp_tails.py::test_tails",
+        CppFault("fused.h", "is_target || !(z < min_logits)", "!(z < min_logits)"),
     ),
     "probable entries in the tail": (
-        "test_plan.py::test_tail_of_the_backends_own_products",
-        CppFault("products.h", "here || !(z < floors)", "here"),
+        "test_cpp_tails.py::test_tails",
+        CppFault("fused.h", "is_target || !(z < min_logits)", "is_target"),
+    ),
+    "tail of the wrong lanes": (
+        "test_cpp_tails.py::test_tails",
+        CppFault("fused.h", "is_tail ? 1 : vector;", "is_tail ? 0 : vector;"),
     ),
     "tail counted once in the bias": (
         ONE_DLOGITS,
-        CppFault("products.h", "if (has_tail) counted[0] *= g.tail.bias;", ""),
+        CppFault("fused.h", "is_tail ? dz * bias_counts : dz", "dz"),
     ),
     "addend of another row": (
         ONE_DLOGITS,
-        CppFault("products.h", "g.addend + row * depth", "g.addend + 0 * depth"),
+        CppFault("fused.h", "g.addend + addend_row * depth", "g.addend + 0 * depth"),
     ),
     "sparse sums not from zero": (
         "test_plan.py::test_sparse_product",
@@ -383,21 +402,21 @@ CPP_FAULTS = {
     ),
     "lanes without a token take part": (
         "test_cpp.py::test_bad_bias",
-        CppFault("products.h", "lanes.load(g.maximum, INFINITY)", "lanes.load(g.maximum, 0)"),
+        CppFault("fused.h", "tokens.load(g.coefficients.maximum, INFINITY)", "tokens.load(g.coefficients.maximum, 0)"),
     ),
-    "ties dropped": (UNIFORM.format("cpp"), CppFault("products.h", "larger(sums.ties - 1.0F, F32{})", "F32{}")),
+    "ties dropped": (UNIFORM.format("cpp"), CppFault("fused.h", "larger(sums.ties - 1.0F, F32{})", "F32{}")),
     "ties dropped from a tile": (
         UNIFORM.format("portable"),
-        CppFault("tiles.h", "sum_of<T>(sums.total) + ties", "sum_of<T>(sums.total)"),
+        CppFault("tiles.h", "sum_of<T>(sums.sum) + ties", "sum_of<T>(sums.sum)"),
     ),
     "maximum kept in the sum": (SURE, CppFault("softmax.h", "at_maximum ? zero : e;", "e;")),
-    "lesser maximum forgotten": (MANY_TILES.format("portable"), CppFault("softmax.h", "b.total + lesser;", "b.total;")),
+    "lesser maximum forgotten": (MANY_TILES.format("portable"), CppFault("softmax.h", "b.sum + lesser;", "b.sum;")),
     "target of another slice": (
         MANY_TILES.format("cpp"),
-        CppFault("products.h", "s.targets[lanes.first + i] - s.first - row", "s.targets[lanes.first + i] - row"),
+        CppFault("fused.h", "s.targets[tokens.first + i] - s.first - row", "s.targets[tokens.first + i] - row"),
     ),
     "entropy gradient without H": (MANY_TILES.format("portable"), CppFault("softmax.h", "(log_p + entropy)", "log_p")),
-    "softcap's slope lost": (MANY_TILES.format("cpp"), CppFault("products.h", "dz *= 1.0F - t * t;", "")),
+    "softcap's slope lost": (MANY_TILES.format("cpp"), CppFault("fused.h", "dz *= 1.0F - t * t;", "")),
     "softcap's slope lost from a tile": (MANY_TILES.format("portable"), CppFault("tiles.h", "dz *= 1 - t * t;", "")),
     "exponential": ("test_cpp.py::test_exponential", CppFault("vectors.h", "1.6666665459e-1F", "1.6667665459e-1F")),
     "tanh near zero": (
@@ -410,19 +429,19 @@ CPP_FAULTS = {
     ),
     "order of threads": (
         "test_cpp.py::test_bits_do_not_depend_on_where_the_vocabulary_is_cut",
-        CppFault("products.h", "SEGMENT = 1024", "SEGMENT = 1536"),
+        CppFault("softmax.h", "VOCAB_BLOCK = 1024", "VOCAB_BLOCK = 1536"),
     ),
     "variance about zero": (
         GROUPS.format("paper"),
-        CppFault("group_weights.h", "(c - mean_c) * (c - mean_c)", "c * c"),
+        CppFault("covariance_weights.h", "(c - mean_c) * (c - mean_c)", "c * c"),
     ),
     "noise taken for variance": (
         "test_weights.py::test_no_variance_means_one",
-        CppFault("group_weights.h", "variance <= noise * noise", "variance < 0"),
+        CppFault("covariance_weights.h", "variance <= noise * noise", "variance < 0"),
     ),
     "sequence of the first token": (
         GROUPS.format("author"),
-        CppFault("group_weights.h", "how.means[how.sequence[t]]", "how.means[how.sequence[0]]"),
+        CppFault("covariance_weights.h", "how.means[how.sequence[t]]", "how.means[how.sequence[0]]"),
     ),
 }
 
@@ -460,8 +479,8 @@ def run_with_fault(fault: CppFault, test: str, folder: Path) -> subprocess.Compl
 
 @pytest.fixture
 def own_products():
-    cpp = pytest.importorskip("covgrpo_kernels.tiles.cpp", reason="the C++ extension was not built")
-    if not cpp.multiplies(torch.float32):
+    cpp = pytest.importorskip("covgrpo_kernels.kernels.cpp", reason="the C++ extension was not built")
+    if not cpp.can_multiply(torch.float32):
         pytest.skip("needs AVX512-BF16")
 
 

@@ -4,7 +4,7 @@ targets that cannot be checked without a sync. (The modules with the fixture `ba
 import pytest
 import torch
 
-from covgrpo_kernels import CovarianceWeighting, CovGRPOConfig, covgrpo_loss, doctor, linear_logprob, reference, tiles
+from covgrpo_kernels import CovarianceWeighting, CovGRPOConfig, covgrpo_loss, doctor, kernels, linear_logprob, reference
 from covgrpo_kernels.testing import policy_head, random_batch, random_head, rms, run_logprob
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +28,7 @@ def bf16_batch(seed=0, device=CUDA, **sizes):
 
 
 def test_kernels_are_used():
-    assert tiles.select(CUDA).__name__ == "covgrpo_kernels.tiles.triton"
+    assert kernels.select(CUDA).__name__ == "covgrpo_kernels.kernels.triton"
 
 
 @pytest.mark.parametrize("check", doctor.CHECKS.values(), ids=doctor.CHECKS)
@@ -41,7 +41,7 @@ def test_numbers(check, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_small_case_of_each_kernel(dtype):
     """With everything on, sizes that divide nothing; what the checkers of memory and races run."""
-    from covgrpo_kernels.tiles.triton.forward import forward
+    from covgrpo_kernels.kernels.triton.forward import forward
 
     head = on_gpu(random_head(0, 37, 40, 2100, bias=True))
     options = dict(softcap=20.0, logit_scale=1.5, temperature=torch.linspace(0.5, 2, 37, device=CUDA))
@@ -51,7 +51,7 @@ def test_a_small_case_of_each_kernel(dtype):
         loss_bits(bf16_batch(groups=2, length=9, vocab=300), config=CovGRPOConfig(weighting=weighting))
     hidden, weight, bias = (head[n].to(dtype) for n in ("hidden", "weight", "bias"))
     settings = dict(scale=1.5, softcap=20.0, entropy=True)
-    x = forward(hidden, weight, bias, head["targets"], options["temperature"].float(), **settings).results().logprob
+    x = forward(hidden, weight, bias, head["targets"], options["temperature"].float(), **settings)[0][0]
     exact, _ = reference.linear_logprob(
         hidden.double(), weight.double(), head["targets"], bias=bias.double(), **options
     )
@@ -153,12 +153,12 @@ def test_compiled_training_step():
 
 
 def test_another_number_of_tokens_compiles_no_kernel():
-    from covgrpo_kernels.tiles.triton.fold import fold_kernel
+    from covgrpo_kernels.kernels.triton.online_softmax import online_softmax_kernel
 
     head = on_gpu(policy_head(2, 517, 64, 5000))
     inputs = [head[n] for n in ("hidden", "weight", "targets")]
     linear_logprob(*inputs)
-    known = sum(len(cache[0]) for cache in fold_kernel.device_caches.values())
+    known = sum(len(cache[0]) for cache in online_softmax_kernel.device_caches.values())
     for tokens in (516, 512, 33, 1):
         linear_logprob(inputs[0][:tokens].contiguous(), inputs[1], inputs[2][:tokens].contiguous())
-    assert sum(len(cache[0]) for cache in fold_kernel.device_caches.values()) == known
+    assert sum(len(cache[0]) for cache in online_softmax_kernel.device_caches.values()) == known

@@ -52,7 +52,6 @@ TINY = TrainConfig(
     group_size=8,
     max_new_tokens=4,
     inner_steps=2,
-    minibatch_prompts=2,
     checkpoint_every=2,
     eval_every=2,
     eval_problems=8,
@@ -265,6 +264,8 @@ def random_model(family: str, tokenizer: transformers.PreTrainedTokenizerFast) -
         "gpt_neox": lambda: transformers.GPTNeoXConfig(**common),
         "phi": lambda: transformers.PhiConfig(**common),  # its head has a bias
         "gpt2": lambda: transformers.GPT2Config(**common),  # its positions are absolute
+        "mamba": lambda: transformers.MambaConfig(**common),  # a state in place of keys and values
+        "jamba": lambda: transformers.JambaConfig(**common, attn_layer_period=2, attn_layer_offset=1),  # both
     }[family]()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -274,7 +275,7 @@ def random_model(family: str, tokenizer: transformers.PreTrainedTokenizerFast) -
     return model.eval()
 
 
-FAMILIES = ["qwen2", "llama", "gemma2", "granite", "cohere", "gpt_neox", "phi", "gpt2"]
+FAMILIES = ["qwen2", "llama", "gemma2", "granite", "cohere", "gpt_neox", "phi", "gpt2", "mamba", "jamba"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -357,7 +358,7 @@ def test_end_of_sequence(policy: Policy) -> None:
 
 def test_sampling_stops_when_all_have_ended(policy: Policy) -> None:
     eos = int(policy.eos_ids[0])
-    with scripted(policy, [[eos, eos]]):
+    with scripted(policy, [[eos] * 4]):
         batch = sample(policy, ["ab", "c"], 2, max_new_tokens=9, temperature=1.0)
     assert batch.mask.shape == (4, 1)
 
@@ -427,7 +428,7 @@ def gradients(config: TrainConfig, policy: Policy, reference: Policy | None) -> 
 def test_accumulation_is_exact(policy: Policy, loss_type: str, weighting: str) -> None:
     whole = dataclasses.replace(
         TINY, loss_type=loss_type, weighting=weighting, beta=0.1, entropy_coef=0.01, grad_tol="0",
-        minibatch_prompts=None, inner_steps=1, max_new_tokens=6, max_grad_norm=1e9,
+        inner_steps=1, max_new_tokens=6, max_grad_norm=1e9,
     )  # fmt: skip
     reference = new_policy(64, 2, seed=1, device=CPU)
     want, reported = gradients(whole, policy, reference)
@@ -439,35 +440,43 @@ def test_accumulation_is_exact(policy: Policy, loss_type: str, weighting: str) -
         assert in_parts[name] == pytest.approx(reported[name], rel=1e-4, abs=1e-6), name
 
 
-def test_minibatches_are_whole_groups_and_cover_the_batch(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are numbered by their advantages; the loss sees every group once in each round."""
-    config = dataclasses.replace(TINY, prompts_per_step=6, minibatch_prompts=2, inner_steps=6)
+@pytest.mark.parametrize("microbatch", [None, 1, 2])
+def test_minibatches_are_whole_groups_and_cover_the_batch(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, microbatch: int | None
+) -> None:
+    """Rows are numbered by their advantages; the loss sees every group once. Three steps on seven groups: shares that
+    are as equal as can be."""
+    config = dataclasses.replace(TINY, prompts_per_step=7, inner_steps=3, microbatch_prompts=microbatch)
     seen: list[list[int]] = []
+    normalizers: list[int] = []
 
-    rows = torch.arange(48.0)
-    batch = encode_solutions(policy, [str(i) for i in range(48)], ["1"] * 48)
-    data = training.Rollout(batch, rows, rows.unsqueeze(1).expand(48, 2), None)
+    rows = torch.arange(56.0)
+    batch = encode_solutions(policy, [str(i) for i in range(56)], ["1"] * 56)
+    data = training.Rollout(batch, rows, rows.unsqueeze(1).expand(56, 2), None)
     real = training.covgrpo_loss
 
     def record(*head: torch.Tensor, **arguments: torch.Tensor) -> object:
         seen.append(arguments["advantages"].long().tolist())
+        normalizers.append(arguments["normalizer"])
         assert torch.equal(arguments["advantages"], arguments["old_logprobs"][:, 0])
         return real(*head, **(arguments | {"old_logprobs": None}))
 
     monkeypatch.setattr(training, "covgrpo_loss", record)
     optimizer = torch.optim.SGD(copy.deepcopy(policy).model.parameters(), lr=0.0)
     training.update(1, data, policy, optimizer, config, torch.Generator().manual_seed(0))
-    assert len(seen) == 6
-    for minibatch in seen:
-        for group in (minibatch[:8], minibatch[8:]):
+    sizes = {None: [3, 2, 2], 1: [1] * 7, 2: [2, 1, 2, 2]}[microbatch]
+    assert [len(part) for part in seen] == [8 * size for size in sizes]
+    assert sorted(normalizers) == sorted({None: [24, 16, 16], 1: [24] * 3 + [16] * 4, 2: [24, 24, 16, 16]}[microbatch])
+    for part in seen:
+        for group in (part[i : i + 8] for i in range(0, len(part), 8)):
             assert group == list(range(group[0], group[0] + 8))
             assert group[0] % 8 == 0
-    for rounds in (seen[:3], seen[3:]):
-        assert sorted(row for minibatch in rounds for row in minibatch) == list(range(48))
+    assert sorted(row for part in seen for row in part) == list(range(56))
+    assert [part[0] for part in seen] != sorted(part[0] for part in seen)  # shuffled
 
 
 def test_first_inner_step_has_ratio_one(policy: Policy) -> None:
-    config = dataclasses.replace(TINY, inner_steps=1, minibatch_prompts=None)
+    config = dataclasses.replace(TINY, inner_steps=1)
     _, reported = gradients(config, policy, None)
     assert reported["ratio/mean"] == pytest.approx(1, abs=1e-5)
     assert reported["ratio/max"] == pytest.approx(1, abs=1e-5)
@@ -475,7 +484,7 @@ def test_first_inner_step_has_ratio_one(policy: Policy) -> None:
 
 
 def test_kl_is_to_the_starting_policy(policy: Policy) -> None:
-    config = dataclasses.replace(TINY, inner_steps=1, minibatch_prompts=None, beta=0.5)
+    config = dataclasses.replace(TINY, inner_steps=1, beta=0.5)
     _, same = gradients(config, policy, copy.deepcopy(policy))
     assert abs(same["kl"]) < 1e-6
     _, other = gradients(config, policy, new_policy(64, 2, seed=1, device=CPU))
@@ -486,7 +495,7 @@ def test_learns(tmp_path: Path) -> None:
     """From a policy that is right now and then to one that mostly is."""
     data = tmp_path / "dice.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": str(i), "answer": "ab"[i % 7 == 0]}) for i in range(70)))
-    changes = dict(data=str(data), prompts_per_step=16, minibatch_prompts=16, eval_every=0, checkpoint_every=100)
+    changes = dict(data=str(data), prompts_per_step=16, eval_every=0, checkpoint_every=100)
     train(tiny(tmp_path / "out", steps=20, warm_start_steps=12, **changes))
     rewards = [row["reward/mean"] for row in metrics(tmp_path / "out")[1:]]
     assert 0.1 < sum(rewards[:3]) / 3 < 0.3
@@ -512,7 +521,7 @@ def test_a_run_leaves(uninterrupted: Path) -> None:
     assert timed["seconds/rollout"] > 0
     assert timed["seconds/update"] > 0
     assert (uninterrupted / "report.png").read_bytes()[:4] == b"\x89PNG"
-    assert not list(uninterrupted.rglob("*.tmp"))
+    assert not list(uninterrupted.rglob("*tmp"))
     model = transformers.AutoModelForCausalLM.from_pretrained(uninterrupted / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(uninterrupted / "model")
     state = torch.load(uninterrupted / "checkpoint.pt", weights_only=True)
@@ -583,9 +592,7 @@ def test_a_crash_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         if countdown[0] == 0:
             raise Killed
 
-    real_replace, real_fsync, real_save, real_line = (
-        os.replace, os.fsync, torch.save, checkpoint.MetricsFile.append,
-    )  # fmt: skip
+    real_replace, real_fsync, real_save, real_line = os.replace, os.fsync, torch.save, training.append_metrics
 
     def replace(*arguments: object) -> None:
         tick()
@@ -604,20 +611,20 @@ def test_a_crash_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             raise
         real_save(state, file)
 
-    def append(self: checkpoint.MetricsFile, row: dict) -> None:
+    def append(path: Path, row: dict) -> None:
         try:
             tick()
         except Killed:
-            self._file.write(checkpoint._line(row)[:-9])
-            self._file.flush()
+            with open(path, "ab") as file:
+                file.write(checkpoint._line(row)[:-9])
             raise
-        real_line(self, row)
+        real_line(path, row)
 
     monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(torch, "save", save)
-    monkeypatch.setattr(checkpoint.MetricsFile, "append", append)
-    monkeypatch.setattr(training, "save_report", lambda runs, path: None)  # slow, and the last write of all
+    monkeypatch.setattr(training, "append_metrics", append)
+    monkeypatch.setattr(training, "save_report", lambda run, runs: None)  # slow, and the last write of all
     options = {"steps": 3, "warm_start_steps": 5, "eval_problems": 1, "inner_steps": 1}
     train(tiny(tmp_path / "whole", **options))
     want = metrics(tmp_path / "whole")
@@ -635,6 +642,7 @@ def test_a_crash_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             break
         countdown[0] = 0
         train(tiny(out, **options))
+        assert not list(out.rglob("*.covgrpo-tmp")), k
         assert metrics(out) == want, k
         state = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
         assert all(torch.equal(state[name], weights[name]) for name in weights), k
@@ -702,7 +710,7 @@ def test_every_weighting_resumes(tmp_path: Path, weighting: str) -> None:
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "mamba"])
 def test_training_a_saved_model(tmp_path: Path, family: str) -> None:
     tokenizer = byte_tokenizer()
     random_model(family, tokenizer).save_pretrained(tmp_path / "start")
@@ -750,8 +758,9 @@ def test_log_probs_of_the_warm_start(policy: Policy) -> None:
         ("weighting", "cov", ValueError),
         ("loss_type", "ppo", ValueError),
         ("hidden_size", 96, ValueError),
-        ("minibatch_prompts", 3, ValueError),
-        ("microbatch_prompts", 7, ValueError),
+        ("inner_steps", 5, ValueError),
+        ("microbatch_prompts", 0, ValueError),
+        ("warm_start_reward", 1.5, ValueError),
         ("grad_tol", "small", ValueError),
         ("grad_tol", "-1", ValueError),
         ("grad_tol", "nan", ValueError),

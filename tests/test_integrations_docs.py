@@ -1,6 +1,7 @@
 """docs/integrations.md: its functions do within each framework's call what the reference does, and its options exist.
 `test_docs.py` runs every snippet."""
 
+import ast
 import re
 import sys
 from types import ModuleType, SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from processes import processes
 
+import covgrpo_kernels
 from covgrpo_kernels import covgrpo_loss, reference
 from covgrpo_kernels.testing import random_batch
 
@@ -51,6 +53,29 @@ def expected(logprobs, advantages, mask, groups):
 def close(ours, theirs):
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), theirs, rtol=8 * EPS, atol=0)
+
+
+# -------------------------------------------------------------------------------------------------------- imports
+
+
+def imported(file):
+    """(module, name) of what a file of the package imports from the package, the module relative to it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            above = ["covgrpo_kernels", "integrations"][: 3 - node.level] if node.level else []
+            yield from ((".".join([*above, *filter(None, [node.module])]), alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((test_docs.ROOT / "covgrpo_kernels" / "integrations").glob("*.py")), ids=lambda file: file.name
+)
+def test_integrations_use_public_names(file):
+    for module, name in imported(file):
+        if module.split(".")[0] == "covgrpo_kernels" and not module.startswith("covgrpo_kernels.integrations"):
+            assert module == "covgrpo_kernels", f"{file.name} imports {module}"
+            assert name in covgrpo_kernels.__all__, f"{file.name} imports {name}"
 
 
 # ----------------------------------------------------------------------------------------------------- Accelerate

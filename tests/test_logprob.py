@@ -1,6 +1,7 @@
 """Numbers of `linear_logprob`: against float64 and eager PyTorch, at the edges of chunks, for sure tokens."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -8,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from covgrpo_kernels import linear_logprob, logprob, reference, tiles
+from covgrpo_kernels import engines, kernels, linear_logprob, reference
+from covgrpo_kernels.kernels.interface import VOCAB_BLOCK, Coefficients, LogitTransform, OnlineSoftmax, Tile
 from covgrpo_kernels.testing import ErrorBook, bounds, check_draw, policy_head, random_head, rms, run_logprob
-from covgrpo_kernels.tiles.interface import BLOCK, Coefficients, Head, State
 
 pytestmark = pytest.mark.usefixtures("backend")
 DEVICE = torch.device("cpu")
@@ -24,9 +25,10 @@ OPTIONS = {
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles() -> Iterator[None]:
     """Tiles of 4 rows and one block: every test shape has several of both."""
-    monkeypatch.setattr(logprob, "largest_tile", lambda depth, device: (4, BLOCK))
+    with engines.use((4, VOCAB_BLOCK)):
+        yield
 
 
 def three_ways(head: dict, dtype: torch.dtype, **options) -> tuple[dict, dict, dict]:
@@ -56,24 +58,27 @@ def test_pooled_errors(dtype, options):
     book.check(dtype)
 
 
-edges = st.sampled_from([1, 2, 3, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 3])
+edges = st.sampled_from([1, 2, 3, VOCAB_BLOCK - 1, VOCAB_BLOCK, VOCAB_BLOCK + 1, 2 * VOCAB_BLOCK, 2 * VOCAB_BLOCK + 3])
 
 
 @given(
     st.integers(0, 2**31), st.sampled_from([0, 1, 2, 3, 4, 5, 9]), st.sampled_from([0, 1, 3, 17]), edges,
     st.sampled_from(DTYPES), st.sampled_from([0.1, 1.0, 10.0, 100.0]), st.booleans(),
     st.sampled_from(list(OPTIONS.values())),
-    st.sampled_from([(4, BLOCK), (1024, 2 * BLOCK), (1, BLOCK), (3, 2 * BLOCK)]),
+    st.sampled_from([(4, VOCAB_BLOCK), (1024, 2 * VOCAB_BLOCK), (1, VOCAB_BLOCK), (3, 2 * VOCAB_BLOCK)]),
 )  # fmt: skip
 def test_any_shape(seed, tokens, depth, vocab, dtype, std, bias, options, tile):
     """Shapes around the edges of tiles, empty ones included, flat to extreme logits."""
     head = random_head(seed, tokens, depth, vocab, std=std, bias=bias)
     head["hidden"] = head["hidden"].clamp(-100, 100)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logprob, "largest_tile", lambda depth, device: tile)
+    with engines.use(tile):
         ours, eager_, oracle = three_ways(head, dtype, grad_tol=0.0, **options)
     rounded = {n: v.to(dtype).double() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in head.items()}
     bound = bounds(**rounded, dtype=dtype, **options)
+    for name, exact in oracle.items():
+        is_finite = exact.to(ours[name].dtype).isfinite()
+        assert ours[name].isfinite()[is_finite].all(), name
+        assert eager_[name].isfinite()[~ours[name].isfinite()].logical_not().all(), name
     keep = [n for n in oracle if oracle[n].isfinite().all() and eager_[n].isfinite().all()]
     check_draw(ours, eager_, {n: oracle[n] for n in keep}, bound)
 
@@ -84,8 +89,7 @@ def test_any_shape(seed, tokens, depth, vocab, dtype, std, bias, options, tile):
     ids=[*OPTIONS, "ignore_index", "per token"],
 )
 @pytest.mark.parametrize("outputs", ["logprob", "entropy", "both"])
-def test_gradcheck(outputs, options, monkeypatch):
-    monkeypatch.setattr(logprob, "largest_tile", lambda depth, device: (3, BLOCK))
+def test_gradcheck(outputs, options, small_tiles):
     head = random_head(0, 4, 3, 7, bias=True)
     targets = torch.tensor([0, 3, 6, 2])
 
@@ -100,7 +104,7 @@ def test_gradcheck(outputs, options, monkeypatch):
 @pytest.mark.parametrize("live", ["alternate", "all but the first", "all"])
 def test_many_tiles_agree_with_the_reference(live, small_tiles):
     """Row blocks and vocabulary slices that don't divide anything, rows without a coefficient among them."""
-    head = random_head(1, 23, 6, 3 * BLOCK + 77, std=3.0, bias=True)
+    head = random_head(1, 23, 6, 3 * VOCAB_BLOCK + 77, std=3.0, bias=True)
     dead = {"alternate": slice(0, None, 2), "all but the first": slice(0, 1), "all": slice(0, 0)}[live]
     head["logprob_grad"][dead] = 0
     head["entropy_grad"][dead] = 0
@@ -116,14 +120,15 @@ def test_many_tiles_agree_with_the_reference(live, small_tiles):
 
 def folded(logits, targets, widths):
     logits, targets = logits.to(DEVICE), targets.to(DEVICE)
-    state = State.empty(len(logits), logits.dtype, DEVICE)
+    running = OnlineSoftmax.empty(len(logits), logits.dtype, DEVICE)
     first = 0
     for width in widths:
-        tile = logits[:, first : first + width].clone()
-        tiles.select(DEVICE).fold(tile, state, targets, first, Head(1.0, None), None, None, True)
+        products = logits[:, first : first + width].clone()
+        tile = Tile(targets, first, LogitTransform(), None, None)
+        kernels.select(DEVICE).online_softmax_(products, tile, running, True)
         first += width
     assert first == logits.shape[1]
-    return torch.stack(state.results()).cpu()
+    return running.stats().packed.cpu()
 
 
 @given(
@@ -133,17 +138,20 @@ def folded(logits, targets, widths):
     st.integers(0, 99),
 )
 def test_same_logits_same_bits_however_they_are_cut(seed, rows, blocks, rest):
-    """Given equal logits, any chunking in multiples of the fold's block folds to equal bits."""
+    """Given equal logits, any chunking in multiples of VOCAB_BLOCK gives equal bits."""
     g = torch.Generator().manual_seed(seed)
-    vocab = sum(blocks) * BLOCK + rest
+    vocab = sum(blocks) * VOCAB_BLOCK + rest
     logits = torch.randn(rows, vocab, generator=g) * 5
     targets = torch.randint(0, vocab, (rows,), generator=g)
     tail = [rest] if rest else []
-    one_by_one = folded(logits, targets, [BLOCK] * sum(blocks) + tail)
-    assert torch.equal(one_by_one, folded(logits, targets, [b * BLOCK for b in blocks] + tail))
-    assert torch.equal(one_by_one, folded(logits, targets, [sum(blocks) * BLOCK, *tail]))
+    one_by_one = folded(logits, targets, [VOCAB_BLOCK] * sum(blocks) + tail)
+    assert torch.equal(one_by_one, folded(logits, targets, [b * VOCAB_BLOCK for b in blocks] + tail))
+    assert torch.equal(one_by_one, folded(logits, targets, [sum(blocks) * VOCAB_BLOCK, *tail]))
     each = torch.cat(
-        [folded(r, t, [sum(blocks) * BLOCK, *tail]) for r, t in zip(logits.split(1), targets.split(1), strict=True)],
+        [
+            folded(r, t, [sum(blocks) * VOCAB_BLOCK, *tail])
+            for r, t in zip(logits.split(1), targets.split(1), strict=True)
+        ],
         1,
     )
     assert torch.equal(one_by_one, each)
@@ -155,7 +163,7 @@ def test_gradient_of_a_tile_in_the_dtype_of_its_product(dtype, options, backend)
     """Written to another tile, or to the same one, and rounded once: at most half an epsilon more than in float64.
     (The interpreter cuts bfloat16 off instead of rounding it.)"""
     g = torch.Generator().manual_seed(0)
-    head = Head(options.get("scale", 1.0), options.get("softcap"))
+    transform = LogitTransform(options.get("scale", 1.0), options.get("softcap"))
     products, bias = torch.randn(37, 700, generator=g) * 3, torch.randn(700, generator=g)
     temperature, targets = torch.rand(37, generator=g) + 0.5, torch.randint(0, 1400, (37,), generator=g)
     coefficients = [torch.randn(37, generator=g), torch.randn(37, generator=g) if options.get("entropy") else None]
@@ -164,15 +172,15 @@ def test_gradient_of_a_tile_in_the_dtype_of_its_product(dtype, options, backend)
         def there(x):
             return None if x is None else x.to(DEVICE, accumulator)
 
-        arguments = (targets.to(DEVICE), 300, head, there(bias), there(temperature))
-        state = State.empty(37, accumulator, torch.device(DEVICE))
-        ops = tiles.select(DEVICE)
-        ops.fold(there(products).clone(), state, *arguments, True)
-        results = state.results()
-        results = results._replace(logprob=results.logprob.nan_to_num(nan=-3.0))  # of targets elsewhere
-        tile = there(products).clone()
-        out = tile if out_dtype == accumulator else torch.empty_like(tile, dtype=out_dtype)
-        ops.grad(tile, out, *arguments, Coefficients.of(results, *(there(c) for c in coefficients)))
+        tile = Tile(targets.to(DEVICE), 300, transform, there(bias), there(temperature))
+        running = OnlineSoftmax.empty(37, accumulator, torch.device(DEVICE))
+        ops = kernels.select(DEVICE)
+        ops.online_softmax_(there(products).clone(), tile, running, True)
+        stats = running.stats()
+        stats.packed[0].nan_to_num_(nan=-3.0)  # of targets elsewhere
+        z = there(products).clone()
+        out = z if out_dtype == accumulator else torch.empty_like(z, dtype=out_dtype)
+        ops.dlogits(z, tile, Coefficients.of(stats, *(there(c) for c in coefficients)), out)
         return out.double().cpu()
 
     exact, inputs = gradient(F64, F64), gradient(torch.float32, torch.float32)
@@ -189,17 +197,17 @@ def exponent_roundings(gap):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
-@pytest.mark.parametrize("position", [0, BLOCK - 1, BLOCK, 2 * BLOCK + 6])
+@pytest.mark.parametrize("position", [0, VOCAB_BLOCK - 1, VOCAB_BLOCK, 2 * VOCAB_BLOCK + 6])
 @pytest.mark.parametrize("gap", [0.0, 1.0, 10.0, 17.0, 25.0, 60.0, 85.0])
 def test_sure_tokens_keep_their_digits(gap, position, dtype):
     """One logit stands ``gap`` over equal others: -log1p(s) and the entropy have a closed form, and neither may
     cancel (lse - sum p z in float32 is all noise below an entropy of 1e-5)."""
-    vocab = 2 * BLOCK + 7
+    vocab = 2 * VOCAB_BLOCK + 7
     logits = torch.zeros(2, vocab, dtype=dtype)
     logits[:, position] = gap
     logits += 30.0
     other = (position + 1) % vocab
-    x, h, _, _ = folded(logits, torch.tensor([position, other]), [2 * BLOCK, 7])
+    x, h, _, _ = folded(logits, torch.tensor([position, other]), [2 * VOCAB_BLOCK, 7])
     s = (vocab - 1) * math.exp(-gap)
     entropy = math.log1p(s) + s * gap / (1 + s)
     few = (12 + exponent_roundings(gap)) * torch.finfo(dtype).eps
@@ -226,7 +234,7 @@ def test_gradient_of_sure_tokens_keeps_its_digits():
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 def test_rows_of_dlogits_sum_to_zero(dtype, options, small_tiles):
     """With the identity as head, dhidden is dL/dz; before softcap's slope its rows sum to zero."""
-    vocab, options = BLOCK + 40, {n: v for n, v in options.items() if n != "softcap"}
+    vocab, options = VOCAB_BLOCK + 40, {n: v for n, v in options.items() if n != "softcap"}
     hidden = (torch.randn(9, vocab, dtype=dtype) * 6).requires_grad_()
     x, h = linear_logprob(
         hidden, torch.eye(vocab, dtype=dtype), torch.arange(9) * 100, entropy=True, grad_tol=0.0, **options
@@ -236,7 +244,7 @@ def test_rows_of_dlogits_sum_to_zero(dtype, options, small_tiles):
     assert (hidden.grad.sum(1).abs() <= few * hidden.grad.abs().sum(1)).all()
 
 
-@given(st.integers(0, 2**31), st.sampled_from(DTYPES), st.sampled_from([7, BLOCK + 5]))
+@given(st.integers(0, 2**31), st.sampled_from(DTYPES), st.sampled_from([7, VOCAB_BLOCK + 5]))
 def test_vocabulary_order_is_nothing(seed, dtype, vocab):
     head = random_head(seed, 6, 8, vocab, std=4.0, bias=True)
     order = torch.randperm(vocab, generator=torch.Generator().manual_seed(seed))
@@ -270,9 +278,9 @@ def test_a_row_alone_is_the_row_in_its_batch(seed, tokens, dtype):
 
 def test_suppressed_entries():
     """-inf in the bias takes an entry out: of blocks in part or whole, without a NaN; a row of nothing is NaN."""
-    vocab = 3 * BLOCK + 5
+    vocab = 3 * VOCAB_BLOCK + 5
     bias = torch.full((vocab,), -torch.inf)
-    allowed = torch.tensor([3, 2 * BLOCK + 1, 2 * BLOCK + 9])
+    allowed = torch.tensor([3, 2 * VOCAB_BLOCK + 1, 2 * VOCAB_BLOCK + 9])
     bias[allowed] = torch.randn(3)
     hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)
     targets = allowed[[0, 1, 2, 0]]
@@ -289,25 +297,30 @@ def test_suppressed_entries():
 
 def test_equal_logits_are_uniform():
     """Every entry is a maximum: the ties but one belong to the sum, in every block."""
-    vocab = 2 * BLOCK + 11
-    x, h = linear_logprob(torch.zeros(3, 4), torch.randn(vocab, 4), torch.tensor([0, BLOCK, vocab - 1]), entropy=True)
+    vocab = 2 * VOCAB_BLOCK + 11
+    x, h = linear_logprob(
+        torch.zeros(3, 4), torch.randn(vocab, 4), torch.tensor([0, VOCAB_BLOCK, vocab - 1]), entropy=True
+    )
     assert x.tolist() == pytest.approx([-math.log(vocab)] * 3, rel=3e-7, abs=0)
     assert h.tolist() == pytest.approx([math.log(vocab)] * 3, rel=3e-7, abs=0)
 
 
-def test_small_coefficients_survive_float16(monkeypatch):
+def test_small_coefficients_survive_float16():
     """A loss averaged over 1e6 tokens has entries of dZ below float16's smallest. Where the products take float16
     operands (a GPU; here that is played), dZ must not lose them when it is rounded."""
 
-    def mm(a, b, out, *, add=False):
-        out.copy_(a.float() @ b.float() + (out if add else 0))
+    class Float16Operands(engines.Chunked):
+        def operand_dtype(self, rows):
+            return rows.dtype
 
-    monkeypatch.setattr(logprob, "_gemm_dtype", lambda x: x.dtype)
-    monkeypatch.setattr(logprob, "_mm", mm)
+        def multiply_(self, a, b, out, *, add=False):
+            out.copy_(a.float() @ b.float() + (out if add else 0))
+
     head = random_head(3, 40, 16, 300)
     head |= dict(logprob_grad=head["logprob_grad"] * 1e-7, entropy_grad=None)
     head["hidden"] = head["hidden"] * 100
-    ours, _, oracle = three_ways(head, torch.float16, grad_tol=0.0)
+    with engines.use(Float16Operands(kernels.select(torch.device("cpu")))):
+        ours, _, oracle = three_ways(head, torch.float16, grad_tol=0.0)
     error = rms(ours["dweight"].double() - oracle["dweight"])
     assert error <= torch.finfo(torch.float16).eps * rms(oracle["dweight"]) + 2.0**-25
 
@@ -327,7 +340,7 @@ def test_coefficients_of_any_size(size):
 def test_offsets_beyond_32_bits():
     """Rows of a weight that start more than 2^31 entries into its storage; most of that is never touched."""
     depth, stride = 8, 1 << 17
-    vocab = (1 << 14) + 3 * BLOCK
+    vocab = (1 << 14) + 3 * VOCAB_BLOCK
     weight = torch.from_numpy(np.zeros((vocab, stride), dtype=np.float32))[:, :depth]
     last = vocab - 2
     assert last * weight.stride(0) > 2**31

@@ -18,7 +18,7 @@ from covgrpo_kernels import (
     linear_logprob,
     reference,
 )  # fmt: skip
-from covgrpo_kernels.layout import Segments
+from covgrpo_kernels.segments import Segments
 from covgrpo_kernels.testing import ErrorBook, random_batch, rms, run_loss
 
 pytestmark = pytest.mark.usefixtures("backend")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import pickle
 import threading
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from products import Shapes, recorded_products
 from torch import Tensor, nn
 
 from covgrpo_kernels import (
@@ -23,14 +23,11 @@ from covgrpo_kernels import (
     covariance_weights,
     covgrpo_loss,
     linear_logprob,
-    logprob,
     reference,
-    tiles,
 )
-from covgrpo_kernels.backward_plan import Kept, plan_backward
-from covgrpo_kernels.layout import flatten_tokens
+from covgrpo_kernels.inputs import flatten_tokens
+from covgrpo_kernels.plan import BackwardPlan, min_probability
 from covgrpo_kernels.testing import check_draw, leaf, random_batch, random_head, rl_head, rms, run_logprob
-from covgrpo_kernels.tiles.interface import Head, Results
 from covgrpo_kernels.weighting import weighting_scopes
 
 pytestmark = [
@@ -106,50 +103,11 @@ def assert_rounding(ours: dict[str, Tensor], expected: dict[str, Tensor], *names
         assert error <= 64 * EPS64 * max(size, 1e-3), f"{name}: {error:.2e} of {size:.2e}"
 
 
-class Products:
-    """What `_mm`, or a backend that multiplies itself, was asked for: shapes of the operands, in order."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-        real = logprob._mm
-
-        def mm(a: Tensor, b: Tensor, out: Tensor, **options: Any) -> None:
-            self.shapes.append((tuple(a.shape), tuple(b.shape)))
-            real(a, b, out, **options)
-
-        monkeypatch.setattr(logprob, "_mm", mm)
-        own = tiles.select(torch.device("cpu"))
-        if not own.multiplies(torch.float32):
-            return
-        fold, grad = own.fold_products, own.grad_products
-        keywords = inspect.signature(grad)
-
-        def fold_products(hidden: Tensor, weight: Tensor, *rest: Any) -> None:
-            (n, d), v = hidden.shape, len(weight)
-            self.shapes.append(((n, d), (d, v)))
-            fold(hidden, weight, *rest)
-
-        def grad_products(*arguments: Any) -> None:
-            given = keywords.bind(*arguments).arguments
-            (n, d), v = given["hidden"].shape, len(given["weight"])
-            self.shapes.append(((n, d), (d, v)))
-            if given["hidden_sum"] is not None:
-                self.shapes.append(((n, v), (v, d)))
-            if given["weight_sum"] is not None or given["weight_grad"] is not None:
-                self.shapes.append(((v, n), (n, d)))
-            grad(*arguments)
-
-        monkeypatch.setattr(own, "fold_products", fold_products)
-        monkeypatch.setattr(own, "grad_products", grad_products)
-
-    def take(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        shapes, self.shapes = self.shapes, []
-        return shapes
-
-
 @pytest.fixture
-def products(backend: str, monkeypatch: pytest.MonkeyPatch) -> Products:
-    return Products(monkeypatch)
+def products(backend: str, request: pytest.FixtureRequest) -> Iterator[Shapes]:
+    """Shapes of the products that the backend makes, of the test's parameter ``dtype`` if it has one."""
+    with recorded_products(request.node.callspec.params.get("dtype", torch.float32)) as shapes:
+        yield shapes
 
 
 # -------------------------------------------------------------------------------------------------- opcheck
@@ -174,8 +132,8 @@ def operands(name: str, dtype: torch.dtype, requires_grad: bool) -> tuple[Any, .
 @pytest.mark.parametrize("grad_tol", [0.0, 5e-3])
 def test_opcheck_forward(name: str, dtype: torch.dtype, grad_tol: float) -> None:
     """Schema, autograd registration, fake against real, AOT dispatch with dynamic shapes."""
-    op = torch.ops.covgrpo.linear_logprob
-    arguments = (*operands(name, dtype, True), OPTIONS[name]["entropy"], -100, grad_tol, True, None)
+    op = torch.ops.covgrpo.head_forward
+    arguments = (*operands(name, dtype, False), OPTIONS[name]["entropy"], -100, min_probability(grad_tol))
     torch.library.opcheck(op, arguments, rtol=0.0, atol=0.0)
 
 
@@ -185,34 +143,42 @@ def test_opcheck_forward(name: str, dtype: torch.dtype, grad_tol: float) -> None
 def test_opcheck_backward(name: str, needs: list[bool], live: str) -> None:
     arguments = operands(name, torch.bfloat16, False)
     with torch.no_grad():
-        output = torch.ops.covgrpo.linear_logprob(*arguments, True, -100, 0.0, True, None)
+        packed, notes = torch.ops.covgrpo.head_forward(*arguments, True, -100, 0.0)
     valid = arguments[3] != -100
     rows = {"all": valid, "some": valid & (torch.arange(7) % 3 != 0), "none": valid & False}[live]
     g = torch.linspace(-1, 1, 7) * rows
     e = g.flip(0) * rows if OPTIONS[name]["entropy"] else None
-    op = torch.ops.covgrpo.linear_logprob_backward
-    plan = [rows, torch.zeros_like(rows), torch.zeros(0, dtype=torch.int64), torch.zeros((), dtype=torch.float64)]
-    torch.library.opcheck(
-        op, (*arguments, list(output[:4]), list(output[4:]), g, e, plan, 0.0, needs), rtol=0.0, atol=0.0
-    )
+    op = torch.ops.covgrpo.head_backward
+    plan = list(BackwardPlan.all_dense(rows))
+    torch.library.opcheck(op, (*arguments, packed, notes, g, e, plan, 0.0, needs, False), rtol=0.0, atol=0.0)
 
 
 def test_opcheck_backward_with_sparse_rows(backend: str) -> None:
     head = rl_head(0, 64, 16, 600)
     g, e = head["logprob_grad"], head["entropy_grad"]
     arguments = (head["hidden"], head["weight"], None, head["targets"], None, 1.0, None)
-    output = torch.ops.covgrpo.linear_logprob(*arguments, True, -100, 5e-3, True, None)
-    results, kept = Results(*output[:4]), Kept(*output[4:])
-    plan = plan_backward(results, kept, head["targets"], g, e, Head(1.0, None), None, 5e-3)
-    assert plan.sparse.any()
-    op = torch.ops.covgrpo.linear_logprob_backward
-    given = (*arguments, list(results), list(kept), g, e, plan.tensors(), 5e-3, [True, True, False])
-    torch.library.opcheck(op, given, rtol=0.0, atol=0.0)
+    min_prob = min_probability(5e-3)
+    packed, notes = torch.ops.covgrpo.head_forward(*arguments, True, -100, min_prob)
+    planning = (*arguments, packed, notes, g, e, 5e-3, None)
+    torch.library.opcheck(torch.ops.covgrpo.plan_backward, planning, rtol=0.0, atol=0.0)
+    plan = torch.ops.covgrpo.plan_backward(*planning)
+    assert BackwardPlan(*plan).sparse.any()
+    given = (*arguments, packed, notes, g, e, plan, min_prob, [True, True, False], False)
+    torch.library.opcheck(torch.ops.covgrpo.head_backward, given, rtol=0.0, atol=0.0)
+
+
+def test_opcheck_plan_of_the_unbiased_mode() -> None:
+    arguments = operands("all", torch.bfloat16, False)
+    packed, notes = torch.ops.covgrpo.head_forward(*arguments, True, -100, 0.0)
+    g, uniform = torch.linspace(-1, 1, 7), torch.linspace(0, 0.9, 7, dtype=torch.float64)
+    for grad_tol in (0.0, 0.3):
+        planning = (*arguments, packed, notes, g, None, grad_tol, uniform)
+        torch.library.opcheck(torch.ops.covgrpo.plan_backward, planning, rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize("kind", [CovarianceWeighting(), CovGRPOConfig.author_code().token_weighting], ids=str)
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_opcheck_group_weights(kind: CovarianceWeighting, shuffled: bool) -> None:
+def test_opcheck_covariance_weights(kind: CovarianceWeighting, shuffled: bool) -> None:
     batch = random_batch(0, dtype=torch.float32, shuffled=shuffled)
     valid = batch["mask"].flatten()
     ids = {n: batch[n] for n in ("group_ids", "group_size") if n in batch}
@@ -226,7 +192,7 @@ def test_opcheck_group_weights(kind: CovarianceWeighting, shuffled: bool) -> Non
         weighting_scopes(tokens, kind).tensors(), tokens.sequences.tensors(),
         kind.centering, kind.advantage_centering, kind.normalizer, kind.bandwidth_eps,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.covgrpo.group_weights, arguments, rtol=0.0, atol=0.0)
+    torch.library.opcheck(torch.ops.covgrpo.covariance_weights, arguments, rtol=0.0, atol=0.0)
 
 
 # ------------------------------------------------------------------------------------------------- compiled
@@ -336,7 +302,7 @@ def test_double_backward_through_weights_raises() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("which", ["linear_logprob", "covgrpo_loss"])
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
-def test_only_the_needed_products(which: str, needs: tuple[bool, bool], dtype: torch.dtype, products: Products) -> None:
+def test_only_the_needed_products(which: str, needs: tuple[bool, bool], dtype: torch.dtype, products: Shapes) -> None:
     """A frozen head is half of a user's runs: three units instead of four, and exactly the gradients asked for."""
     batch = random_batch(1, dtype=dtype, length=4, keep=1.0)
     n, d, v = batch["targets"].numel(), batch["hidden"].shape[-1], len(batch["weight"])
@@ -361,7 +327,7 @@ def test_only_the_needed_products(which: str, needs: tuple[bool, bool], dtype: t
 
 
 @pytest.mark.parametrize("which", ["linear_logprob", "covgrpo_loss"])
-def test_bias_alone(which: str, products: Products) -> None:
+def test_bias_alone(which: str, products: Shapes) -> None:
     """Everything frozen but the bias: its gradient needs no product but the recomputed logits, and is the same."""
     batch = random_batch(1, keep=1.0, bias=True)
     grads = []
@@ -379,7 +345,7 @@ def test_bias_alone(which: str, products: Products) -> None:
     assert same_bits(grads[0], grads[1])
 
 
-def test_dead_rows_enter_no_product(products: Products) -> None:
+def test_dead_rows_enter_no_product(products: Shapes) -> None:
     """Rows without a coefficient cost nothing backward, ignored rows nothing at all."""
     batch = inputs()
     h, w = batch["hidden"].requires_grad_(), batch["weight"].requires_grad_()
@@ -396,7 +362,7 @@ def test_dead_rows_enter_no_product(products: Products) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("which", ["linear_logprob", "covgrpo_loss"])
-def test_nothing_live(which: str, dtype: torch.dtype, products: Products) -> None:
+def test_nothing_live(which: str, dtype: torch.dtype, products: Shapes) -> None:
     """Zero coefficients everywhere: zeros of the right shape, dtype and device, and no product."""
     batch = random_batch(2, dtype=dtype, bias=True)
     variables = [batch[n].requires_grad_() for n in ("hidden", "weight", "bias")]
@@ -844,7 +810,7 @@ def test_without_metrics_and_advantages(name: str) -> None:
         ("sequence", "batch"),  # has an entropy bonus
     ],
 )
-def test_without_metrics_idle_rows_are_not_scored(name: str, scored: str, products: Products) -> None:
+def test_without_metrics_idle_rows_are_not_scored(name: str, scored: str, products: Shapes) -> None:
     """Exactly the rows that influence something enter a product: the group's, the sequence's, the token's own."""
     batch = random_batch(13, groups=3, length=6)
     mask = batch["mask"]

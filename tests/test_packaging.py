@@ -21,9 +21,9 @@ import pytest
 import torch
 
 import covgrpo_kernels
-from covgrpo_kernels import doctor, tiles
-from covgrpo_kernels.tiles import eager
-from covgrpo_kernels.tiles.interface import State
+from covgrpo_kernels import doctor, kernels
+from covgrpo_kernels.kernels import eager
+from covgrpo_kernels.kernels.interface import OnlineSoftmax
 
 try:
     import tomllib
@@ -32,6 +32,7 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+NOT_INSTALLED = {"bench", "research", "tests"}
 OPTIONAL = ("triton", "transformers", "trl", "liger_kernel", "matplotlib", "rich", "accelerate", "datasets")
 
 
@@ -73,7 +74,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
-    for package in ("covgrpo_kernels", "bench", "tests", "csrc"):
+    for package in ("covgrpo_kernels", "bench", "research", "tests", "csrc"):
         if (ROOT / package).exists():
             shutil.copytree(ROOT / package, folder / package, ignore=ignored)
     built = subprocess.run(
@@ -93,6 +94,15 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> Non
     package = ROOT / "covgrpo_kernels"
     sources = {path.relative_to(ROOT).as_posix() for path in package.rglob("*.py")}
     assert packed == sources | {"covgrpo_kernels/py.typed"}
+    assert not {part for name in packed for part in Path(name).parts} & {"study", "recipe", *NOT_INSTALLED}
+
+
+def test_package_imports_nothing_that_is_not_installed() -> None:
+    for path in (ROOT / "covgrpo_kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            assert not {name.split(".")[0] for name in names} & NOT_INSTALLED, path
 
 
 def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
@@ -102,7 +112,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     required = metadata.get_all("Requires-Dist")
     assert [r for r in required if "extra ==" not in r] == ["torch>=2.11"]
-    assert {"grpo", "trl", "recipe", "bench", "dev"} == set(metadata.get_all("Provides-Extra"))
+    assert {"grpo", "trl", "research", "bench", "dev"} == set(metadata.get_all("Provides-Extra"))
     assert "covgrpo = covgrpo_kernels.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert "Apache License" in wheel.read(f"{info}/licenses/LICENSE").decode()
 
@@ -172,8 +182,8 @@ def test_doctor_without_assertions_does_not_claim_success() -> None:
 def _scaled(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
     def faulty(*arguments: Any, **keywords: Any) -> Any:
         result = function(*arguments, **keywords)
-        if result is None:  # of grad, which writes to its second argument
-            arguments[1].mul_(factor)
+        if result is None:  # of dlogits, which writes to its last argument
+            arguments[-1].mul_(factor)
             return None
         first, *others = result  # log-probs or weights come first
         return result._make([first * factor, *others])
@@ -181,11 +191,13 @@ def _scaled(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
     return faulty
 
 
-@pytest.mark.parametrize(("holder", "operation"), [(State, "results"), (eager, "grad"), (eager, "group_weights")])
+@pytest.mark.parametrize(
+    ("holder", "operation"), [(OnlineSoftmax, "stats"), (eager, "dlogits"), (eager, "covariance_weights")]
+)
 def test_doctor_sees_a_small_fault(
     holder: Any, operation: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(tiles.VARIABLE, "eager")
+    monkeypatch.setenv(kernels.VARIABLE, "eager")
     monkeypatch.setattr(holder, operation, _scaled(getattr(holder, operation), 1.001))
     assert doctor.main() == 1
     output = capsys.readouterr().out
@@ -200,8 +212,8 @@ def test_doctor_sees_nan_and_survives_an_error(
     def broken(*arguments: Any, **keywords: Any) -> Any:
         raise fault
 
-    monkeypatch.setenv(tiles.VARIABLE, "eager")
-    monkeypatch.setattr(eager, "grad", _scaled(eager.grad, fault) if isinstance(fault, float) else broken)
+    monkeypatch.setenv(kernels.VARIABLE, "eager")
+    monkeypatch.setattr(eager, "dlogits", _scaled(eager.dlogits, fault) if isinstance(fault, float) else broken)
     assert doctor.main() == 1
     assert ("FAILED: RuntimeError: no kernel image" in capsys.readouterr().out) == isinstance(fault, RuntimeError)
 
@@ -209,40 +221,40 @@ def test_doctor_sees_nan_and_survives_an_error(
 def test_backend_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Named, missing, misspelt; without a name C++ on a CPU and Triton on a GPU, or plain PyTorch."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.delenv(tiles.VARIABLE, raising=False)
-    monkeypatch.setattr(tiles, "_import", lambda name: f"{tiles.MISSING[name]}: no such file")
-    assert tiles.select(cpu) is eager
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    monkeypatch.setattr(kernels, "_import", lambda name: f"{kernels.MISSING[name]}: no such file")
+    assert kernels.select(cpu) is eager
     with pytest.warns(RuntimeWarning, match="plain PyTorch instead of fused kernels on cuda: triton can't be imported"):
-        assert tiles.select(gpu) is eager
+        assert kernels.select(gpu) is eager
     for name, device, why in (
         ("triton", gpu, "triton can't be imported"),
         ("cpp", cpu, "the C.. extension was not built"),
     ):
-        monkeypatch.setenv(tiles.VARIABLE, name)
+        monkeypatch.setenv(kernels.VARIABLE, name)
         with pytest.raises(RuntimeError, match=f"COVGRPO_BACKEND={name} can't run on {device}: {why}: no such file"):
-            tiles.select(device)
+            kernels.select(device)
     modules = {"cpp": ModuleType("cpp"), "triton": ModuleType("triton")}
     modules["triton"].INTERPRETED = False  # type: ignore[attr-defined]
-    monkeypatch.setattr(tiles, "_import", modules.get)
+    monkeypatch.setattr(kernels, "_import", modules.get)
     for name, device in (("cpp", cpu), ("triton", gpu)):
         for value in (name, "auto"):
-            monkeypatch.setenv(tiles.VARIABLE, value)
-            assert tiles.select(device) is modules[name]
-    monkeypatch.setenv(tiles.VARIABLE, "triton")
+            monkeypatch.setenv(kernels.VARIABLE, value)
+            assert kernels.select(device) is modules[name]
+    monkeypatch.setenv(kernels.VARIABLE, "triton")
     with pytest.raises(RuntimeError, match="COVGRPO_BACKEND=triton can't run on cpu: Triton kernels run on a GPU"):
-        tiles.select(cpu)
-    monkeypatch.setenv(tiles.VARIABLE, "cpp")
-    with pytest.raises(RuntimeError, match=r"COVGRPO_BACKEND=cpp can't run on cuda: the C.. operations run on the CPU"):
-        tiles.select(gpu)
-    monkeypatch.setenv(tiles.VARIABLE, "Triton")
+        kernels.select(cpu)
+    monkeypatch.setenv(kernels.VARIABLE, "cpp")
+    with pytest.raises(RuntimeError, match=r"COVGRPO_BACKEND=cpp can't run on cuda: the C.. kernels run on the CPU"):
+        kernels.select(gpu)
+    monkeypatch.setenv(kernels.VARIABLE, "Triton")
     with pytest.raises(ValueError, match="COVGRPO_BACKEND must be 'auto', 'cpp', 'eager' or 'triton', got 'Triton'"):
-        tiles.select(cpu)
+        kernels.select(cpu)
 
 
 def test_doctor_says_why_a_backend_is_not_usable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor.tiles, "backends", lambda: [("other", False, "its compiler is missing")])
+    monkeypatch.setattr(doctor.kernels, "report", lambda: [("other", False, "its compiler is missing")])
     monkeypatch.setattr(doctor, "self_test", lambda device: True)
     assert doctor.main() == 0
     assert re.search(r"other +not usable: its compiler is missing", capsys.readouterr().out)

@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from products import recorded_products
 
-from covgrpo_kernels import covgrpo_loss, linear_logprob, logprob, reference, tiles
-from covgrpo_kernels.backward_plan import Kept, plan_backward, probability_floor, resolve_grad_tol
+from covgrpo_kernels import covgrpo_loss, engines, kernels, linear_logprob, operators, reference
 from covgrpo_kernels.config import CovGRPOConfig
+from covgrpo_kernels.inputs import HeadInputs, Precision, resolve_grad_tol
+from covgrpo_kernels.kernels.interface import TAIL_ROWS, LogitTransform, RowStats
+from covgrpo_kernels.plan import MAX_SHARE_OF_BUDGET, budget_total, min_probability
 from covgrpo_kernels.testing import policy_head, random_batch, rl_head
-from covgrpo_kernels.tiles.interface import TAIL_ROWS, Head, Results
 
 F64 = torch.float64
 
@@ -28,14 +30,14 @@ def dense_dlogits(logits, targets, g, e, head, temperature, bias=None):
     return torch.autograd.grad(total, logits)[0]
 
 
-def dlogits_batch(seed, tokens, entropy, per_token, sure, vocab=150):
+def dlogits_batch(seed, tokens, entropy, per_token, sure, vocab=150, decades=1.0):
     """Logits as hidden states of an identity head, whose dhidden is dL/d(raw products); some coefficients are zero."""
     g_ = torch.Generator().manual_seed(seed)
     logits = torch.randn(tokens, vocab, generator=g_, dtype=F64) * 3
     targets = torch.randint(0, vocab, (tokens,), generator=g_)
     peaks = torch.rand(tokens, generator=g_) < sure
     logits[peaks, targets[peaks]] += 10 + 10 * torch.rand(int(peaks.sum()), generator=g_, dtype=F64)
-    g = torch.randn(tokens, generator=g_, dtype=F64) * 10 ** torch.randn(tokens, generator=g_, dtype=F64)
+    g = torch.randn(tokens, generator=g_, dtype=F64) * 10 ** (decades * torch.randn(tokens, generator=g_, dtype=F64))
     g[torch.rand(tokens, generator=g_) < 0.2] = 0
     e = torch.randn(tokens, generator=g_, dtype=F64) if entropy else None
     temperature = torch.rand(tokens, generator=g_, dtype=F64) + 0.3 if per_token else None
@@ -45,21 +47,19 @@ def dlogits_batch(seed, tokens, entropy, per_token, sure, vocab=150):
 def planned(logits, targets, g, e, temperature, head, grad_tol, weight=None, bias=None):
     """The plan, and the gradients of hidden, weight and bias by it."""
     weight = torch.eye(logits.shape[1], dtype=logits.dtype) if weight is None else weight
-    (*output,) = logprob.linear_logprob_op(
-        logits, weight, bias, targets, temperature, *head, e is not None, -100, grad_tol, True, None
+    inputs, precision = HeadInputs(logits, weight, bias, targets, temperature, head), Precision(grad_tol, None)
+    scored = operators.forward(
+        inputs, entropy=e is not None, ignore_index=-100, precision=precision, needs_grad=True, vocab_slice=None
     )
-    results, kept = Results(*output[:4]), Kept(*output[4:])
-    plan = plan_backward(results, kept, targets, g, e, head, temperature, grad_tol)
-    grads = logprob.linear_logprob_backward_op(
-        logits, weight, bias, targets, temperature, *head, output[:4], output[4:], g, e, plan.tensors(), grad_tol,
-        [True, True, bias is not None],
-    )  # fmt: skip
+    plan = operators.plan(inputs, scored, g, e, precision)
+    needs = (True, True, bias is not None)
+    grads = operators.backward(inputs, scored, g, e, plan, precision=precision, needs=needs, vocab_slice=None)
     return plan, grads
 
 
-def check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token, sure):
-    logits, targets, g, e, temperature = dlogits_batch(seed, tokens, entropy, per_token, sure)
-    head = Head(scale, softcap)
+def check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token, sure, decades=1.0):
+    logits, targets, g, e, temperature = dlogits_batch(seed, tokens, entropy, per_token, sure, decades=decades)
+    head = LogitTransform(scale, softcap)
     plan, (dz, _, _) = planned(logits, targets, g, e, temperature, head, grad_tol)
     exact = dense_dlogits(logits, targets, g, e, head, temperature)
     total, off = exact.norm(), dz - exact
@@ -96,7 +96,7 @@ def test_certificate_holds_against_the_dense_gradient(seed, tokens, grad_tol, en
 def test_tolerance_is_kept_and_used(grad_tol):
     """Most rows are sparse, the bound is near the tolerance and the error within two orders of the bound."""
     for seed, entropy, softcap, per_token in ((5, False, None, False), (6, True, None, False), (7, True, 30.0, True)):
-        plan, error = check_certificate(seed, 400, grad_tol, entropy, softcap, 1.0, per_token, 0.8)
+        plan, error = check_certificate(seed, 400, grad_tol, entropy, softcap, 1.0, per_token, 0.8, decades=0.5)
         assert plan.sparse.sum() > 200
         assert plan.error_bound > grad_tol / 10
         assert error > plan.error_bound / 100
@@ -104,17 +104,17 @@ def test_tolerance_is_kept_and_used(grad_tol):
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("settings", ["plain", "entropy", "all"])
-def test_all_gradients_are_of_one_dlogits(settings, dtype, backend, monkeypatch):
+def test_all_gradients_are_of_one_dlogits(settings, dtype, backend):
     """With an identity as head dhidden is dZ: dweight and dbias have to be what products with it give. In more than
     one tile, block of rows and slice with touched entries."""
-    monkeypatch.setattr(logprob, "largest_tile", lambda depth, device: (64, 1024))
     entropy, softcap = settings != "plain", 30.0 if settings == "all" else None
     logits, targets, g, e, temperature = dlogits_batch(3, 150, entropy, settings == "all", 0.8, vocab=1100)
     logits, g = logits.to(dtype), g.to(dtype)
     e, temperature = (None if x is None else x.to(dtype) for x in (e, temperature))
     bias = torch.linspace(-1, 1, logits.shape[1], dtype=dtype)
-    head = Head(1.5 if settings == "all" else 1.0, softcap)
-    plan, (dz, dweight, dbias) = planned(logits, targets, g, e, temperature, head, 2e-2, bias=bias)
+    head = LogitTransform(1.5 if settings == "all" else 1.0, softcap)
+    with engines.use((64, 1024)):
+        plan, (dz, dweight, dbias) = planned(logits, targets, g, e, temperature, head, 2e-2, bias=bias)
     assert plan.sparse.sum() > 30
     assert plan.dense.sum() > TAIL_ROWS
     exact = dense_dlogits(logits, targets, g, e, head, temperature, bias)
@@ -131,40 +131,24 @@ def test_every_entry_above_the_floor_is_kept(dtype, backend):
     head = rl_head(3, 96, 64, 9000)
     hidden, weight = head["hidden"].to(dtype), head["weight"].to(dtype)
     targets = head["targets"].where(torch.arange(96) % 8 > 0, 8999)
-    *output, found, entries, logits = logprob.linear_logprob_op(
-        hidden, weight, None, targets, None, 1.0, None, False, -100, 5e-3, True, None
+    packed, (found, vocab_ids, logits) = operators.head_forward_op(
+        hidden, weight, None, targets, None, 1.0, None, False, -100, min_probability(5e-3)
     )
-    results = Results(*output)
+    stats = RowStats(packed)
     valid = targets != -100
     log_p = (hidden.double() @ weight.double().T).log_softmax(1)
     is_in = torch.zeros(96, 9000, dtype=torch.bool)
     for t in valid.nonzero().squeeze(1).tolist():
-        kept = slice(0, int(found[t]) if found[t] <= entries.shape[1] else 0)
-        is_in[t, entries[t, kept].long()] = True
-        assert entries[t, kept].diff().gt(0).all()
-        z = (logits[t, kept].double() - results.maximum[t]) - results.log_total[t]
-        torch.testing.assert_close(z, log_p[t, entries[t, kept].long()], rtol=0.0, atol=1e-3)
-    complete = valid & (found <= entries.shape[1])
+        kept = slice(0, int(found[t]) if found[t] <= vocab_ids.shape[1] else 0)
+        is_in[t, vocab_ids[t, kept].long()] = True
+        assert vocab_ids[t, kept].diff().gt(0).all()
+        z = (logits[t, kept].double() - stats.maximum[t]) - stats.log_sum[t]
+        torch.testing.assert_close(z, log_p[t, vocab_ids[t, kept].long()], rtol=0.0, atol=1e-3)
+    complete = valid & (found <= vocab_ids.shape[1])
     assert complete.sum() > 60
-    assert is_in[complete][log_p[complete] > math.log(probability_floor(5e-3)) + 1e-3].all()
+    assert is_in[complete][log_p[complete] > math.log(min_probability(5e-3)) + 1e-3].all()
     assert is_in[complete].sum(1).float().mean() < 40
     assert not found[~valid].any()
-
-
-@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
-def test_tail_of_the_backends_own_products(backend):
-    """The row that a fused product puts in place of the tails adds up to one, and rows of dZ to zero, also of those
-    that are nearly all tail: an entry that should not be in it would be a share of such a row. Targets are below the
-    floor in some rows of the tail. (Its sum is known from differences to 1 - p, to some 1e-5 here.)"""
-    logits, targets, g, _, _ = dlogits_batch(8, 300, False, False, 0.9, vocab=60)
-    rare = torch.arange(300) % 5 == 0
-    targets, g = targets.where(~rare, logits.argmin(1)), g.where(~rare, 10 * g)
-    plan, (dz, _, _) = planned(logits.float(), targets, g.float(), None, None, Head(1.0, None), 2e-2)
-    assert plan.sparse.sum() > 30
-    assert rare[plan.tail_rows].any()
-    size = dz.double().abs().sum(1)
-    off = dz.double().sum(1).abs()[plan.sparse]
-    assert (off <= 1e-4 * size[plan.sparse]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64])
@@ -182,7 +166,7 @@ def test_sparse_product(dtype, backend):
     ):
         m = matrix.to(dtype) if matrix.is_contiguous() else matrix.T.to(dtype).T
         out = torch.full((6, m.shape[1]), torch.nan, dtype=accumulator)
-        tiles.select(torch.device("cpu")).sparse_product(values, indices, offsets, m, out)
+        kernels.select(torch.device("cpu")).sparse_product(values, indices, offsets, m, out)
         terms = values.double().unsqueeze(1) * m.double()[indices]
         rows = torch.repeat_interleave(torch.arange(6), lengths)
         exact, size = (torch.zeros(6, m.shape[1], dtype=F64).index_add_(0, rows, t) for t in (terms, terms.abs()))
@@ -231,11 +215,11 @@ def test_a_row_with_more_candidates_than_it_has_room_for_is_never_sparse():
     logits, targets, g, _, _ = dlogits_batch(4, 100, False, False, 1.0)
     logits[10:16] = 0.0  # 150 entries of 0.007 each
     g[10:16] = torch.tensor([1.0, 1.0, 1.0, 1e-9, 1e-9, 1e-9])
-    plan, (dz, _, _) = planned(logits, targets, g, None, None, Head(1.0, None), 5e-3)
+    plan, (dz, _, _) = planned(logits, targets, g, None, None, LogitTransform(1.0, None), 5e-3)
     assert plan.dense[10:13].all()
     assert not plan.sparse[10:16].any()
     assert plan.sparse.sum() > 40
-    exact = dense_dlogits(logits, targets, g, None, Head(1.0, None), None)
+    exact = dense_dlogits(logits, targets, g, None, LogitTransform(1.0, None), None)
     assert (dz - exact)[10:13].norm() <= 1e-12 * exact[10:13].norm()
 
 
@@ -249,6 +233,69 @@ def test_frozen_sides(backend):
         grads = torch.autograd.grad(x, [inputs[n] for n in wanted], head["logprob_grad"])
         for name, grad in zip(wanted, grads, strict=True):
             assert torch.equal(both.setdefault(name, grad), grad)
+
+
+@pytest.mark.parametrize("sure", [False, True])
+@pytest.mark.parametrize("times", [1e2, 1e4, 1e6])
+def test_one_token_does_not_take_the_budget(times, sure):
+    """Whatever the coefficient of one token: the gradients of the others are as near to theirs as without it. Of a
+    token that the policy is sure of, the tail must not become one that others borrow: it has next to no mass."""
+    head = rl_head(0, 512, 64, 6000)
+    live = (head["logprob_grad"] != 0) & (head["targets"] != -100)
+
+    def gradient(g, grad_tol):
+        hidden = head["hidden"].double().requires_grad_()
+        out = linear_logprob(hidden, head["weight"].double(), head["targets"], grad_tol=grad_tol)
+        return out.logprob.detach(), torch.autograd.grad(out.logprob, hidden, g)[0]
+
+    logprob, exact = gradient(head["logprob_grad"].double(), 0.0)
+    size = (head["logprob_grad"].double() * torch.expm1(logprob)).abs().where(live, 0)
+    token = logprob.where(live, -torch.inf).argmax() if sure else size.argmax()
+    others = torch.arange(512) != token
+    errors = []
+    for factor in (1.0, times):
+        g = head["logprob_grad"].double()
+        g[token] *= factor
+        off = gradient(g, 1e-3)[1] - exact
+        errors.append(off[others].norm() / exact[others].norm())
+    assert errors[1] <= 1.5 * errors[0]
+    assert errors[1] < 3e-3
+
+
+@given(st.integers(0, 2**31), st.integers(1, 200), st.sampled_from([0.0, 1.0, 4.0]), st.sampled_from([0, 1, 5]))
+def test_budget_total_is_the_fixed_point(seed, count, spread, heavy):
+    """No row counts for more than its share of what is counted; where none does, all is counted."""
+    g_ = torch.Generator().manual_seed(seed)
+    norm = (spread * torch.randn(count, generator=g_, dtype=F64)).exp()
+    norm[:heavy] *= 1e12
+    norm[torch.rand(count, generator=g_) < 0.2] = 0
+    total = budget_total(norm)
+    limit = MAX_SHARE_OF_BUDGET * total / (norm > 0).sum(dtype=F64).clamp(min=1)
+    torch.testing.assert_close(torch.minimum(norm, limit).sum(), total, rtol=1e-9, atol=0.0)
+    assert total <= norm.sum() * (1 + 1e-12)
+    if norm.max() <= limit:
+        torch.testing.assert_close(total, norm.sum())
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_is_dense(value, entropy):
+    """Its row and the head's gradient are not finite, as without a tolerance; the bound says so; the rows of the others
+    are as they are without it."""
+    logits, targets, g, e, _ = dlogits_batch(5, 200, entropy, False, 0.8)
+    token = int(g.abs().argmax())
+    head = LogitTransform()
+    g[token] = value
+    plan, (dz, dweight, _) = planned(logits, targets, g, e, None, head, 2e-2)
+    _, (exact, exact_weight, _) = planned(logits, targets, g, e, None, head, 0.0)
+    assert plan.dense[token]
+    assert torch.isinf(plan.error_bound)
+    assert plan.sparse.sum() > 80
+    assert not exact_weight.isfinite().any()
+    assert not dweight.isfinite().any()
+    assert torch.equal(dz.isfinite(), exact.isfinite())
+    others = torch.arange(200) != token
+    assert 0 < (dz - exact)[others].norm() <= 2e-2 * exact[others].norm()
 
 
 # ------------------------------------------------------------------------------------------- the unbiased mode
@@ -319,43 +366,18 @@ def test_inputs_are_as_asked_for():
         assert not head["logprob_grad"][~valid].any()
 
 
-def products(monkeypatch, run):
-    """Rows that entered matrix products while ``run`` ran, where those are PyTorch's."""
-    rows = []
-    mm = logprob._mm
-    with monkeypatch.context() as patch:
-        patch.setenv(tiles.VARIABLE, "eager")
-        patch.setattr(logprob, "_mm", lambda a, b, out, **k: (rows.append(len(a)), mm(a, b, out, **k))[1])
-        run()
-    return sum(rows)
-
-
-def test_rows_without_coefficient_enter_no_product(monkeypatch):
-    """Backward only: one slice of the vocabulary, so products see live rows for logits and dH; dW sees slices."""
+@pytest.mark.parametrize("backend", ["eager", "cpp"], indirect=True)
+def test_rows_without_coefficient_enter_no_product(backend):
+    """Of one slice of the vocabulary: live rows take part in the products for logits, dH and dW, and no others."""
     head = policy_head(0, 64, 16, 500)
     hidden = head["hidden"].requires_grad_()
     for live in (0, 1, 7, 64):
         x = linear_logprob(hidden, head["weight"], head["targets"], grad_tol=0.0).logprob
         coefficients = torch.zeros(64)
         coefficients[torch.randperm(64)[:live]] = 1.0
-        assert products(monkeypatch, lambda x=x, c=coefficients: x.backward(c)) == 2 * live
-    monkeypatch.undo()
-
-
-def test_rows_without_coefficient_enter_no_product_of_a_backend_of_its_own(monkeypatch):
-    cpp = pytest.importorskip("covgrpo_kernels.tiles.cpp", reason="the C++ extension was not built")
-    monkeypatch.setenv(tiles.VARIABLE, "cpp")
-    if not cpp.multiplies(torch.float32):
-        pytest.skip("needs AVX512-BF16")
-    head = policy_head(0, 64, 16, 500)
-    hidden, rows, grad = head["hidden"].requires_grad_(), [], cpp.grad_products
-    monkeypatch.setattr(cpp, "grad_products", lambda hidden, *rest: (rows.append(len(hidden)), grad(hidden, *rest)))
-    for live in (0, 1, 7, 64):
-        rows.clear()
-        coefficients = torch.zeros(64)
-        coefficients[torch.randperm(64)[:live]] = 1.0
-        linear_logprob(hidden, head["weight"], head["targets"], grad_tol=0.0).logprob.backward(coefficients)
-        assert sum(rows) == live
+        with recorded_products() as shapes:
+            x.backward(coefficients)
+        assert [a[0] for a, _ in shapes] == [live, live] * (live > 0)
 
 
 def test_default_tolerance_is_sparse_in_bf16_and_exact_in_effect_in_fp32():
@@ -367,7 +389,7 @@ def test_default_tolerance_is_sparse_in_bf16_and_exact_in_effect_in_fp32():
         hidden, weight = head["hidden"].to(dtype), head["weight"].to(dtype)
         tolerance = resolve_grad_tol("auto", dtype)
         plans[dtype], _ = planned(
-            hidden, head["targets"], head["logprob_grad"], None, None, Head(1.0, None), tolerance, weight
+            hidden, head["targets"], head["logprob_grad"], None, None, LogitTransform(1.0, None), tolerance, weight
         )
         assert plans[dtype].error_bound <= torch.finfo(dtype).eps / 8
     assert plans[torch.bfloat16].dense.sum() < 0.2 * live

@@ -37,7 +37,6 @@ ODD = TrainConfig(
     group_size=5,
     max_new_tokens=6,
     inner_steps=1,
-    minibatch_prompts=3,
     microbatch_prompts=1,
     temperature=1.0,
     max_grad_norm=0.5,
@@ -116,7 +115,7 @@ def same_step(size: int, how: str, config: TrainConfig) -> None:
     ("size", "how", "changes"),
     [
         (2, "ddp", {"loss_type": "dapo", "beta": 0.1}),
-        (2, "fsdp", {"inner_steps": 3, "minibatch_prompts": 1}),
+        (2, "fsdp", {"inner_steps": 3}),
         (4, "fsdp", {"loss_type": "grpo", "beta": 0.1, "entropy_coef": 0.01}),
     ],
 )
@@ -135,26 +134,26 @@ def test_every_step_equals_that_of_one_process(size: int, how: str, loss_type: s
 
 def groups_after_other_draws() -> list[torch.Tensor]:
     """Clip-Cov draws for the tokens of a rank, of which each has another number."""
-    config = dataclasses.replace(ODD, weighting="clip_cov", inner_steps=6, minibatch_prompts=1)
+    config = dataclasses.replace(ODD, weighting="clip_cov", inner_steps=3)
     seen: list[torch.Tensor] = []
-    rows = training.Rollout.rows
+    split = training.split_groups
 
-    def record(data: training.Rollout, chosen: torch.Tensor) -> training.Rollout:
-        if len(data.advantages) == 15:
-            seen.append(chosen)
-        return rows(data, chosen)
+    def record(order: torch.Tensor, config: TrainConfig) -> list:
+        seen.append(order)
+        return split(order, config)
 
     policy = double_policy("ddp")
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Rollout, "rows", record)
-        training.train_step(1, policy, None, optimizer, training.make_task(config), config)
+        patch.setattr(training, "split_groups", record)
+        for step in (1, 2, 3):
+            training.train_step(step, policy, None, optimizer, training.make_task(config), config)
     return seen
 
 
 def test_minibatches_are_those_of_one_process() -> None:
     want = groups_after_other_draws()
-    assert len(want) == 6
+    assert len(want) == 3
     for got in processes(2).run(groups_after_other_draws):
         assert all(map(torch.equal, got, want))
 
@@ -231,7 +230,6 @@ RUN = TrainConfig(
     group_size=7,
     max_new_tokens=4,
     inner_steps=2,
-    minibatch_prompts=2,
     checkpoint_every=1,
     eval_every=2,
     eval_problems=9,
@@ -285,10 +283,16 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with torch.no_grad():
             for p in start.model.parameters():
                 p.mul_(1 + torch.finfo(p.dtype).eps * torch.randint(-1, 2, p.shape, generator=generator))
-        start.save(out / str(seed) / "warm_start")
-        train(dataclasses.replace(RUN, out=str(out / str(seed))))
+        start.save(out / f"start {seed}")
+        train(dataclasses.replace(RUN, out=str(out / str(seed)), model=str(out / f"start {seed}"), warm_start_steps=0))
     torch.set_num_threads(threads)
     return out
+
+
+def copy_warm_start(run: Path, out: Path) -> None:
+    """A run of the same options that was interrupted after its warm start."""
+    shutil.copytree(run / "warm_start", out / "warm_start")
+    shutil.copy(run / "covgrpo_run.json", out)
 
 
 def same_run(out: Path, single: Path) -> None:
@@ -297,7 +301,7 @@ def same_run(out: Path, single: Path) -> None:
     assert [row.keys() for row in got] == [row.keys() for row in want]
     assert 0 < want[-1]["reward/mean"] < 1
     for i, row in enumerate(got):
-        for name in row.keys() - set(OF_A_RANK):
+        for name in row.keys() - {*OF_A_RANK, "run"}:
             if name.startswith(("reward/", "response/", "eval/")):
                 assert row[name] == want[i][name], (i, name)
             else:
@@ -309,9 +313,9 @@ def same_run(out: Path, single: Path) -> None:
 def test_a_run_goes_on_with_other_processes(single: Path, tmp_path: Path) -> None:
     """Two steps of two processes that shard the model, then two of four that have all of it, and of one."""
     out = tmp_path / "run"
-    shutil.copytree(single / "run" / "warm_start", out / "warm_start")
+    copy_warm_start(single / "run", out)
     output = run(2, dataclasses.replace(RUN, out=str(out), steps=2, eval_every=2, parallel="fsdp"))
-    assert output.count("covariance 2/2") == 1  # one of them speaks
+    assert output.count("CW-GRPO 2/2") == 1  # one of them speaks
     assert {path.name for path in out.rglob("*")} == {path.name for path in (single / "run").rglob("*")}
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
@@ -358,7 +362,7 @@ def test_kill_and_resume(single: Path, tmp_path: Path, how: str) -> None:
     whole, out = tmp_path / "whole", tmp_path / "killed"
     config = dataclasses.replace(RUN, steps=30, checkpoint_every=3, parallel=how)
     for folder in (whole, out):
-        shutil.copytree(single / "run" / "warm_start", folder / "warm_start")
+        copy_warm_start(single / "run", folder)
     run(2, dataclasses.replace(config, out=str(whole)))
     rng, reached, lines = random.Random(0), 0, out / "metrics.jsonl"
     for _ in range(2):

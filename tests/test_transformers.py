@@ -5,14 +5,25 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import io
+import pickle
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
+import torch.nn.utils.parametrize
+import torch.nn.utils.prune
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 transformers = pytest.importorskip("transformers")
 
@@ -220,9 +231,12 @@ def test_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model(inputs["input_ids"], attention_mask=inputs["attention_mask"], head=lambda h, weight, **_: h)
         out = model(**inputs, return_logprobs=True)
-    weight = model.lm_head.weight.bfloat16()
-    want = linear_logprob(hidden[:, :-1].bfloat16(), weight, inputs["labels"][:, 1:]).logprob
+        whole = model(**inputs, return_logprobs=True, autocast=False)
+    weight, targets = model.lm_head.weight, inputs["labels"][:, 1:]
+    want = linear_logprob(hidden[:, :-1].bfloat16(), weight.bfloat16(), targets).logprob
     assert torch.equal(out.logprobs, want)
+    assert torch.equal(whole.logprobs, linear_logprob(hidden[:, :-1].float(), weight, targets).logprob)
+    assert not torch.equal(whole.logprobs, want)
 
 
 # --- what the patch leaves alone ---------------------------------------------------------------------------
@@ -267,11 +281,356 @@ def test_a_failing_head_leaves_no_trace() -> None:
     def fails(hidden: Tensor, weight: Tensor, **options: Any) -> Any:
         raise RuntimeError("no head today")
 
+    before = dict(vars(model.lm_head)), dict(model.lm_head._forward_hooks)
     with pytest.raises(RuntimeError, match="no head today"):
         model(inputs["input_ids"], head=fails)
-    assert "forward" not in vars(model.lm_head)
-    assert not model.lm_head._forward_hooks
+    assert (vars(model.lm_head), model.lm_head._forward_hooks) == before
     assert model(inputs["input_ids"]).logits.shape[-1] == VOCAB
+
+
+def test_a_refused_model_is_left_as_it_was() -> None:
+    model = Doubled(AutoConfig.for_model("qwen2", **SIZES))
+    before = vars(model).keys(), vars(model.lm_head).keys()
+    with pytest.raises(ValueError, match="does something to its logits"):
+        patch_model(model)
+    assert (vars(model).keys(), vars(model.lm_head).keys()) == before
+    assert not model.lm_head._forward_hooks
+
+
+def test_the_model_within_its_own_head() -> None:
+    model, inputs = patch_model(new_model()), batch()
+    tokens = dict(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    want = model(**inputs, return_logprobs=True).logprobs, model(**tokens).logits
+
+    def head(hidden: Tensor, weight: Tensor, **options: Any) -> Any:
+        nested = model(**inputs, return_logprobs=True).logprobs, model(**tokens).logits
+        return *nested, linear_logprob(hidden[:, :-1], weight, inputs["labels"][:, 1:], **options).logprob
+
+    logprobs, logits, after = model(**tokens, head=head)
+    assert torch.equal(logprobs, want[0])
+    assert torch.equal(logits, want[1])
+    assert torch.equal(after, want[0])
+
+
+def test_threads_share_a_model() -> None:
+    """Scoring, a loss and generation at once: each thread has the results that it has alone, bit for bit."""
+    model, inputs = new_model(), batch()
+    tokens = inputs["input_ids"]
+    patch_model(model)
+    before = dict(vars(model)), dict(vars(model.lm_head)), list(model.lm_head._forward_hooks)
+
+    def generated() -> Tensor:
+        out = model.generate(
+            tokens[:, :3], max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        return torch.stack(out.logits)
+
+    jobs: list[Callable[[], Tensor]] = [
+        lambda: model(**inputs, return_logprobs=True).logprobs,
+        lambda: model(**inputs, return_logprobs=True, entropy=True, temperature=0.5).entropy,
+        lambda: model(tokens).logits,
+        lambda: model(tokens, head=lambda hidden, weight, **options: hidden.double().sum(-1)),
+        generated,
+    ]
+    wanted = [job().detach() for job in jobs]
+
+    def work(number: int) -> int:
+        job, want = jobs[number % len(jobs)], wanted[number % len(jobs)]
+        return sum(torch.equal(job().detach(), want) for _ in range(30))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2 * len(jobs)) as pool:
+            assert list(pool.map(work, range(2 * len(jobs)))) == [30] * 2 * len(jobs)
+    finally:
+        sys.setswitchinterval(interval)
+    assert (vars(model), vars(model.lm_head), list(model.lm_head._forward_hooks)) == before
+
+
+def test_a_copy_by_pickle_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = patch_model(new_model(), temperature=0.7), batch()
+
+    def results(model: Any) -> list[Tensor]:
+        first = model(**inputs, return_logprobs=True).logprobs
+        return [first, model(inputs["input_ids"]).logits, patch_model(model)(**inputs, return_logprobs=True).logprobs]
+
+    file = io.BytesIO()
+    torch.save(model, file)
+    twins = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model)]
+    # A new process numbers hooks from zero; those of the model keep their numbers.
+    monkeypatch.setattr(torch.utils.hooks.RemovableHandle, "next_id", 0)
+    file.seek(0)
+    twins.append(torch.load(file, weights_only=False))
+    for _ in range(1 + max(model.lm_head._forward_hooks)):
+        twins[-1].lm_head.register_forward_hook(lambda *_: None).remove()
+    want = results(model)
+    for twin in twins:
+        assert all(torch.equal(a, b) for a, b in zip(results(twin), want, strict=True))
+        assert twin.lm_head.forward.layer is twin.lm_head
+        assert twin.forward.model is twin
+
+
+def marked_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Such as Liger puts in place of a model's own."""
+    out = type(self).forward(self, *args, **kwargs)
+    out.past_key_values = "marked"
+    return out
+
+
+def test_a_copy_of_a_model_with_another_forward() -> None:
+    model, inputs = new_model(), batch()
+    model.forward = MethodType(marked_forward, model)
+    patch_model(model)
+    want = model(**inputs, return_logprobs=True).logprobs
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert twin(inputs["input_ids"]).past_key_values == "marked"
+        with torch.no_grad():
+            twin.lm_head.weight.neg_()
+        assert_equal(dict(x=twin(**inputs, return_logprobs=True).logprobs), dict(x=own_logprob(twin, inputs)[0]))
+    assert torch.equal(model(**inputs, return_logprobs=True).logprobs, want)
+
+
+def test_a_pickled_model_with_a_trained_head() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    model, inputs = peft.get_peft_model(patch_model(new_model()), config), batch()
+    want = model(**inputs, return_logprobs=True).logprobs
+    twin = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        model.lm_head.modules_to_save["default"].weight.zero_()
+    assert torch.equal(twin(**inputs, return_logprobs=True).logprobs, want)
+
+
+@pytest.mark.parametrize(("kind", "in_place"), [("qwen2", False), ("mixtral", True)])
+def test_compile(kind: str, in_place: bool) -> None:
+    """One graph a call without a break; and one more for all lengths but the first."""
+    model = patch_model(new_model(kind, torch.float32, num_hidden_layers=1, **MIXTURES.get(kind, {})))
+    eager = copy.deepcopy(model)
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    if in_place:
+        model.compile(backend=graphs, fullgraph=True)
+        compiled = model
+    else:
+        compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    for length in (9, 11, 7, 12):
+        inputs = batch(length=length)
+        out, want = (m(**inputs, return_logprobs=True, entropy=True, grad_tol=0.0) for m in (compiled, eager))
+        assert_equal(dict(x=out.logprobs, h=out.entropy), dict(x=want.logprobs, h=want.entropy))
+        got_grads = gradients(weighed(out.logprobs, out.entropy), model)
+        assert_equal(got_grads, gradients(weighed(want.logprobs, want.entropy), eager))
+    assert graphs.frame_count <= 2
+    graphs.clear()
+    torch._dynamo.reset()
+    ids, eye = batch()["input_ids"], torch.ones(32)
+    got = compiled(ids, head=lambda hidden, weight, **options: hidden @ eye)
+    assert_equal(dict(x=got), dict(x=eager(ids, head=lambda hidden, weight, **options: hidden @ eye)))
+    assert graphs.frame_count == 1
+    torch._dynamo.reset()
+
+
+# --- what users do to the head -----------------------------------------------------------------------------
+
+
+def mask_padding(module: nn.Module, args: Any, output: Any) -> Any:
+    """A vocabulary of 60 that was padded."""
+    if not isinstance(output, Tensor):
+        return output
+    return output.masked_fill(torch.arange(output.shape[-1]) >= 60, -torch.inf)
+
+
+class MaskPadding:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return mask_padding(module, args, output)
+
+
+def scale_gradient(module: nn.Module, *grads: Any) -> Any:
+    return tuple(None if grad is None else 2 * grad for grad in grads[0])
+
+
+HOOKS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
+    "forward": ("forward hook.*mask_padding", lambda m: m.register_forward_hook(mask_padding)),
+    "first of all": ("forward hook.*mask_padding", lambda m: m.register_forward_hook(mask_padding, prepend=True)),
+    "always": ("forward hook.*mask_padding", lambda m: m.register_forward_hook(mask_padding, always_call=True)),
+    "with keywords": ("forward hook.*MaskPadding", lambda m: m.register_forward_hook(MaskPadding(), with_kwargs=True)),
+    "a partial": ("forward hook.*mask_padding", lambda m: m.register_forward_hook(functools.partial(mask_padding))),
+    "of all modules": (
+        "forward hook.*<lambda>",
+        lambda m: nn.modules.module.register_module_forward_hook(
+            lambda *args: mask_padding(*args) if args[0] is m else None
+        ),
+    ),
+    "backward": ("backward hook.*scale_gradient", lambda m: m.register_full_backward_hook(scale_gradient)),
+    "before backward": ("backward hook.*scale_gradient", lambda m: m.register_full_backward_pre_hook(scale_gradient)),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_that_expect_logits_are_refused(name: str) -> None:
+    match, register = HOOKS[name]
+    model, inputs = new_model(), batch()
+    handle = register(model.lm_head)
+    try:
+        own = model(**inputs)
+        with pytest.raises(ValueError, match=f"no {match}"):
+            patch_model(model)
+    finally:
+        handle.remove()
+    want = own_logprob(model, inputs)[0]
+    patch_model(model)
+    handle = register(model.lm_head)
+    try:
+        for call in (dict(return_logprobs=True, **inputs), dict(input_ids=inputs["input_ids"], head=print)):
+            with pytest.raises(ValueError, match=f"no {match}"):
+                model(**call)
+        assert torch.equal(model(**inputs).logits, own.logits)  # where they belong they act
+    finally:
+        handle.remove()
+    assert_equal(dict(x=model(**inputs, return_logprobs=True).logprobs), dict(x=want))
+
+
+def test_a_hook_on_the_trained_head_of_peft_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model, inputs = peft.get_peft_model(patch_model(new_model()), config), batch()
+    wrapper = model.get_base_model().lm_head
+    for module in (wrapper, wrapper.modules_to_save["default"]):
+        handle = module.register_forward_hook(mask_padding)
+        with pytest.raises(ValueError, match="no forward hook"):
+            model(**inputs, return_logprobs=True)
+        handle.remove()
+    model(**inputs, return_logprobs=True)
+
+
+def test_counting_operations() -> None:
+    """torch's own hooks on every module change nothing."""
+    model, inputs = patch_model(new_model()), batch()
+    want = model(**inputs, return_logprobs=True).logprobs
+    with FlopCounterMode(display=False) as counter:
+        assert torch.equal(model(**inputs, return_logprobs=True).logprobs, want)
+    assert counter.get_total_flops() > 0
+
+
+def halved(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+    return args[0] / 2
+
+
+def halved_keywords(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> Any:
+    return (), dict(input=args[0] / 2)
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "pre-hook": lambda m: m.register_forward_pre_hook(halved),
+    "pre-hook with keywords": lambda m: m.register_forward_pre_hook(halved_keywords, with_kwargs=True),
+    "parametrization": lambda m: nn.utils.parametrize.register_parametrization(m, "weight", Halved()),
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
+    "old weight norm": nn.utils.weight_norm,
+    "pruning": lambda m: nn.utils.prune.l1_unstructured(m, "weight", 0.5),
+    "another head": lambda m: None,
+    "larger vocabulary": lambda m: None,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("patch_first", [True, False])
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_acts_before_the_product_acts_as_for_logits(name: str, patch_first: bool) -> None:
+    model, inputs = new_model(), batch()
+    if patch_first:
+        patch_model(model)
+    CHANGES[name](model.lm_head)
+    if name == "another head":
+        model.set_output_embeddings(nn.Linear(32, VOCAB, dtype=torch.float64))
+    if name == "larger vocabulary":
+        model.resize_token_embeddings(VOCAB + 5)
+    if not patch_first:
+        patch_model(model)
+    want, want_entropy = own_logprob(model, inputs)
+    out = model(**inputs, return_logprobs=True, entropy=True, grad_tol=0.0)
+    assert_equal(dict(x=torch.stack([out.logprobs, out.entropy])), dict(x=torch.stack([want, want_entropy])))
+    got_grads = gradients(weighed(out.logprobs, out.entropy), model)
+    assert_equal(got_grads, gradients(weighed(want, want_entropy), model))
+
+
+def test_power_iterations_are_not_counted_twice() -> None:
+    """A weight that changes when it is looked at is looked at once a call, as by a layer."""
+    model, inputs = patch_model(new_model()).train(), batch()
+    nn.utils.parametrizations.spectral_norm(model.lm_head)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model(**inputs, return_logprobs=True)
+        twin(inputs["input_ids"])
+    for got, want in zip(model.lm_head.buffers(), twin.lm_head.buffers(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_head_with_a_forward_of_its_own_is_refused() -> None:
+    model, inputs = new_model(), batch()
+
+    def capped(hidden: Tensor) -> Tensor:
+        return torch.tanh(F.linear(hidden, model.lm_head.weight))
+
+    model.lm_head.forward = capped
+    with pytest.raises(ValueError, match=r"forward of torch.nn.Linear, got .*capped"):
+        patch_model(model)
+    del model.lm_head.forward
+    patch_model(model)
+    before = model.lm_head.forward
+    model.lm_head.forward = capped
+    with pytest.raises(ValueError, match=r"forward of torch.nn.Linear, got .*capped"):
+        model(**inputs, return_logprobs=True)
+    assert model(**inputs).logits.abs().max() <= 1
+    model.lm_head.forward = before
+    assert_equal(dict(x=model(**inputs, return_logprobs=True).logprobs), dict(x=own_logprob(model, inputs)[0]))
+
+
+class Quantised(Tensor):
+    """As torchao's: another number stands for each of its entries, and its own `F.linear` knows which."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return F.linear(args[0], args[1].as_subclass(Tensor).round(decimals=1), *args[2:])
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Int4Params(nn.Parameter):
+    """As bitsandbytes': packed integers."""
+
+
+def test_a_quantised_head_is_refused() -> None:
+    class Int8Linear(nn.Linear):  # as of most libraries, where a class of layers comes with a format
+        def forward(self, hidden: Tensor) -> Tensor:
+            return super().forward(hidden).round(decimals=1)
+
+    weights: list[tuple[str, Any]] = [
+        ("Quantised", lambda w: nn.Parameter(w.as_subclass(Quantised))),
+        ("Int4Params", lambda w: Int4Params(w.to(torch.uint8), requires_grad=False)),
+        ("Parameter of torch.int8", lambda w: nn.Parameter(w.to(torch.int8), requires_grad=False)),
+        ("Parameter of torch.float8_e4m3fn", lambda w: nn.Parameter(w.to(torch.float8_e4m3fn))),
+    ]
+    for match, quantise in weights:
+        model = new_model()
+        weight = model.lm_head.weight
+        model.lm_head.weight = quantise(weight.detach())
+        with pytest.raises(ValueError, match=f"got {match}.*quantization"):
+            patch_model(model)
+        model.lm_head.weight = weight
+        patch_model(model)
+        model.lm_head.weight = quantise(weight.detach())
+        with pytest.raises(ValueError, match=f"got {match}.*quantization"):
+            model(**batch(), return_logprobs=True)
+    model = new_model()
+    model.lm_head.__class__ = Int8Linear
+    with pytest.raises(ValueError, match=r"got .*Int8Linear: .*quantization"):
+        patch_model(model)
 
 
 def test_gradient_checkpointing_and_dropout() -> None:
@@ -324,7 +683,7 @@ def test_peft(patch_first: bool, saved: list[str] | None) -> None:
 def test_an_adapter_on_the_head_is_refused() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
-    with pytest.raises(ValueError, match="modules_to_save"):
+    with pytest.raises(ValueError, match=r"got peft.tuners.lora.layer.Linear: .*modules_to_save"):
         patch_model(peft.get_peft_model(new_model(), config))
     model = peft.get_peft_model(patch_model(new_model()), config)
     with pytest.raises(ValueError, match="modules_to_save"):
@@ -366,7 +725,15 @@ def test_accelerate_mixed_precision() -> None:
     assert torch.equal(out.logprobs, want)
     assert not torch.equal(out.logprobs, plain)
     unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-    assert torch.equal(unwrapped(**inputs, return_logprobs=True).logprobs, plain)
+    twin = copy.deepcopy(unwrapped)
+    with torch.no_grad():
+        unwrapped.lm_head.weight.neg_()
+    assert torch.equal(twin(**inputs, return_logprobs=True).logprobs, plain)
+    assert not torch.equal(unwrapped(**inputs, return_logprobs=True).logprobs, plain)
+    with pytest.raises(AttributeError, match="patched again before it is pickled"):
+        pickle.dumps(twin)
+    twin = pickle.loads(pickle.dumps(patch_model(twin)))
+    assert torch.equal(twin(**inputs, return_logprobs=True).logprobs, plain)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -421,6 +788,12 @@ def test_unknown_logits_are_refused(kind: type) -> None:
         patch_model(kind(AutoConfig.for_model("qwen2", **SIZES)))
 
 
+def test_tensors_without_values() -> None:
+    with FakeTensorMode() as mode:
+        model, ids = patch_model(new_model(dtype=torch.float32)), mode.from_tensor(batch()["input_ids"])
+        assert model(ids, labels=ids, return_logprobs=True).logprobs.shape == (3, 8)
+
+
 def test_parameters_elsewhere_are_not_checked() -> None:
     with torch.device("meta"):
         model = patch_model(Bypasses(AutoConfig.for_model("qwen2", **SIZES)))
@@ -444,6 +817,16 @@ def test_wrong_arguments_are_named() -> None:
         patch_model(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="output embedding"):
         patch_model(transformers.Qwen2Model(AutoConfig.for_model("qwen2", **SIZES)))
+    small = dict(vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1)
+    both = transformers.BartForConditionalGeneration(AutoConfig.for_model("bart", **small))
+    with pytest.raises(ValueError, match="decoder-only, got BartForConditionalGeneration, an encoder-decoder"):
+        patch_model(both)
+    with pytest.raises(ValueError, match="causal LM, got BertForMaskedLM"):
+        patch_model(transformers.BertForMaskedLM(AutoConfig.for_model("bert", **SIZES)))
+    with pytest.raises(ValueError, match="output embedding, got ViTModel, which has none"):
+        patch_model(transformers.ViTModel(AutoConfig.for_model("vit", hidden_size=32, num_hidden_layers=1)))
+    with pytest.raises(TypeError, match="autocast must be a bool"):
+        patch_model(new_model(), autocast=1)(**batch(), return_logprobs=True)
     with pytest.raises(TypeError, match=r"defaults must be among temperature.*got labels"):
         patch_model(new_model(), labels=None)
     parallel = new_model()

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from covgrpo_kernels.backward_plan import Kept, sparse_rows, tail_weights
+from covgrpo_kernels.inputs import HeadInputs
+from covgrpo_kernels.kernels import eager
+from covgrpo_kernels.kernels.interface import Candidates, Coefficients, LogitTransform, RowStats, Tile
+from covgrpo_kernels.sparse import sparse_entries
 from covgrpo_kernels.testing import rms
-from covgrpo_kernels.tiles import eager
-from covgrpo_kernels.tiles.interface import Coefficients, Head, Results
 
 pytest.importorskip("triton")
-FOLDER = "covgrpo_kernels.tiles.triton"
+FOLDER = "covgrpo_kernels.kernels.triton"
 plan_rows = importlib.import_module(f"{FOLDER}.plan_rows")
 row_classes = importlib.import_module(f"{FOLDER}.row_classes")
 tails = importlib.import_module(f"{FOLDER}.tails")
 pairs = importlib.import_module(f"{FOLDER}.pairs")
-grad = importlib.import_module(f"{FOLDER}.grad")
+dlogits = importlib.import_module(f"{FOLDER}.dlogits")
 head_grad = importlib.import_module(f"{FOLDER}.head_grad")
 hidden_grad = importlib.import_module(f"{FOLDER}.hidden_grad")
 configs = importlib.import_module(f"{FOLDER}.configs")
@@ -32,7 +33,7 @@ MIN_PROB, K, T = 1e-4, 64, 16
 SETTINGS = {
     "plain": dict(),
     "entropy": dict(entropy=True),
-    "all": dict(entropy=True, temperature=True, head=Head(-1.5, 20.0)),
+    "all": dict(entropy=True, temperature=True, head=LogitTransform(-1.5, 20.0)),
 }
 
 
@@ -50,7 +51,7 @@ class Batch:
     """Rows of a policy over some vocabulary: most are sure and the rest forks; with more candidates than there is room
     for (every 20th), and without a gradient (a fifth). Everything but the oracle's logits is float32, on the device."""
 
-    def __init__(self, seed, n, vocab, *, entropy=False, temperature=False, head=Head(1.0, None), noise=3.0):  # noqa: B008
+    def __init__(self, seed, n, vocab, *, entropy=False, temperature=False, head=LogitTransform(), noise=3.0):  # noqa: B008
         g = self.generator = torch.Generator().manual_seed(seed)
         self.head = head
         products = torch.randn(n, vocab, generator=g, dtype=F64) * noise
@@ -74,7 +75,7 @@ class Batch:
         """Logits and statistics of the products."""
         t = None if self.temperature is None else self.temperature.double()
         n = len(self.products)
-        z = self.logits = eager.logits_(self.products.double(), self.head, None, t)
+        z = self.logits = self.head.apply_(self.products.double(), None, t)
         log_p = z.log_softmax(1)
         maximum = z.amax(1)
         at_maximum = z == maximum.unsqueeze(1)
@@ -104,18 +105,19 @@ class Batch:
         return plan_rows.plan_rows(*inputs, scale=self.head.scale, softcap=self.head.softcap, min_prob=MIN_PROB)
 
     def specified(self, candidates, dtype):
-        """`sparse_rows`, of the same numbers in ``dtype``."""
+        """`sparse_entries`, of the same numbers in ``dtype``."""
         e, t = (None if x is None else x.to(dtype) for x in (self.e, self.temperature))
-        stats, g = Results(*self.stats.to(dtype)), self.g.to(dtype)
-        kept = Kept.of((None, candidates.found, candidates.vocab_ids, candidates.logits.to(dtype)))
-        return sparse_rows(kept, stats, self.targets, g, e, self.head, t, MIN_PROB)
+        stats, g = RowStats(self.stats.to(dtype)), self.g.to(dtype)
+        found = Candidates(candidates.found, candidates.vocab_ids, candidates.logits.to(dtype)).by_vocab_id()
+        inputs = HeadInputs(self.products, self.products, None, self.targets, t, self.head)
+        return sparse_entries(inputs, stats, found, g, e, MIN_PROB)
 
     def dlogits(self, dtype=F64):
         """dL/dproducts [N, V], dense, of the same statistics."""
         e, t = (None if x is None else x.to(dtype) for x in (self.e, self.temperature))
-        coefficients = Coefficients.of(Results(*self.stats.to(dtype)), self.g.to(dtype), e)
+        coefficients = Coefficients.of(RowStats(self.stats.to(dtype)), self.g.to(dtype), e)
         out = self.products.to(dtype, copy=True)
-        eager.grad(out, out, self.targets, 0, self.head, None, t, coefficients)
+        eager.dlogits(out, Tile(self.targets, 0, self.head, None, t), coefficients, out)
         return out
 
     def floors(self):
@@ -166,7 +168,7 @@ def test_row_plan_equals_the_specification(settings):
 
     def spread(spec):
         out = torch.zeros(150, 200, dtype=F64)
-        return out.scatter_add_(1, spec.entries.where(spec.used, 0), spec.values.double())
+        return out.scatter_add_(1, spec.vocab_ids.where(spec.used, 0), spec.values.double())
 
     kept, tail = spread(exact), exact.tail.where(fits, 0)
     ours = dense_values(rows, batch.targets, 200)
@@ -175,8 +177,8 @@ def test_row_plan_equals_the_specification(settings):
     size = (exact.values.abs().sum(1) + tail.abs()).where(fits, 0)
     as_good_as(rows.tail.cpu().where(fits, 0), single.tail.where(fits, 0), tail, size)
     e = None if batch.e is None else batch.e.double()
-    at_target = Coefficients.of(Results(*batch.stats.double()), batch.g.double(), e).at_target
-    in_single = Coefficients.of(Results(*batch.stats), batch.g, batch.e).at_target
+    at_target = Coefficients.of(RowStats(batch.stats.double()), batch.g.double(), e).at_target
+    in_single = Coefficients.of(RowStats(batch.stats), batch.g, batch.e).at_target
     as_good_as(rows.at_target, in_single, at_target, at_target)
 
     # The mass is rounded up, by no more than it may be off.
@@ -185,7 +187,8 @@ def test_row_plan_equals_the_specification(settings):
     mass, off = rows.mass.cpu().double(), 16 * EPS * not_p
     assert (mass >= exact.mass)[possible].all()
     assert (mass <= exact.mass + 2 * off)[possible].all()
-    weights = tail_weights(batch.g, batch.e).double() * mass * batch.slope().abs()
+    sizes = batch.g.abs() if batch.e is None else batch.g.abs() + batch.e.abs()
+    weights = sizes.double() * mass * batch.slope().abs()
     weights = weights.where(possible, -1)
     assert ((rows.tail_weight.cpu() - weights).abs() <= 8 * EPS * weights.abs()).all()
     live = (batch.g != 0) | (False if batch.e is None else batch.e != 0)
@@ -235,7 +238,7 @@ def test_any_capacity(capacity):
     rows = batch.plan(candidates)
     assert torch.equal(rows.kept.cpu(), (exact.used.sum(1) - 1).int())
     kept = torch.zeros(40, 200, dtype=F64)
-    kept.scatter_add_(1, exact.entries.where(exact.used, 0), exact.values)
+    kept.scatter_add_(1, exact.vocab_ids.where(exact.used, 0), exact.values)
     torch.testing.assert_close(dense_values(rows, batch.targets, 200), kept, rtol=1e-5, atol=1e-12)
 
 
@@ -567,17 +570,19 @@ def test_gradient_of_dense_rows_and_tails(settings, in_place):
     def specified(dtype):
         out = batch.dlogits(dtype)[listed]
         t = None if batch.temperature is None else batch.temperature.to(dtype)
-        coefficients = Coefficients.of(Results(*batch.stats.to(dtype)), batch.g.to(dtype), None)
+        coefficients = Coefficients.of(RowStats(batch.stats.to(dtype)), batch.g.to(dtype), None)
         for i, r in enumerate(listed[T : 2 * T].tolist()):
             row = slice(r, r + 1)
-            out[i] = eager.tail_probabilities(
-                batch.products[row].to(dtype), batch.targets[row], 0, batch.head, None, None if t is None else t[row],
-                coefficients.rows(row), torch.ones(1, dtype=dtype), batch.floors()[row].to(dtype),
-            ) * (batch.slope()[r] / MIN_PROB).to(dtype)  # fmt: skip
+            tile = Tile(batch.targets[row], 0, batch.head, None, None if t is None else t[row])
+            floors = batch.floors()[row].to(dtype)
+            tail = eager.tail_probabilities(
+                batch.products[row].to(dtype), tile, coefficients.take(row), floors, 1 / MIN_PROB
+            )
+            out[i] = tail * batch.slope()[r].to(dtype)
         return out
 
     exact = specified(F64)
-    single = Coefficients.of(Results(*batch.stats), batch.g, batch.e)
+    single = Coefficients.of(RowStats(batch.stats), batch.g, batch.e)
     inputs = on_device((batch.targets, batch.temperature, listed))
     parts = []
     for first in (0, 128):
@@ -585,8 +590,8 @@ def test_gradient_of_dense_rows_and_tails(settings, in_place):
         tile[:T] = NAN
         tile = on_device(tile)
         out = tile if in_place else torch.full_like(tile, NAN)
-        grad.grad(
-            tile, out, inputs[0], first, batch.head, None, inputs[1], on_device(single),
+        dlogits.dlogits(
+            tile, Tile(inputs[0], first, batch.head, None, inputs[1]), on_device(single), out,
             rows=inputs[2], tails=T, min_prob=MIN_PROB,
         )  # fmt: skip
         parts.append(out.cpu())
@@ -749,10 +754,11 @@ def backward(batch, hidden, weight, candidates, grad_tol):
     states, factors = tails.gather_states(hidden, listed, parts, min_prob=MIN_PROB)
     tile = states.float() @ weight.float().T
     dz = tile.to(dtype)
-    coefficients = Coefficients(stats[2], stats[3], rows.at_target, g, stats[1], e)
-    grad.grad(
-        tile, dz, targets, 0, head, None, t, coefficients, rows=listed, tails=T if n_sparse else 0, min_prob=MIN_PROB
-    )
+    per_row = [stats[2], stats[3], rows.at_target, g, *([] if e is None else [stats[1], e])]
+    dlogits.dlogits(
+        tile, Tile(targets, 0, head, None, t), Coefficients(torch.stack(per_row)), dz,
+        rows=listed, tails=T if n_sparse else 0, min_prob=MIN_PROB,
+    )  # fmt: skip
     products = dz.float() @ weight.float()
     out = torch.empty_like(hidden), torch.empty_like(weight), torch.empty_like(weight[:, 0])
     head_grad.head_grad(dz, states, hidden, some, factors, scale, *out[1:])
@@ -814,7 +820,7 @@ def test_offsets_beyond_32_bits():
     row_class = on_device(torch.full((n,), row_classes.SPARSE, dtype=torch.int8))
     zeros, ones = on_device((torch.zeros(n, dtype=torch.int32), torch.ones(n)))
     targets = on_device(torch.full((n,), n - 1))
-    rows = plan_rows.RowPlan(None, zeros, zeros.unsqueeze(1), ones.unsqueeze(1), ones, *[None] * 7)
+    rows = plan_rows.RowPlan(None, zeros, zeros.unsqueeze(1), ones.unsqueeze(1), ones.expand(5, -1), None)
     shares = on_device(torch.nn.functional.pad(torch.ones(n, 1), (0, T - 1)))
     classes = row_classes.RowClasses(row_class, zeros, None, None, None)
     out = torch.empty(n, 8, device=DEVICE)
@@ -843,5 +849,6 @@ def test_offsets_beyond_32_bits():
 def batch_of_equals(n):
     zeros, ones = torch.zeros(n), torch.ones(n)
     kind = torch.full((n,), plan_rows.SPARSE_POSSIBLE, dtype=torch.int8)
-    values = (kind, zeros.int(), None, None, zeros, zeros, ones, ones, ones, *[ones.double()] * 3)
+    per_row, bounds = torch.stack([zeros, zeros, ones, ones, ones]), ones.double().expand(3, -1).contiguous()
+    values = (kind, zeros.int(), None, None, per_row, bounds)
     return plan_rows.RowPlan(*on_device(values))

@@ -15,7 +15,7 @@ import test_triton_backward as tests
 
 if torch.cuda.is_available():
     pytest.skip("the kernels are compiled here", allow_module_level=True)
-MODULES = ("plan_rows", "row_classes", "tails", "pairs", "grad", "head_grad", "hidden_grad", "configs")
+MODULES = ("plan_rows", "row_classes", "tails", "pairs", "dlogits", "head_grad", "hidden_grad", "configs")
 
 
 class Fault(NamedTuple):
@@ -186,16 +186,16 @@ FAULTS = {
     "first part only": (states, Fault("tails", "i_p = part * T + i\n", "i_p = i\n")),
     "above the floor in the tail": (
         dense_rows,
-        Fault("grad", "in_tail = (z < m + (l + log_min_prob)) & (is_target == 0)", "in_tail = is_target == 0"),
+        Fault("dlogits", "in_tail = (z < m + (l + log_min_prob)) & (is_target == 0)", "in_tail = is_target == 0"),
     ),
-    "target in the tail": (dense_rows, Fault("grad", " & (is_target == 0)\n", "\n")),
+    "target in the tail": (dense_rows, Fault("dlogits", " & (is_target == 0)\n", "\n")),
     "tail without its slope": (
         dense_rows,
-        Fault("grad", "tl.exp(log_p - log_min_prob) * slope", "tl.exp(log_p - log_min_prob)"),
+        Fault("dlogits", "tl.exp(log_p - log_min_prob) * slope", "tl.exp(log_p - log_min_prob)"),
     ),
     "row of the tile, not of all": (
         dense_rows,
-        Fault("grad", "if rows is not None else i_o", "* 0 + i_o if rows is not None else i_o"),
+        Fault("dlogits", "if rows is not None else i_o", "* 0 + i_o if rows is not None else i_o"),
     ),
     "tails count once in the bias": (
         head,

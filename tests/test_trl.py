@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -23,11 +24,10 @@ from datasets import Dataset  # noqa: E402
 from processes import processes  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from covgrpo_kernels import ClipCov, CovarianceWeighting, linear_logprob, reference  # noqa: E402
+from covgrpo_kernels import ClipCov, CovarianceWeighting, linear_logprob, reference, weighting_metrics  # noqa: E402
 from covgrpo_kernels.grpo.policy import byte_tokenizer  # noqa: E402
 from covgrpo_kernels.integrations import transformers as patched  # noqa: E402
 from covgrpo_kernels.integrations.trl import CovGRPOTrainer  # noqa: E402
-from covgrpo_kernels.objective import weighting_metrics  # noqa: E402
 from covgrpo_kernels.testing import check_draw, rms  # noqa: E402
 
 GROUP = 4  # completions of a prompt
@@ -440,6 +440,8 @@ def test_over_ranks(models: Path) -> None:
         generations = [list(parts) for parts in zip(*ranks, strict=True)]
         assert not any(a.logprobs.equal(b.logprobs) or a.metrics != b.metrics for a, b in generations)
         check_weighting(generations)
+    (count, lengths), (same, other) = processes(2).run(ranks_not_finite, models)
+    assert count == same == [sum(length > 1 for length in lengths[::2] + other[::2])]
 
 
 # ---------------------------------------------------------------------------------------------------------- the rest
@@ -468,6 +470,58 @@ def test_no_weighting_logs_none(models: Path) -> None:
     trainer = new_trainer(CovGRPOTrainer, models, dict(max_steps=1), weighting=None)
     trainer.train()
     assert not any(name.startswith(("weight/", "covariance/")) for log in trainer.state.log_history for name in log)
+
+
+def not_finite(models: Path, level: str, shift: float, **ours: Any) -> tuple[list[float], list[int]]:
+    """What the log of a step says, and the lengths of the completions of one rank, where in every second of these the
+    second token's old log-prob is moved."""
+    options = dict(num_iterations=2, max_steps=1, importance_sampling_level=level)
+    trainer, lengths = new_trainer(CovGRPOTrainer, models, options, **ours), []
+    generate = trainer._generate_and_score_completions
+
+    def moved(inputs: Any) -> dict[str, Any]:
+        batch: dict[str, Any] = generate(inputs)
+        batch["old_per_token_logps"][::2, 1] += shift
+        lengths.extend(batch["completion_mask"].sum(1).tolist())
+        return batch
+
+    trainer._generate_and_score_completions = moved
+    trainer.train()
+    return [log["ratio/non_finite"] for log in trainer.state.log_history if "loss" in log], lengths
+
+
+@pytest.mark.parametrize("ours", [{}, dict(fused_head=False), dict(weighting="none")])
+def test_ratios_that_are_not_finite_are_counted(models: Path, ours: dict[str, Any]) -> None:
+    assert not_finite(models, "token", -80.0, **ours)[0] == [0]  # e^80 is a float32
+    for shift in (-1e3, torch.nan, -torch.inf):
+        count, lengths = not_finite(models, "token", shift, **ours)
+        assert count == [sum(length > 1 for length in lengths[::2])] != [0]
+        assert lengths[::2] != lengths[1::2]
+
+
+def test_ratios_of_sequences_are_counted(models: Path) -> None:
+    """All tokens of a sequence have its ratio, from the mean of its log-probs."""
+    assert not_finite(models, "sequence", -80.0)[0] == [0]
+    count, lengths = not_finite(models, "sequence", -1e5)
+    assert count == [sum(length for length in lengths[::2] if length > 1)]
+
+
+def ranks_not_finite(models: Path) -> tuple[list[float], list[int]]:
+    return not_finite(models, "token", -1e3)
+
+
+def test_compiled(models: Path) -> None:
+    """One graph for all lengths but the first. Without gradient checkpointing: transformers registers its hooks on the
+    embedding anew after each generation, and each makes torch.compile begin again, in GRPOTrainer too."""
+    options = dict(torch_compile=True, torch_compile_backend="eager", gradient_checkpointing=False)
+    trainer = new_trainer(CovGRPOTrainer, models, dict(max_steps=3) | options)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    trainer.train()
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] <= 2
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("fused_head", [True, False])

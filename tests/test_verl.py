@@ -1,5 +1,7 @@
 """verl's own functions, from its wheel, with what `covgrpo_kernels.integrations.verl` registers."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,6 +98,22 @@ def test_the_estimator_asks_for_log_probs_and_keeps_none(verl):
     with pytest.raises(TypeError, match="old_log_probs"):
         verl.ray_trainer.compute_advantage(data, "covgrpo")
     assert verl.core_algos.get_adv_estimator_fn("covgrpo") is verl.integration.compute_covgrpo_advantage
+
+
+def test_threads_have_their_own_batches(verl, monkeypatch):
+    """Each batch is weighted by its own log-probs, where two calls have begun before either gets to the estimator."""
+    wanted = [verl.ray_trainer.compute_advantage(rollout(verl, i)[0], "covgrpo").batch["advantages"] for i in range(2)]
+    both, get = Barrier(2, timeout=60), verl.core_algos.get_adv_estimator_fn
+
+    def get_when_both_are_there(name):
+        both.wait()
+        return get(name)
+
+    monkeypatch.setattr(verl.core_algos, "get_adv_estimator_fn", get_when_both_are_there)
+    with ThreadPoolExecutor(2) as pool:
+        batches = [rollout(verl, i)[0] for i in range(2)]
+        results = list(pool.map(lambda batch: verl.ray_trainer.compute_advantage(batch, "covgrpo"), batches))
+    assert all(torch.equal(data.batch["advantages"], want) for data, want in zip(results, wanted, strict=True))
 
 
 @pytest.mark.parametrize("mode", MODES)

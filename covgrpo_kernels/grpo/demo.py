@@ -3,61 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from .. import tiles
 from .checkpoint import read_metrics
-from .config import TrainConfig
+from .config import ALGORITHMS, TrainConfig
 from .plots import save_report
-from .train import claim_folder, make_task, starting_policy, torch_device, train
+from .train import start_run, train
 
-RUNS = {"GRPO": "none", "CW-GRPO": "covariance"}
+ARMS = ("none", "covariance")
 
 
 def demo(config: TrainConfig) -> None:
-    """Fills OUT/warm_start, OUT/none and OUT/covariance; what is finished there is not done again."""
-    out, console = Path(config.out), Console()
+    """Fills OUT/warm_start, OUT/grpo and OUT/cw-grpo, and draws OUT/report.png."""
     # Products this small gain a quarter from a second thread, and lose much more where cores are shared.
     torch.set_num_threads(1)
-    task, device = make_task(config), torch_device(config)
-    claim_folder(out, config)
-    console.print(f"The loss runs on {device}, backend {tiles.describe(device)}.")
-    console.rule("one supervised warm start")
-    starting_policy(config, task, out, device)
+    print("1. One supervised warm start")
+    _, _, folder = start_run(config, "demo")
     runs = {}
-    for name, weighting in RUNS.items():
-        console.rule(name)
-        folder = out / weighting
-        train(dataclasses.replace(config, out=str(folder), weighting=weighting, model=str(out / "warm_start")))
-        runs[name] = folder / "metrics.jsonl"
-    save_report(runs, out / "report.png")
-    console.print(summary({name: read_metrics(path) for name, path in runs.items()}))
-    console.print(f"{out / 'report.png'}: the same as curves. To run the demo anew, delete {out}.")
+    for number, weighting in enumerate(ARMS, 2):
+        name = ALGORITHMS[weighting]
+        print(f"{number}. {name} from it", flush=True)
+        out = folder.path / name.lower()
+        start = str(folder.path / "warm_start")
+        train(dataclasses.replace(config, out=str(out), weighting=weighting, model=start, warm_start_steps=None))
+        runs[name] = out / "metrics.jsonl"
+    save_report(folder, runs)
+    print(summary({name: read_metrics(path) for name, path in runs.items()}))
+    print(f"{folder.path / 'report.png'}: the same as curves. To run the demo anew, delete {folder.path}.")
 
 
-def summary(runs: dict[str, list[dict[str, Any]]]) -> Table:
-    table = Table(title="First and last tenth of the steps; held out: accuracy before and after")
-    for column in ("", "reward", "held out", "entropy", "live rows", "seconds"):
-        table.add_column(column, justify="right", no_wrap=True)
+def summary(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """A table: means over the first and the last tenth of the steps, and held-out accuracy before and after."""
+    rows = [("", "reward", "held out", "entropy", "with gradient", "seconds")]
     for name, (before, *steps) in runs.items():
-        tenth = max(len(steps) // 10, 1)
-
-        def change(key: str, form: str, steps: list[dict[str, Any]] = steps, tenth: int = tenth) -> str:
-            first, last = (mean(row[key] for row in part) for part in (steps[:tenth], steps[-tenth:]))
-            return f"{first:{form}} -> {last:{form}}"
-
-        table.add_row(
-            name,
-            change("reward/mean", ".2f"),
-            f"{before['eval/accuracy']:.0%} -> {steps[-1]['eval/accuracy']:.0%}",
-            change("entropy", ".2f"),
-            change("rows/live_fraction", ".0%"),
-            f"{sum(row['seconds/rollout'] + row['seconds/update'] for row in steps):.0f}",
+        ends = steps[: max(len(steps) // 10, 1)], steps[-max(len(steps) // 10, 1) :]
+        reward, entropy, gradient = (
+            " -> ".join(f"{mean(row[key] for row in end):{form}}" for end in ends)
+            for key, form in (("reward/mean", ".2f"), ("entropy", ".2f"), ("rows/live_fraction", ".0%"))
         )
-    return table
+        accuracy = f"{before['eval/accuracy']:.0%} -> {steps[-1]['eval/accuracy']:.0%}"
+        seconds = f"{sum(row['seconds/rollout'] + row['seconds/update'] for row in steps):.0f}"
+        rows.append((name, reward, accuracy, entropy, gradient, seconds))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    note = "First and last tenth of the steps. With gradient: share of tokens that take part in the backward pass."
+    return "\n".join(["", *lines, note])

@@ -1,15 +1,14 @@
 """A run spread over the processes (ranks) of torchrun.
 
-Every rank knows the whole batch, which is small; what the ranks share is the work of the model, which each does for its
-rows. In a single process each function here gives back what it got.
+Every rank knows the whole batch, which is small. What the ranks share is the work of the model: each runs it for its
+rows. In a single process each function here returns what it was given.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +23,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from .policy import Policy
 
@@ -38,13 +36,13 @@ def join() -> None:
 
 
 def leave(status: int) -> int:
-    """The end of this process, if it is one of several; else gives the exit status back."""
+    """Ends this process if it is one of several; else returns the exit status."""
     if not dist.is_initialized():
         return status
-    if status == 0:  # else others may be in a collective
+    if status == 0:  # otherwise others may be in a collective
         dist.destroy_process_group()
-    # Under FSDP2 gloo's threads outlive the group, and one run in ten or so was seen to abort while Python shuts down
-    # ("terminate called without an active exception"): this ends it without.
+    # Under FSDP2 gloo's threads outlive the group, and one run in ten or so aborted while Python shut down ("terminate
+    # called without an active exception"). Ending the process at once avoids this.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -63,10 +61,15 @@ def size() -> int:
 
 
 def device_of_rank(name: str) -> torch.device:
-    """Raises RuntimeError or AssertionError where there is no such device."""
+    """Raises ValueError where there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and size() > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = torch.empty(0, device=name).device
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name} cannot be used: {error}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -86,13 +89,9 @@ def gather(mine: Tensor, rows: int) -> Tensor:  # [rows of this rank, ...] -> [r
     """The rows of all ranks from each one's `share`."""
     if group() is None:
         return mine
-    every = max(rows, size())
-    padded = mine.new_zeros(-(-every // size()), *mine.shape[1:])
-    padded[: len(mine)] = mine
-    parts = [torch.empty_like(padded) for _ in range(size())]
-    dist.all_gather(parts, padded)
-    lengths = [every * (r + 1) // size() - every * r // size() for r in range(size())]
-    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])[:rows]
+    parts: list[Any] = [None] * size()
+    dist.all_gather_object(parts, mine.cpu())
+    return torch.cat(parts)[:rows].to(mine.device)
 
 
 def reduce(value: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -108,54 +107,46 @@ def reduce(value: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
 
 
 def distribute(policy: Policy, how: str) -> None:
-    """Prepares the model for gradients that are averaged over ranks. "ddp": every rank has the whole of it; "fsdp": of
-    parameters, gradients and the optimiser's state each has a part (FSDP2)."""
-    if group() is None:
+    """With "ddp" every rank keeps the whole model; with "fsdp" each has a part of the parameters, their gradients and
+    the optimiser's state (FSDP2)."""
+    if group() is None or how == "ddp":
         return
     model = policy.model
-    if how == "fsdp":
-        mesh = init_device_mesh(policy.device.type, (size(),))
-        for module in list(model.modules()):
-            if type(module).__name__ in (model._no_split_modules or ()):  # the layers
-                fully_shard(module, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    elif any(p.requires_grad for p in model.parameters()):
-        policy.wrapper = DistributedDataParallel(model)
+    mesh = init_device_mesh(policy.device.type, (size(),))
+    for module in list(model.modules()):
+        if type(module).__name__ in (model._no_split_modules or ()):  # the layers
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
-@contextmanager
-def accumulation(policy: Policy, last: bool) -> Iterator[None]:
-    """Around a forward and backward pass: the last one of an accumulation reduces the gradients of all of them."""
-    if isinstance(policy.model, FSDPModule):
-        policy.model.set_requires_gradient_sync(last)
-    ddp = policy.wrapper if isinstance(policy.wrapper, DistributedDataParallel) else None
-    with nullcontext() if ddp is None or last else ddp.no_sync():
-        yield
-
-
-def clip_gradients(policy: Policy, max_norm: float) -> Tensor:  # []
-    """The norm that the gradient had."""
-    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), max_norm)
+def average_gradients(policy: Policy, max_norm: float) -> Tensor:  # []
+    """Gives every rank the mean of all ranks' gradients, clipped to a norm; returns the norm that it had. FSDP2 has
+    averaged them already, in the backward pass."""
+    parameters = list(policy.model.parameters())
+    if group() is not None and not isinstance(policy.model, FSDPModule):
+        for parameter in parameters:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad.div_(size()))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def whole_model(policy: Policy) -> dict[str, Any]:
-    """The model's state on the CPU, on rank 0; the others get nothing."""
-    return get_model_state_dict(policy.model, options=_WHOLE)
+def whole_state(policy: Policy, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """The state of the model, and of the optimiser if there is one, on the CPU of rank 0; empty on the others. It does
+    not depend on the number of ranks."""
+    state: dict[str, Any] = {"model": get_model_state_dict(policy.model, options=_WHOLE)}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(policy.model, optimizer, options=_WHOLE)
+    return state
 
 
-def whole_optimizer(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Likewise the optimiser's, by names of parameters."""
-    return get_optimizer_state_dict(policy.model, optimizer, options=_WHOLE)
-
-
-def load_whole(policy: Policy, optimizer: torch.optim.Optimizer, model: dict[str, Any], state: dict[str, Any]) -> None:
-    """What the two gave, whatever the number of ranks was."""
+def load_whole_state(policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=group() is not None)
-    set_state_dict(policy.model, optimizer, model_state_dict=model, optim_state_dict=state, options=options)
+    model, optim = state["model"], state["optimizer"]
+    set_state_dict(policy.model, optimizer, model_state_dict=model, optim_state_dict=optim, options=options)
 
 
 # --- errors ------------------------------------------------------------------------------------------------

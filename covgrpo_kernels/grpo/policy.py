@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -32,12 +34,11 @@ class Policy:
         # Without dropout, or a token's log-prob would differ between scoring and training.
         nn.Module.to(self.model, self.device).eval()
         patch_model(self.model)
-        self.wrapper: nn.Module = self.model  # where a run is spread by DDP, that
         eos = self.model.generation_config.eos_token_id if self.model.generation_config else None
         eos = eos if isinstance(eos, list) else [eos]
         ids = [i for i in dict.fromkeys([self.tokenizer.eos_token_id, *eos]) if i is not None]
         if not ids:
-            raise ValueError("model: it has no end-of-sequence token")
+            raise ValueError("it has no end-of-sequence token")
         self.eos_ids = torch.tensor(ids, device=self.device)
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else ids[0]
 
@@ -47,15 +48,14 @@ class Policy:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def forward(self, tokens: Tensor, attention: Tensor, **options: Any) -> Any:  # [B, L], [B, >= L]
-        """The model over the tokens, the last ones of `attention`. Padding on the left has no position. Training and
-        sampling, all goes through the model's own call, on which whatever spreads it over ranks has its hooks."""
+        """The model over the tokens, the last ones of `attention`. Padding on the left has no position."""
         positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        module = self.wrapper if torch.is_grad_enabled() else self.model
+        mask = None if "cache_params" in options else attention  # a state has seen the padding, and ignored it
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return module(tokens, attention_mask=attention, position_ids=positions, **options)
+            return self.model(tokens, attention_mask=mask, position_ids=positions, **options)
 
     def save(self, folder: Path, state: dict[str, Any] | None = None) -> None:
-        """`state`: the parameters where the model has only a part of them."""
+        """`state`: the parameters, where the model has only a part of them."""
         self.model.save_pretrained(folder, state_dict=state)
         self.tokenizer.save_pretrained(folder)
 
@@ -82,31 +82,66 @@ def new_policy(hidden_size: int, layers: int, seed: int, device: torch.device) -
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    specials = ["<pad>", "<eos>"]
-    tokens = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    # Every byte is known. But without a token for unknown ones Qwen2's tokenizer adds one when it is loaded, beyond the
+    # model's vocabulary.
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>")
+
+
+def cached(output: Any) -> dict[str, Any]:
+    """What the model keeps of the tokens that it has seen, as its next call takes it: keys and values, or a state."""
+    return {name: output[name] for name in ("past_key_values", "cache_params") if output.get(name) is not None}
 
 
 def load_policy(name: str, device: torch.device) -> Policy:
-    """A causal LM by folder or name. Raises ValueError where it cannot be loaded or its head does
-    what `patch_model` does not know."""
+    """A causal LM by folder or name. Raises ValueError where it cannot be loaded, sampled from or trained here."""
+    kind = ""
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {name} cannot be loaded: {error}") from error
-    if device.type == "cuda" and model.config.model_type == "qwen2":
-        _patch_with_liger(model)
-    return Policy(model, tokenizer, device)
+        config = AutoConfig.from_pretrained(name)
+        kind = f" ({config.model_type})"
+        if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError("it is not a decoder-only causal language model")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model, loading = loaded
+        if missing := sorted(loading["missing_keys"]):
+            raise ValueError(f"its files lack weights: {', '.join(missing[:3])}")
+        policy = Policy(model, AutoTokenizer.from_pretrained(name), device)
+        _check_vocabulary(policy)
+        _check_sampling(policy)
+    except Exception as error:  # of many kinds, from the libraries that read the files and from the model itself
+        what = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"model {name}{kind} cannot be used: {what}") from error
+    return policy
 
 
-def _patch_with_liger(model: PreTrainedModel) -> None:
-    """Liger's kernels for the backbone, where they are installed; the head and the loss are ours."""
-    try:
-        from liger_kernel.transformers import apply_liger_kernel_to_qwen2
-    except ImportError:
-        return
-    apply_liger_kernel_to_qwen2(cross_entropy=False, fused_linear_cross_entropy=False, model=model)
+def _check_vocabulary(policy: Policy) -> None:
+    size = policy.model.get_input_embeddings().num_embeddings
+    largest = max([*policy.tokenizer.get_vocab().values(), policy.pad_id, *policy.eos_ids.tolist()])
+    if largest >= size:
+        raise ValueError(f"its tokenizer has tokens up to {largest}, its vocabulary only {size}")
+
+
+@torch.no_grad()
+def _check_sampling(policy: Policy) -> None:
+    """Raises ValueError unless the log-prob of a token depends on the tokens before it alone, and sampling behind
+    padding, with a key-value cache, gives the same."""
+    tokens = torch.arange(4, device=policy.device).unsqueeze(0)
+    attention = torch.ones_like(tokens)
+    logits = policy.forward(tokens, attention).logits
+    if logits.isnan().any():
+        raise ValueError("its logits are NaN")
+    bound = 64 * torch.finfo(policy.dtype).eps * logits.abs().max()
+    other = policy.forward(tokens[:, [0, 3, 3, 3]], attention).logits
+    if (other[:, 0] - logits[:, 0]).abs().max() > bound:
+        raise ValueError("it is an encoder: a token's logits depend on the tokens after it")
+    padded = torch.cat([torch.full_like(tokens[:, :1], policy.pad_id), tokens], 1)
+    attention = (torch.arange(5, device=policy.device) > 0).long().unsqueeze(0)
+    prefix = policy.forward(padded[:, :-1], attention[:, :-1], use_cache=True)
+    if not cached(prefix):
+        raise ValueError("it has no key-value cache, with which responses are sampled here")
+    last = policy.forward(padded[:, -1:], attention, use_cache=True, **cached(prefix)).logits
+    if not (last[:, -1] - logits[:, -1]).abs().max() <= bound:
+        raise ValueError("its logits behind padding, or with a cache, are not those without")

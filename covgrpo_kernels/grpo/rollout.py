@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from . import parallel
-from .policy import Policy
+from .policy import Policy, cached
 
 
 @dataclass
 class Batch:
-    """Prompts, padded on the left, and their responses, padded on the right: B = prompts * group size rows,
-    the responses to one prompt next to each other."""
+    """Prompts, padded on the left, and their responses, padded on the right. B = prompts * group size rows; the
+    responses to one prompt are next to each other."""
 
     tokens: Tensor  # [B, P + T]
     attention: Tensor  # [B, P + T], 0 on padding
@@ -27,12 +27,13 @@ class Batch:
         return self.tokens[:, -self.mask.shape[1] :]
 
     def apply_head(self, policy: Policy, function: Callable[..., Any]) -> Any:
-        """What ``function(hidden [B, T, D], weight [V, D], bias=..., logit_scale=..., softcap=...)`` returns, hidden
-        being the states that predict the responses: a log-prob, a loss. It runs where the model would build logits."""
-        last = self.mask.shape[1]
+        """Runs the model and, where it would build logits, ``function(hidden [B, T, D], weight [V, D], bias=...,
+        logit_scale=..., softcap=...)``, whose result is returned: a log-prob, a loss. ``hidden`` are the states that
+        predict the responses."""
+        length = self.mask.shape[1]
 
         def head(hidden: Tensor, weight: Tensor, **how: Any) -> Any:  # [B, P + T, D]
-            return function(hidden[:, -last - 1 : -1], weight, **how)
+            return function(hidden[:, -length - 1 : -1], weight, **how)
 
         return policy.forward(self.tokens, self.attention, head=head)
 
@@ -46,21 +47,18 @@ def sample(
     prompts: list[str],
     group_size: int,
     max_new_tokens: int,
-    temperature: float,  # 0: the likeliest token
+    temperature: float,  # 0: the most likely token
     generator: torch.Generator | None = None,
 ) -> Batch:
     """Every rank samples its share of the rows, and returns all of them."""
     tokens, attention = _encode_prompts(policy, prompts)
     rows, prompt_length = len(prompts) * group_size, tokens.shape[1]
     mine = parallel.share(rows).to(policy.device)
-    # A prompt goes through the model once; then every response gets its own copy of the cache.
-    needed, copies = (mine // group_size).unique(return_inverse=True)
-    out = policy.forward(tokens[needed], attention[needed], use_cache=True, logits_to_keep=1)
-    cache, logits = out.past_key_values, out.logits[copies, -1]
-    cache.batch_select_indices(copies)
-    tokens, attention = tokens[needed[copies]], attention[needed[copies]]
+    tokens, attention = tokens[mine // group_size], attention[mine // group_size]
+    out = policy.forward(tokens, attention, use_cache=True, logits_to_keep=1)
     running = torch.ones(len(mine), dtype=torch.bool, device=policy.device)
     while True:
+        logits = out.logits[:, -1]
         if temperature == 0:
             token = logits.argmax(-1)
         else:
@@ -75,8 +73,7 @@ def sample(
         if tokens.shape[1] == prompt_length + max_new_tokens or not going_on:
             tokens, attention = parallel.gather(torch.stack([tokens, attention], 1), rows).unbind(1)
             return Batch(tokens, attention, attention[:, prompt_length:].bool())
-        out = policy.forward(tokens[:, -1:], attention, past_key_values=cache, use_cache=True)
-        logits = out.logits[:, -1]
+        out = policy.forward(tokens[:, -1:], attention, use_cache=True, **cached(out))
 
 
 def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:  # [B, V], [B] in [0, 1) -> [B]
@@ -91,16 +88,16 @@ def encode_solutions(policy: Policy, prompts: list[str], solutions: list[str]) -
     tokens, attention = _encode_prompts(policy, prompts)
     eos = int(policy.eos_ids[0])
     responses = [[*policy.tokenizer(s, add_special_tokens=False).input_ids, eos] for s in solutions]
-    length = max(map(len, responses))
-    padded = torch.tensor([r + [policy.pad_id] * (length - len(r)) for r in responses], device=policy.device)
-    lengths = torch.tensor([len(r) for r in responses], device=policy.device)
-    mask = torch.arange(length, device=policy.device) < lengths.unsqueeze(1)
-    attention = torch.cat([attention, mask.to(attention.dtype)], 1)
-    return Batch(torch.cat([tokens, padded], 1), attention, mask)
+    reversed_tokens, mask = _padded_on_the_left(policy, [row[::-1] for row in responses])
+    tokens, attention = torch.cat([tokens, reversed_tokens.flip(1)], 1), torch.cat([attention, mask.flip(1)], 1)
+    return Batch(tokens, attention, mask.flip(1).bool())
 
 
 def _encode_prompts(policy: Policy, prompts: list[str]) -> tuple[Tensor, Tensor]:  # [B, P], [B, P]
-    rows = [policy.tokenizer(prompt).input_ids for prompt in prompts]
+    return _padded_on_the_left(policy, [policy.tokenizer(prompt).input_ids for prompt in prompts])
+
+
+def _padded_on_the_left(policy: Policy, rows: list[list[int]]) -> tuple[Tensor, Tensor]:  # tokens, attention
     length = max(map(len, rows))
     tokens = [[policy.pad_id] * (length - len(row)) + row for row in rows]
     attention = [[0] * (length - len(row)) + [1] * len(row) for row in rows]

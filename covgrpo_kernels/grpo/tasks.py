@@ -32,6 +32,7 @@ class Task:
     generate: Callable[[random.Random], Problem]
     is_held_out: Callable[[str], bool]  # of a prompt
     seed: int
+    prompts: tuple[str, ...] = ()  # all of them, if they are of a file
 
     def training_problem(self, stream: str, index: int) -> Problem:
         """Problem `index` of a stream; streams ("train", "warm start") are independent of each other."""
@@ -161,7 +162,7 @@ def file_task(path: str, seed: int) -> Task:
     if len(prompts) < 2:
         raise ValueError(f"{path}: at least two different prompts are needed, one of them to hold out")
     held_out = frozenset(prompts[: max(len(prompts) // 10, 1)])
-    return Task(lambda rng: rng.choice(problems), held_out.__contains__, seed)
+    return Task(lambda rng: rng.choice(problems), held_out.__contains__, seed, tuple(prompts))
 
 
 def _is_exactly(response: str, answer: str) -> bool:

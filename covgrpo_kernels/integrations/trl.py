@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,11 +10,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
-from ..backward_plan import resolve_grad_tol
-from ..config import IGNORE_INDEX, CovarianceWeighting, CovGRPOConfig, check_flag
-from ..layout import flatten_tokens, valid_tokens
-from ..objective import weighting_metrics
-from ..weighting import group_weights
+from .. import CovarianceWeighting, CovGRPOConfig, covariance_weights, linear_logprob, weighting_metrics
 from .transformers import patch_model
 
 # What TRL hands to its scoring function beside the tokens, as `_generate_and_score_completions` names it.
@@ -45,7 +39,10 @@ class CovGRPOTrainer(GRPOTrainer):
       loss sees all completions of its prompts, over all ranks, and the weights come from its own log-probs. Else the
       generation is scored once by the policy without gradient, which costs one more forward pass a completion.
 
-    TRL's log gets the metrics ``weight/*`` and ``covariance/*`` of `covgrpo_loss`, over the tokens of all ranks.
+    TRL's log gets the metrics ``weight/*`` and ``covariance/*`` of `covgrpo_loss`, over the tokens of all ranks, and
+    ``ratio/non_finite``: how many tokens of a micro-batch, on all ranks, have an importance ratio that is inf or NaN
+    (its sequence's ratio, where TRL's ``importance_sampling_level`` says so). It should be zero. As for all of TRL's
+    metrics, the log has the mean over the micro-batches since the last one.
 
     Args:
         *args, **kwargs: as GRPOTrainer takes them.
@@ -74,11 +71,14 @@ class CovGRPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         self._weighting = _checked_weighting(weighting)
-        check_flag("fused_head", fused_head)
-        resolve_grad_tol(grad_tol, torch.float32)
+        if not isinstance(fused_head, bool):
+            raise TypeError(f"fused_head must be a bool, got {type(fused_head).__name__}")
+        # Of no tokens: what checks grad_tol, before there is a model.
+        nothing = torch.zeros(0, 1)
+        linear_logprob(nothing, torch.zeros(1, 1), torch.zeros(0, dtype=torch.long), grad_tol=grad_tol)
         self._fused_head = fused_head
-        # Inputs of the loss that is being computed, where its own log-probs are to weight their advantages.
-        self._unweighted: dict[str, Any] | None = None
+        # Inputs of the loss that is being computed, until it has its log-probs.
+        self._loss_inputs: dict[str, Any] | None = None
         super().__init__(*args, **kwargs)
         if not fused_head:
             return
@@ -89,7 +89,12 @@ class CovGRPOTrainer(GRPOTrainer):
             self.args.liger_kernel_config = (self.args.liger_kernel_config or {}) | layers_only
         for model in (self.model, self.ref_model):
             if model is not None:
-                patch_model(self.accelerator.unwrap_model(model), temperature=self.temperature, grad_tol=grad_tol)
+                patch_model(
+                    self.accelerator.unwrap_model(model),
+                    temperature=self.temperature,
+                    grad_tol=grad_tol,
+                    autocast=not self.args.cast_lm_head_to_fp32,
+                )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -119,9 +124,11 @@ class CovGRPOTrainer(GRPOTrainer):
         return output
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        # TRL may use the weighted ones again, before the next optimiser step.
-        self._unweighted = inputs if "group_ids" in inputs else None
-        return super()._compute_loss(model, inputs)
+        self._loss_inputs = inputs
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._loss_inputs = None
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -143,10 +150,13 @@ class CovGRPOTrainer(GRPOTrainer):
             result = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, **flags, **multimodal
             )
-        if self._unweighted is not None:
-            # The loss looks at its advantages after it has got its log-probs.
-            self._weight_advantages(self._unweighted, result[0].detach())
-            self._unweighted = None
+        if self._loss_inputs is not None:
+            inputs, self._loss_inputs = self._loss_inputs, None
+            self._count_ratios(inputs, result[0].detach())
+            # The loss looks at its advantages after it has got its log-probs. TRL may use the weighted ones again,
+            # before the next optimiser step.
+            if "group_ids" in inputs:
+                self._weight_advantages(inputs, result[0].detach())
         return result
 
     def _score(
@@ -162,14 +172,13 @@ class CovGRPOTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What TRL's function returns, of tokens alone."""
         router = {"output_router_logits": True} if compute_aux_loss else {}
-        lm_head = self.accelerator.unwrap_model(model).get_output_embeddings()
         size = batch_size or max(len(input_ids), 1)
         batches = []
         for ids, attention in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            labels = ids.masked_fill(attention == 0, IGNORE_INDEX)
-            labels[:, :-logits_to_keep] = IGNORE_INDEX
+            labels = ids.masked_fill(attention == 0, -100)
+            labels[:, :-logits_to_keep] = -100
             inputs = dict(input_ids=ids, attention_mask=attention, labels=labels, **router)
-            with self.accelerator.autocast(), _outside_autocast(lm_head, self.args.cast_lm_head_to_fp32):
+            with self.accelerator.autocast():
                 batches.append(model(**inputs, return_logprobs=True, entropy=compute_entropy))
         return (
             torch.cat([batch.logprobs[:, -logits_to_keep:] for batch in batches]),
@@ -180,26 +189,36 @@ class CovGRPOTrainer(GRPOTrainer):
     @torch.no_grad()
     def _weight_advantages(self, inputs: dict[str, Any], logprobs: Tensor) -> None:  # [B, T]
         """Replaces the advantages [B] by those of tokens [B, T], and the group ids by nothing."""
-        assert self._weighting is not None
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        dtype = torch.promote_types(logprobs.dtype, torch.float32)
-        valid = valid_tokens("logprobs", logprobs, mask)
-        tokens = flatten_tokens(
-            logprobs, inputs["advantages"], valid, dtype=dtype,
-            group_ids=inputs.pop("group_ids"), group_size=None, sequence_ids=None,
-            process_group=dist.group.WORLD if self.accelerator.num_processes > 1 else None,
+        mask = _loss_mask(inputs)
+        weights, covariance = covariance_weights(
+            logprobs, inputs["advantages"], mask, group_ids=inputs.pop("group_ids"), weighting=self._weighting,
+            process_group=dist.group.WORLD if self.accelerator.num_processes > 1 else None, return_covariance=True,
         )  # fmt: skip
-        result, _ = group_weights(logprobs.reshape(-1).to(dtype).where(valid, 0), tokens, self._weighting)
-        weights = result.weights.to(dtype)
-        inputs["advantages"] = inputs["advantages"].unsqueeze(1) * weights.reshape(logprobs.shape)
+        inputs["advantages"] = inputs["advantages"].unsqueeze(1) * weights
 
         # Of all ranks' tokens: quantiles cannot be merged.
-        columns = torch.stack([weights, result.covariance.to(dtype), valid.to(dtype)], dim=1)
+        columns = torch.stack([values.flatten() for values in (weights, covariance, mask.to(weights.dtype))], dim=1)
         columns = self.accelerator.gather(self.accelerator.pad_across_processes(columns, dim=0))
         weights, covariance, valid = columns.unbind(1)
-        mode = "train" if self.model.training else "eval"
         for name, value in weighting_metrics(weights, covariance, valid != 0).items():
-            self._metrics[mode][name].append(value.item())
+            self._add_metric(name, value)
+
+    @torch.no_grad()
+    def _count_ratios(self, inputs: dict[str, Any], logprobs: Tensor) -> None:  # [B, T]
+        mask, old = _loss_mask(inputs), inputs.get("old_per_token_logps")
+        log_ratio = logprobs - (logprobs if old is None else old)
+        if self.importance_sampling_level == "sequence":
+            log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1)).unsqueeze(1).expand_as(log_ratio)
+        count = (~log_ratio.exp().isfinite() & (mask != 0)).sum()
+        self._add_metric("ratio/non_finite", self.accelerator.gather(count).sum())
+
+    def _add_metric(self, name: str, value: Tensor) -> None:  # []
+        self._metrics["train" if self.model.training else "eval"][name].append(value.item())
+
+
+def _loss_mask(inputs: dict[str, Any]) -> Tensor:  # [B, T], nonzero where TRL's loss counts a token
+    mask: Tensor = inputs["completion_mask"]
+    return mask * inputs.get("tool_mask", 1)
 
 
 def _checked_weighting(weighting: object) -> CovarianceWeighting | None:
@@ -212,25 +231,3 @@ def _checked_weighting(weighting: object) -> CovarianceWeighting | None:
             f"takes what can be multiplied to an advantage, got {weighting!r}"
         )
     return kind
-
-
-@contextmanager
-def _outside_autocast(module: nn.Module, enabled: bool) -> Iterator[None]:
-    """Calls of the module run without autocast: TRL's ``cast_lm_head_to_fp32``."""
-    if not enabled:
-        yield
-        return
-    stack = ExitStack()
-
-    def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        stack.enter_context(torch.autocast(args[0].device.type, enabled=False))
-
-    def leave(*_: Any) -> None:
-        stack.close()
-
-    hooks = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

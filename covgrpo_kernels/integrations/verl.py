@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,6 @@ from torch import Tensor
 from verl import DataProto
 from verl.trainer.ppo import ray_trainer
 from verl.trainer.ppo.core_algos import (
-    ADV_ESTIMATOR_REGISTRY,
     compute_grpo_outcome_advantage,
     compute_policy_loss_vanilla,
     register_adv_est,
@@ -37,13 +37,16 @@ from .. import CovarianceWeighting, covariance_weights
 
 NAME = "covgrpo"
 
+# Of the call of verl's `compute_advantage` that is running.
+_log_probs: ContextVar[Tensor | None] = ContextVar("old_log_probs", default=None)
+
 
 @register_adv_est(NAME)
 def compute_covgrpo_advantage(
     token_level_rewards: Tensor,  # [B, T]
     response_mask: Tensor,  # [B, T]
     index: np.ndarray,  # [B] uid of the prompt, any labels in any order
-    old_log_probs: Tensor,  # [B, T]
+    old_log_probs: Tensor | None = None,  # [B, T]; None: those of the batch that verl is at
     config: Mapping[str, Any] | None = None,  # verl's `algorithm`
     **_: Any,
 ) -> tuple[Tensor, Tensor]:  # [B, T], [B, T]
@@ -52,6 +55,9 @@ def compute_covgrpo_advantage(
     ``config["norm_adv_by_std_in_grpo"]`` (True) is passed on. As for all of verl's estimators but ``grpo``, where a
     session has several outputs each counts as a response. Raises TypeError without ``old_log_probs`` or ``index``.
     """
+    old_log_probs = _log_probs.get() if old_log_probs is None else old_log_probs
+    if old_log_probs is None:
+        raise TypeError("old_log_probs must be a tensor, got none: the batch has to have them before its advantages")
     advantages, _returns = compute_grpo_outcome_advantage(
         token_level_rewards, response_mask, index,
         norm_adv_by_std_in_grpo=True if config is None else config.get("norm_adv_by_std_in_grpo", True),
@@ -80,18 +86,16 @@ def compute_policy_loss_covgrpo(
 
 def _hand_over_log_probs() -> None:
     """verl's ``compute_advantage`` holds the log-probs but gives them to estimators of its own only. So it is wrapped,
-    in every module of verl's that has it by now: for the duration of a call the registered estimator has them."""
+    in every module of verl's that has it by now."""
     original = ray_trainer.compute_advantage
 
     @functools.wraps(original)
     def compute_advantage(data: DataProto, *args: Any, **kwargs: Any) -> DataProto:
-        log_probs = data.batch.get("old_log_probs", None)
-        if log_probs is not None:
-            ADV_ESTIMATOR_REGISTRY[NAME] = functools.partial(compute_covgrpo_advantage, old_log_probs=log_probs)
+        token = _log_probs.set(data.batch.get("old_log_probs", None))
         try:
             return original(data, *args, **kwargs)
         finally:
-            ADV_ESTIMATOR_REGISTRY[NAME] = compute_covgrpo_advantage
+            _log_probs.reset(token)
 
     for name, module in list(sys.modules.items()):
         if name.startswith("verl.") and vars(module).get("compute_advantage") is original:

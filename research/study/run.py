@@ -1,0 +1,250 @@
+"""One run of the study; and all of them, several at a time. A run's file is whole or is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from covgrpo_kernels.grpo.checkpoint import save_folder_atomically, write_atomically
+from covgrpo_kernels.grpo.config import TrainConfig
+from covgrpo_kernels.grpo.policy import Policy, load_policy, new_policy
+from covgrpo_kernels.grpo.progress import ProgressBar
+from covgrpo_kernels.grpo.rollout import sample
+from covgrpo_kernels.grpo.tasks import Problem, Task
+from covgrpo_kernels.grpo.train import (
+    TrainingError,
+    make_task,
+    reference_policy,
+    reward,
+    rollout,
+    update,
+    warm_start,
+)
+
+from ..covariances import group_statistics, statistics_metrics, weight_metrics
+from .arms import ALL_ARMS, Evaluation
+from .statistics import pass_at_k, tail_means
+
+CPU = torch.device("cpu")
+# What is kept of a step, under the names of `covgrpo train`.
+KEPT = (
+    *("reward/mean", "reward/equal_groups", "response/length", "response/truncated", "response/tokens"),
+    *("entropy", "kl", "clip/low", "clip/high", "loss", "optim/grad_norm"),
+    *("weight/mean", "weight/min", "weight/max", "weight/ess", "covariance/std", "advantages/kept"),
+)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run. It starts from OUT/task/warm_start; its results are OUT/task/arm-seed.jsonl."""
+
+    out: Path
+    task: str
+    arm: str
+    seed: int
+    config: TrainConfig  # of the task, with the seed of the start
+    evaluation: Evaluation
+
+    @property
+    def start(self) -> Path:
+        return self.out / self.task
+
+    @property
+    def path(self) -> Path:
+        return self.start / f"{self.arm}-{self.seed}.jsonl"
+
+    @property
+    def after(self) -> RunSpec | None:
+        """The run whose results this one needs."""
+        like = ALL_ARMS[self.arm].lr_like
+        return None if like is None else dataclasses.replace(self, arm=like)
+
+    def settings(self) -> dict[str, Any]:
+        """What its numbers depend on, but for the code."""
+        return {
+            "task": self.task,
+            "arm": self.arm,
+            "seed": self.seed,
+            "loss": repr(ALL_ARMS[self.arm].loss),
+            "evaluation": dataclasses.asdict(self.evaluation),
+            "options": dataclasses.asdict(dataclasses.replace(self.config, out="")),
+        }
+
+    def is_finished(self) -> bool:
+        """Raises TrainingError where the results are of other settings."""
+        if not self.path.exists():
+            return False
+        there, wanted = read_run(self.path).settings, self.settings()
+        other = [name for name in wanted if there.get(name) != wanted[name]]
+        if other:
+            raise TrainingError(f"{self.path} is a run with other {', '.join(other)}: give another --out, or delete it")
+        return True
+
+
+@dataclass(frozen=True)
+class Results:
+    """The file of a finished run: its settings, a line for each step from 0 on, and what is of the run as a whole."""
+
+    settings: dict[str, Any]
+    steps: list[dict[str, Any]]
+    whole: dict[str, Any]
+
+
+def read_run(path: Path) -> Results:
+    settings, *steps, whole = map(json.loads, path.read_text().splitlines())
+    return Results(settings, steps, whole)
+
+
+# --- one run -----------------------------------------------------------------------------------------------
+
+
+def perform(spec: RunSpec) -> None:
+    """Trains from the task's start and writes the results, all at once: a run that is cut off is done again."""
+    started = time.process_time()
+    arm, config = ALL_ARMS[spec.arm], dataclasses.replace(spec.config, seed=spec.seed)
+    lr = config.lr
+    if spec.after is not None:
+        lr *= mean(row["advantages/kept"] for row in read_run(spec.after.path).steps[1:])
+    policy = load_policy(str(spec.start / "warm_start"), CPU)
+    reference = reference_policy(policy, config) if arm.loss.beta else None
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.0)
+    task = make_task(config)
+    held_out = held_out_problems(task, spec.evaluation.problems)
+
+    steps: list[dict[str, Any]] = [{"step": 0, **evaluate(policy, held_out, config, spec.evaluation.samples)}]
+    covariances = []
+    for step in range(1, config.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, step / max(config.warmup_steps, 1))
+        generator = _generator(spec.seed, "step", step)
+        data, metrics = rollout(step, policy, reference, task, config, generator)
+        valid = data.batch.mask.flatten()
+        found = group_statistics(data.old_logprobs, data, config.group_size)
+        covariances.append(found.covariance[valid])
+        metrics |= statistics_metrics(found, data)
+        weights = None
+        if arm.weights is not None:
+            # From a generator of its own: the rest is drawn as in the other arms.
+            own = _generator(spec.seed, "weights", step)
+            weights = arm.weights(data.old_logprobs, data.advantages, data.batch.mask, config.group_size, own)
+            data = dataclasses.replace(data, advantages=data.advantages.unsqueeze(1) * weights)
+        updated = update(step, data, policy, optimizer, config, generator, arm.loss)
+        if weights is not None:  # the loss does not know of them
+            updated |= weight_metrics(weights, found, data)
+        metrics = updated | metrics
+        if step % spec.evaluation.every == 0 or step == config.steps:
+            metrics |= evaluate(policy, held_out, config, spec.evaluation.samples)
+        steps.append({"step": step, **{name: metrics[name] for name in metrics if name in KEPT or "eval" in name}})
+    whole = {"lr": lr, "seconds": time.process_time() - started, "covariance": tail_means(torch.cat(covariances))}
+    lines = [json.dumps(row) + "\n" for row in (spec.settings(), *steps, whole)]
+    write_atomically(spec.path, lambda file: file.write("".join(lines).encode()))
+
+
+def _generator(*key: object) -> torch.Generator:
+    return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(63))
+
+
+def held_out_problems(task: Task, count: int) -> list[Problem]:
+    """Distinct ones, the same for every seed."""
+    problems: dict[str, Problem] = {}
+    index = 0
+    while len(problems) < count:
+        problem = task.held_out_problem(index)
+        problems.setdefault(problem.prompt, problem)
+        index += 1
+    return list(problems.values())
+
+
+@torch.no_grad()
+def evaluate(policy: Policy, problems: Sequence[Problem], config: TrainConfig, samples: int) -> dict[str, float]:
+    prompts = [problem.prompt for problem in problems]
+    generator = _generator("evaluation")
+    batch = sample(policy, prompts, samples, config.max_new_tokens, config.temperature, generator)
+    right = reward(policy, batch, [problem for problem in problems for _ in range(samples)])
+    counts = right.view(-1, samples).sum(1).long()  # [problems]
+    return {f"eval/pass@{k}": pass_at_k(counts, samples, k).mean().item() for k in (1, 8)}
+
+
+# --- all of them -------------------------------------------------------------------------------------------
+
+
+def perform_all(specs: Sequence[RunSpec], workers: int) -> None:
+    """Those that are not finished, ``workers`` at a time, in the order given but for what waits for another."""
+    left = [spec for spec in specs if not spec.is_finished()]
+    for start in {spec.start: spec for spec in left}.values():
+        make_start(start)
+    running: dict[Future[None], RunSpec] = {}
+    done = len(specs) - len(left)
+    context = multiprocessing.get_context("spawn")  # a fork would share locks of the threads of torch
+    others = multiprocessing.active_children()
+    with (
+        ProgressBar("study", done, len(specs)) as progress,
+        ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool,
+    ):
+        try:
+            while left or running:
+                ready = [spec for spec in left if spec.after is None or spec.after.path.exists()]
+                for spec in ready[: workers - len(running)]:
+                    left.remove(spec)
+                    running[pool.submit(perform, spec)] = spec
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    spec = running.pop(future)
+                    future.result()
+                    done += 1
+                    progress.update(done, f"{spec.task} {spec.arm} {spec.seed}")
+        except BaseException as error:
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise TrainingError(
+                    "a worker was killed, perhaps for its memory; the same command goes on with the runs that are not "
+                    "finished, with --workers 1 in less memory"
+                ) from error
+            raise
+
+
+def make_start(spec: RunSpec) -> None:
+    """The policy that all runs of a task start from, in OUT/task/warm_start. Raises TrainingError where there is one of
+    other options."""
+    config, file, folder = spec.config, spec.start / "options.json", spec.start / "warm_start"
+    options = {name: value for name, value in spec.settings()["options"].items() if name != "steps"}  # of GRPO
+    if folder.exists():
+        if json.loads(file.read_text()) != options:
+            raise TrainingError(f"{spec.start} holds runs with other options: give another --out")
+        return
+    write_atomically(file, lambda opened: opened.write(json.dumps(options).encode()))
+    policy = new_policy(config.hidden_size, config.layers, config.seed, CPU)
+    warm_start(policy, make_task(config), config)
+    save_folder_atomically(folder, policy.save)
+
+
+def _start_worker() -> None:
+    """One thread; and its end when the study ends, however that is killed. The study alone hears of an interrupt."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_it() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()

@@ -1,0 +1,421 @@
+"""`covgrpo train` where something is wrong with what it is given: an error in one sentence, and no file touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from covgrpo_kernels import cli  # noqa: E402
+from covgrpo_kernels.grpo import train as training  # noqa: E402
+from covgrpo_kernels.grpo.config import TrainConfig  # noqa: E402
+from covgrpo_kernels.grpo.policy import byte_tokenizer  # noqa: E402
+from covgrpo_kernels.grpo.train import TrainingError, train  # noqa: E402
+
+RUN = TrainConfig(
+    hidden_size=64, layers=1, warm_start_steps=1, task="arithmetic", steps=2, prompts_per_step=2, group_size=4,
+    max_new_tokens=3, checkpoint_every=1, eval_problems=2,
+)  # fmt: skip
+VOCAB = len(byte_tokenizer())
+SIZES = dict(
+    vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(dataclasses.replace(RUN, out=str(out)))
+    return out
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A finished run, to do harm to."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def save_model(folder: Path, family: str = "llama", **changes: object) -> Path:
+    config = transformers.AutoConfig.for_model(family, **(SIZES | changes))
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in folder.rglob("*")
+    }
+
+
+def refused(error: type[Exception], match: str, root: Path, **options: object) -> None:
+    """The run is refused, and nothing under root is written, changed or deleted."""
+    before = contents(root)
+    with pytest.raises(error, match=match) as raised:
+        train(dataclasses.replace(RUN, **options))
+    assert "\n" not in str(raised.value).strip()
+    assert contents(root) == before
+
+
+# --- nobody's files are touched ----------------------------------------------------------------------------
+
+
+def test_out_is_the_model(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "mine")
+    refused(ValueError, "out must not be in the folder of the model", tmp_path, model=str(model), out=str(model))
+    refused(ValueError, "out must not be in", tmp_path, model=str(model), out=str(model / "runs" / "first"))
+    link = tmp_path / "link"
+    link.symlink_to(model)
+    refused(ValueError, "out must not be in", tmp_path, model=str(model), out=str(link))
+    refused(ValueError, "out must not be in", tmp_path, model=str(link), out=str(model / ".." / "mine"))
+    refused(TrainingError, "holds files that are not of a covgrpo run", tmp_path, model=str(model), out=str(tmp_path))
+    transformers.AutoModelForCausalLM.from_pretrained(model)
+
+
+def test_out_shadows_the_name_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next command would take the run for the model."""
+    monkeypatch.chdir(tmp_path)
+    refused(ValueError, "out must not be in the folder of the model", tmp_path, model="org/name", out="org/name")
+
+
+def test_a_folder_with_a_model_and_no_model_option(tmp_path: Path) -> None:
+    save_model(tmp_path / "mine")
+    refused(TrainingError, r"not of a covgrpo run \(config.json, ", tmp_path, out=str(tmp_path / "mine"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "report.png", "metrics.jsonl", "checkpoint.pt", "model/weights", "warm_start/weights"),
+        *("notes.txt", ".hidden", "covgrpo_run.json.mine"),
+    ],
+)
+def test_a_folder_with_other_files(tmp_path: Path, name: str) -> None:
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("{}\n")
+    refused(TrainingError, f"not of a covgrpo run .{name.split('/')[0]}", tmp_path, out=str(tmp_path / "out"))
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    train(dataclasses.replace(RUN, out=str(tmp_path), steps=1))
+    assert (tmp_path / "model").is_dir()
+
+
+def test_out_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    refused(TrainingError, "out is a file", tmp_path, out=str(tmp_path / "out"))
+    refused(OSError, "out", tmp_path, out=str(tmp_path / "out" / "run"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model_type": "llama"}', "\0"])
+def test_a_run_file_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "covgrpo_run.json").write_text(text)
+    refused(TrainingError, "covgrpo_run.json is damaged or not of a run", tmp_path, out=str(tmp_path))
+
+
+def _other_checkpoint(run: Path) -> None:
+    other = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save({**other, "run": "0" * 16}, run / "checkpoint.pt")
+
+
+def _write(name: str, content: str = "mine\n") -> Callable[[Path], None]:
+    def write(run: Path) -> None:
+        if (run / name).is_dir():
+            shutil.rmtree(run / name)
+        (run / name).unlink(missing_ok=True)
+        (run / name).write_text(content)
+
+    return write
+
+
+def _folder(name: str) -> Callable[[Path], None]:
+    def make(run: Path) -> None:
+        (run / name).unlink()
+        (run / name / "mine").mkdir(parents=True)
+
+    return make
+
+
+def _link(name: str) -> Callable[[Path], None]:
+    def make(run: Path) -> None:
+        (run / name).unlink()
+        (run / name).symlink_to(run / "nowhere")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (_write("report.png"), "report.png was not written by the run"),
+        (_write("metrics.jsonl", '{"step": 0}\n'), "metrics.jsonl was not written by the run"),
+        (_write("metrics.jsonl", ""), "metrics.jsonl was not written by the run"),
+        (_write("model"), "model was not written by the run"),
+        (_write("model/covgrpo_run.json", "{}"), "model was not written by the run"),
+        (_write("model/notes.txt"), "model/notes.txt was not written by the run, which replaces"),
+        (_write("warm_start/covgrpo_run.json", "{}"), "warm_start was not written by the run"),
+        (_folder("report.png"), "report.png was not written by the run"),
+        (_folder("metrics.jsonl"), "metrics.jsonl was not written by the run"),
+        (_folder("checkpoint.pt"), "checkpoint.pt is empty, cut off or damaged"),
+        (_link("report.png"), "report.png was not written by the run"),
+        (_other_checkpoint, "checkpoint.pt was not written by the run"),
+        (_write("checkpoint.pt", ""), "checkpoint.pt is empty, cut off or damaged"),
+    ],
+)
+def test_files_of_others_in_a_run(run: Path, harm: Callable[[Path], None], message: str) -> None:
+    """At names that the run would write next."""
+    harm(run)
+    refused(TrainingError, message, run, out=str(run), steps=3)
+
+
+def test_other_files_beside_a_run_stay(run: Path) -> None:
+    for name in ("notes.txt", "warm_start/notes.txt", "config.json"):
+        _write(name)(run)
+    train(dataclasses.replace(RUN, out=str(run), steps=3))
+    for name in ("notes.txt", "warm_start/notes.txt", "config.json"):
+        assert (run / name).read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.999])
+def test_a_cut_checkpoint(run: Path, keep: float) -> None:
+    whole = (run / "checkpoint.pt").read_bytes()
+    (run / "checkpoint.pt").write_bytes(whole[: int(keep * len(whole))])
+    refused(TrainingError, "checkpoint.pt is empty, cut off or damaged: put back", run, out=str(run), steps=3)
+    (run / "checkpoint.pt").unlink()  # as the message says
+    train(dataclasses.replace(RUN, out=str(run)))
+
+
+def test_a_damaged_checkpoint(run: Path) -> None:
+    """One bit, in the middle of the weights."""
+    whole = bytearray((run / "checkpoint.pt").read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (run / "checkpoint.pt").write_bytes(whole)
+    refused(TrainingError, "damaged", run, out=str(run), steps=3)
+
+
+@pytest.mark.parametrize("lines", [1, 2])
+def test_lost_metrics(run: Path, lines: int) -> None:
+    path = run / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+    with pytest.raises(TrainingError, match=r"metrics.jsonl does not hold all of the 2 steps of the checkpoint"):
+        train(dataclasses.replace(RUN, out=str(run), steps=3))
+    path.unlink()
+    with pytest.raises(TrainingError, match="does not hold all of the 2 steps"):
+        train(dataclasses.replace(RUN, out=str(run), steps=3))
+
+
+def test_a_demo_is_no_run(run: Path, tmp_path: Path) -> None:
+    options = json.loads((run / "covgrpo_run.json").read_text())
+    (run / "covgrpo_run.json").write_text(json.dumps({**options, "command": "demo"}))
+    refused(TrainingError, "holds a run of covgrpo demo", run, out=str(run))
+
+
+def test_a_folder_is_exchanged_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill while the old one is deleted leaves the new one."""
+    from covgrpo_kernels.grpo import checkpoint
+
+    def save(content: str) -> None:
+        checkpoint.save_folder_atomically(tmp_path / "model", lambda path: (path / "weights").write_text(content))
+
+    save("old")
+    real = shutil.rmtree
+
+    def half(path: Path, **options: bool) -> None:
+        if path.exists() and (path / "weights").read_text() == "old":
+            (path / "weights").unlink()
+            raise KeyboardInterrupt
+        real(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", half)
+    with pytest.raises(KeyboardInterrupt):
+        save("new")
+    assert (tmp_path / "model" / "weights").read_text() in ("old", "new")
+    monkeypatch.undo()
+    save("newer")
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+# --- inputs that changed -----------------------------------------------------------------------------------
+
+
+def test_a_data_file_that_changed(tmp_path: Path) -> None:
+    data, out = tmp_path / "mine.jsonl", tmp_path / "out"
+    rows = [json.dumps({"prompt": f"say {i}", "answer": str(i)}) + "\n" for i in range(4)]
+    data.write_text("".join(rows))
+    options = dict(data=str(data), out=str(out))
+    train(dataclasses.replace(RUN, **options))
+    data.write_text("".join(rows[::-1]))
+    refused(TrainingError, r"holds a run with --data .*mine.jsonl \(sha256 \w+\), not .* \(sha256", tmp_path, **options)
+    data.write_text("".join(rows))
+    train(dataclasses.replace(RUN, **options, steps=3))
+
+
+def test_a_model_that_changed(tmp_path: Path) -> None:
+    model, out = save_model(tmp_path / "start"), tmp_path / "out"
+    options = dict(model=str(model), out=str(out), warm_start_steps=None)
+    train(dataclasses.replace(RUN, **options))
+    policy = training.load_policy(str(model), torch.device("cpu"))
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight[3, 3] += 1
+    policy.save(model)
+    refused(TrainingError, r"holds a run with --model .*start \(weights \w+\), not .* \(weights", tmp_path, **options)
+
+
+# --- models and tokenizers ---------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", vocab_size=VOCAB - 1)
+    message = f"its tokenizer has tokens up to {VOCAB - 1}, its vocabulary only {VOCAB - 1}"
+    refused(ValueError, message, tmp_path, model=str(model), out=str(tmp_path / "out"))
+
+
+def test_an_added_token_beyond_the_vocabulary(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(model)
+    refused(ValueError, f"tokens up to {VOCAB}, its", tmp_path, model=str(model), out=str(tmp_path / "out"))
+
+
+def test_an_end_token_beyond_the_vocabulary(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    config = transformers.GenerationConfig.from_pretrained(model)
+    config.eos_token_id = [1, VOCAB + 4]
+    config.save_pretrained(model)
+    refused(ValueError, f"tokens up to {VOCAB + 4}, its", tmp_path, model=str(model), out=str(tmp_path / "out"))
+
+
+def test_the_vocabulary_may_be_larger_than_the_tokenizer(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", vocab_size=VOCAB + 6)
+    train(dataclasses.replace(RUN, model=str(model), out=str(tmp_path / "out"), steps=1))
+
+
+def test_our_tokenizer_stays_within_the_vocabulary(finished: Path) -> None:
+    """Also once it was saved and loaded: Qwen2's own tokenizer would add a token for what is unknown."""
+    policy = training.load_policy(str(finished / "model"), torch.device("cpu"))
+    assert max(policy.tokenizer("<|endoftext|> <|im_end|>").input_ids) < VOCAB == policy.model.config.vocab_size
+
+
+ENCODER = "it is an encoder: a token's logits depend on the tokens after it"
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("bert", ENCODER), ("roberta", ENCODER), ("electra", ENCODER), ("rwkv", "it has no key-value cache")],
+)
+def test_models_that_cannot_be_trained(tmp_path: Path, family: str, message: str) -> None:
+    model = save_model(tmp_path / "model", family, num_hidden_layers=2)
+    message = rf"model .* \({family}\) cannot be used: {message}"
+    refused(ValueError, message, tmp_path, model=str(model), out=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "vit", "clip"])
+def test_other_kinds_of_models(tmp_path: Path, family: str) -> None:
+    """Encoder-decoders, and what has nothing to do with text."""
+    transformers.AutoConfig.for_model(family).save_pretrained(tmp_path / "model")
+    message = rf"\({family}\) cannot be used: it is not a decoder-only causal language model"
+    refused(ValueError, message, tmp_path, model=str(tmp_path / "model"), out=str(tmp_path / "out"))
+
+
+def test_a_model_without_its_head(tmp_path: Path) -> None:
+    """Loaded, its head would be random."""
+    model = save_model(tmp_path / "model", tie_word_embeddings=False)
+    transformers.AutoModel.from_pretrained(model).save_pretrained(model)
+    refused(ValueError, "its files lack weights: lm_head.weight", tmp_path, model=str(model), out=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("model.safetensors", "cannot be used"), ("config.json", "cannot be used")]
+)
+def test_a_cut_model(tmp_path: Path, name: str, message: str) -> None:
+    model = save_model(tmp_path / "model")
+    (model / name).write_bytes((model / name).read_bytes()[:100])
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(RUN, model=str(model), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_nan(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    broken = transformers.AutoModelForCausalLM.from_pretrained(model)
+    torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
+    broken.save_pretrained(model)
+    refused(ValueError, "cannot be used", tmp_path, model=str(model), out=str(tmp_path / "out"))
+
+
+def test_a_model_without_tokenizer_or_end(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", eos_token_id=None)
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(model)
+    refused(ValueError, "it has no end-of-sequence token", tmp_path, model=str(model), out=str(tmp_path / "out"))
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="cannot be used"):
+        train(dataclasses.replace(RUN, model=str(model), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+# --- prompts -----------------------------------------------------------------------------------------------
+
+
+def test_prompts_that_are_too_long(tmp_path: Path) -> None:
+    """61 tokens and 3 new ones fit into 64 positions, 62 do not."""
+    model, data = save_model(tmp_path / "model"), tmp_path / "mine.jsonl"
+    options = dict(model=str(model), data=str(data), out=str(tmp_path / "out"), warm_start_steps=0)
+    for length in (62, 61):
+        rows = [{"prompt": "short", "answer": "a"}, {"prompt": "x" * length, "answer": "a"}]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if length == 62:
+            message = (
+                r"mine.jsonl: a prompt and max_new_tokens must fit into the 64 positions .* got 62 \+ 3 tokens with 'x"
+            )
+            refused(ValueError, message, tmp_path, **options)
+        else:
+            train(dataclasses.replace(RUN, **options, steps=1))
+
+
+def test_prompts_without_tokens(tmp_path: Path) -> None:
+    """A tokenizer may leave nothing of a prompt: one that strips blanks, say."""
+    from tokenizers import normalizers
+
+    model, data = save_model(tmp_path / "model"), tmp_path / "mine.jsonl"
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("x", "")
+    tokenizer.save_pretrained(model)
+    data.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "xxx", "answer": "b"}\n')
+    options = dict(model=str(model), data=str(data), out=str(tmp_path / "out"))
+    refused(ValueError, "mine.jsonl: the tokenizer makes no tokens of the prompt 'xxx'", tmp_path, **options)
+
+
+# --- what the command says ---------------------------------------------------------------------------------
+
+
+def test_errors_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(tmp_path / "mine")
+    capsys.readouterr()
+    assert cli.main(["train", "--model", str(model), "--out", str(model)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("covgrpo: error: out must not be in the folder of the model")
+    assert error.count("\n") == 1
