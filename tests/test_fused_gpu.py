@@ -33,6 +33,7 @@ def policy(seed, bias=False, entropy=False):
     """160 tokens of a policy of whom some are ignored and some have no coefficient."""
     head = rl_head(seed, 160, 40, 1100)
     keep = {n: head[n] for n in ("hidden", "weight", "targets", "logprob_grad")}
+    keep["hidden"], keep["weight"] = keep["hidden"] / 64, keep["weight"] * 64  # within float16's range
     keep["bias"] = torch.linspace(-0.5, 0.5, 1100) if bias else None
     keep["entropy_grad"] = 10 * head["entropy_grad"] if entropy else None
     return keep
