@@ -184,10 +184,10 @@ class Tokens(NamedTuple):
         """Valid tokens of the batch."""
         return all_reduce_sum(self.valid.sum(), self.process_group)
 
-    def count_sequences(self) -> Tensor:  # [] int64
-        """Sequences of the batch that have a valid token."""
+    def count_sequences(self, lengths: Tensor) -> Tensor:  # [S] -> [] int64
+        """Sequences of the batch that have a valid token; ``lengths`` are their valid tokens."""
         assert self.sequences is not None
-        there = (self.sequences.sum(self.valid.float()) > 0).sum()
+        there = (lengths > 0).sum()
         ranks = 1 if self.sequences.process_group is None else self.sequences.process_group.size()
         return all_reduce_sum(there, self.process_group) // ranks  # each rank that shares a sequence has counted it
 

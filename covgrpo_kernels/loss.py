@@ -24,9 +24,10 @@ from .inputs import (
     valid_tokens,
 )
 from .kernels.interface import LogitTransform, RowStats
-from .objective import METRICS, policy_objective
+from .objective import policy_objective
 from .plan import BackwardPlan
 from .segments import Segments
+from .token_terms import METRICS
 from .vocab_parallel import VocabSlice
 from .weighting import weighting_scopes, with_moments
 
@@ -39,11 +40,8 @@ class CovGRPOOutput(NamedTuple):
     metrics: dict[str, Tensor]  # [] each, on the device
 
 
-_METRICS = (
-    *METRICS,
-    *("rows/live_fraction", "rows/dense_fraction", "rows/grad_error_bound"),
-    *("rows/invalid_targets", "rows/invalid_advantages"),
-)
+_ROW_METRICS = ("live_fraction", "dense_fraction", "grad_error_bound", "invalid_targets", "invalid_advantages")
+_METRICS = (*METRICS, *(f"rows/{name}" for name in _ROW_METRICS))
 
 
 class _Batch(NamedTuple):
@@ -89,7 +87,7 @@ def _scored(tokens: Tokens, settings: _Settings) -> Tensor:  # [N] bool
 
 
 def _anywhere(flag: Tensor, segments: Segments) -> Tensor:
-    return segments.gather(segments.sum(flag.float())) > 0
+    return segments.gather(segments.sum(flag) > 0)
 
 
 class _CovGRPO(torch.autograd.Function):
@@ -117,7 +115,7 @@ class _CovGRPO(torch.autograd.Function):
         x, entropy = scored.stats.logprob, scored.stats.entropy
         objective = policy_objective(
             x, entropy, tokens,
-            old=None if batch.old is None else batch.old.where(is_scored, 0), ref=batch.ref, rollout=batch.rollout,
+            old=batch.old, ref=batch.ref, rollout=batch.rollout,
             config=settings.config, normalizer=batch.normalizer, generator=settings.generator,
             metrics=settings.metrics, moments=batch.moments,
         )  # fmt: skip
@@ -132,10 +130,7 @@ class _CovGRPO(torch.autograd.Function):
         metrics = x.new_empty(0)
         if settings.metrics:
             vocab = len(weight) if settings.vocab_slice is None else settings.vocab_slice.total
-            by_name = objective.metrics | _plan_metrics(plan, tokens.valid)
-            by_name["rows/invalid_targets"] = (is_scored & ((targets < 0) | (targets >= vocab))).sum()
-            by_name["rows/invalid_advantages"] = (tokens.valid & tokens.advantages.isnan()).sum()
-            metrics = torch.stack([by_name[name].to(x.dtype) for name in _METRICS])
+            metrics = torch.cat([objective.metrics, _row_metrics(plan, tokens, targets, vocab).to(x.dtype)])
         ctx.mark_non_differentiable(logprobs, entropy, objective.weights, metrics)
         return objective.loss, logprobs, entropy, objective.weights, metrics
 
@@ -157,13 +152,18 @@ class _CovGRPO(torch.autograd.Function):
         return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
-def _plan_metrics(plan: BackwardPlan, valid: Tensor) -> dict[str, Tensor]:
-    count = valid.sum().clamp(min=1)
-    return {
-        "rows/live_fraction": (plan.dense | plan.sparse).sum() / count,
-        "rows/dense_fraction": plan.dense.sum() / count,
-        "rows/grad_error_bound": plan.error_bound,
-    }
+def _row_metrics(
+    plan: BackwardPlan,
+    tokens: Tokens,
+    targets: Tensor,  # [N]
+    vocab: int,
+) -> Tensor:  # [len(_ROW_METRICS)] float64
+    valid = tokens.valid
+    outside = valid & ((targets < 0) | (targets >= vocab))
+    flags = [plan.dense | plan.sparse, plan.dense, outside, valid & tokens.advantages.isnan(), valid]
+    counts = torch.stack(flags).sum(1, dtype=torch.float64)
+    fractions = counts[:2] / counts[4].clamp(min=1)
+    return torch.cat([fractions, plan.error_bound.unsqueeze(0), counts[2:4]])
 
 
 def covgrpo_loss(

@@ -20,6 +20,7 @@ from .inputs import HeadInputs, Precision, accumulator_dtype
 from .kernels.interface import TAIL_ROWS, LogitTransform, RowStats
 from .plan import BackwardPlan, can_have_tails, min_probability
 from .segments import Segments
+from .token_terms import METRICS, TermOptions, TokenInputs, TokenTerms
 from .vocab_parallel import VocabSlice, merge_stats
 
 
@@ -168,7 +169,56 @@ def covariance_weights_op(
 @covariance_weights_op.register_fake
 def _(logprobs, advantages, valid, scope, *rest):  # type: ignore[no-untyped-def]
     per_token = (torch.empty_like(logprobs, dtype=torch.float64) for _ in range(3))
-    return *per_token, logprobs.new_empty(len(scope[1]) - 1, dtype=torch.float64)
+    return *per_token, logprobs.new_empty(scope[1].shape[0] - 1, dtype=torch.float64)
+
+
+@torch.library.custom_op("covgrpo::token_terms", mutates_args=())
+def token_terms_op(
+    logprobs: Tensor,
+    entropy: Tensor,
+    advantages: Tensor,
+    valid: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    weights: Tensor | None,
+    penalised: Tensor | None,
+    covariance: Tensor | None,
+    segment: Tensor | None,
+    lengths: Tensor | None,
+    mean_log_ratio: Tensor | None,
+    total: Tensor,
+    cispo: bool,
+    ratio_low: float | None,
+    ratio_high: float | None,
+    dual_clip: float | None,
+    penalty: float,
+    beta: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    share_grad: bool,
+    differentiate_weights: bool,
+    metrics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`TokenTerms` of N tokens; the arguments are the fields of `TokenInputs` and `TermOptions`."""
+    inputs = TokenInputs(
+        logprobs, entropy, advantages, valid, old, ref, rollout, weights, penalised, covariance,
+        segment, lengths, mean_log_ratio, total,
+    )  # fmt: skip
+    options = TermOptions(
+        cispo, ratio_low, ratio_high, dual_clip, penalty, beta, kl_estimator, entropy_coef,
+        share_grad, differentiate_weights, metrics,
+    )  # fmt: skip
+    with engines.on_device(logprobs.device):
+        return tuple(kernels.select(logprobs.device).token_terms(inputs, options))  # type: ignore[return-value]
+
+
+@token_terms_op.register_fake
+def _(logprobs, *rest):  # type: ignore[no-untyped-def]
+    options = TermOptions(*rest[-len(TermOptions._fields) :])
+    per_token = (True, options.share_grad, options.differentiate_weights, options.entropy_coef != 0)
+    vectors = (logprobs.new_empty(logprobs.shape[0] if wanted else 0) for wanted in per_token)
+    return logprobs.new_empty(()), *vectors, logprobs.new_empty(len(METRICS) if options.metrics else 0)
 
 
 # ----------------------------------------------------------------------------------------- with structured arguments
@@ -188,6 +238,11 @@ def covariance_weights(
         weighting.centering, weighting.advantage_centering, weighting.normalizer, weighting.bandwidth_eps,
     )  # fmt: skip
     return CovarianceStats(*stats)
+
+
+def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:
+    """`token_terms.token_terms` by the kernels of the device."""
+    return TokenTerms(*token_terms_op(*inputs, *options))
 
 
 class Scored(NamedTuple):
