@@ -188,8 +188,11 @@ class Tokens(NamedTuple):
         """Sequences of the batch that have a valid token; ``lengths`` are their valid tokens."""
         assert self.sequences is not None
         there = (lengths > 0).sum()
-        ranks = 1 if self.sequences.process_group is None else self.sequences.process_group.size()
-        return all_reduce_sum(there, self.process_group) // ranks  # each rank that shares a sequence has counted it
+        there = all_reduce_sum(there, self.process_group)
+        if self.sequences.process_group is None:
+            return there
+        ranks = self.sequences.process_group.size()
+        return there // ranks  # each rank that shares a sequence has counted it
 
 
 def flatten(name: str, value: Tensor, shape: torch.Size) -> Tensor:
@@ -210,10 +213,14 @@ def flatten_floats(
     return flatten(name, value.detach(), like.shape).to(dtype).where(valid, 0)
 
 
-def valid_tokens(name: str, like: Tensor, mask: Tensor | None) -> Tensor:
-    """[N] bool: where the mask is not zero, or everywhere; the mask is checked against ``like``, the argument ``name``."""
+def check_layout(name: str, like: Tensor) -> None:
     if like.ndim not in (1, 2):
         raise ValueError(f"{name} must have shape [B, T] or [N], got {list(like.shape)}")
+
+
+def valid_tokens(name: str, like: Tensor, mask: Tensor | None) -> Tensor:
+    """[N] bool: where the mask is not zero, or everywhere; the mask is checked against ``like``, the argument ``name``."""
+    check_layout(name, like)
     if mask is None:
         return torch.ones_like(like, dtype=torch.bool).reshape(-1)
     check_shape("mask", check_tensor("mask", mask, like), like.shape)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import operators
 from .checks import check_flag, check_positive, check_tensor
-from .config import IGNORE_INDEX, CovarianceWeighting, CovGRPOConfig, KLCov
+from .config import IGNORE_INDEX, ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov
 from .covariance import ScopeMoments
 from .group_moments import GroupMoments
 from .inputs import (
@@ -18,6 +18,7 @@ from .inputs import (
     Precision,
     Tokens,
     accumulator_dtype,
+    check_layout,
     flatten_floats,
     flatten_tokens,
     prepare_head,
@@ -29,7 +30,7 @@ from .plan import BackwardPlan
 from .segments import Segments
 from .token_terms import METRICS
 from .vocab_parallel import VocabSlice
-from .weighting import weighting_scopes, with_moments
+from .weighting import check_ids, weighting_scopes, with_moments
 
 
 class CovGRPOOutput(NamedTuple):
@@ -79,9 +80,10 @@ def _scored(tokens: Tokens, settings: _Settings) -> Tensor:  # [N] bool
     if config.importance_level == "sequence":
         assert tokens.sequences is not None
         matters = _anywhere(matters, tokens.sequences)
-    if isinstance(kind, CovarianceWeighting):
+    of_batch = isinstance(kind, ClipCov) or (isinstance(kind, CovarianceWeighting) and kind.scope == "batch")
+    if isinstance(kind, CovarianceWeighting) and not (of_batch and tokens.process_group is None):
         matters = _anywhere(matters, weighting_scopes(tokens, kind))
-    elif kind is not None:
+    elif of_batch:
         matters = matters.any().expand_as(matters)
     return valid & matters
 
@@ -126,11 +128,12 @@ class _CovGRPO(torch.autograd.Function):
         )
         ctx.transform, ctx.grad_tol, ctx.vocab_slice = transform, precision.grad_tol, settings.vocab_slice
 
-        logprobs = x.where(is_scored | ~tokens.valid, torch.nan)
+        logprobs = x.clone() if is_scored is tokens.valid else x.where(is_scored == tokens.valid, torch.nan)
         metrics = x.new_empty(0)
         if settings.metrics:
             vocab = len(weight) if settings.vocab_slice is None else settings.vocab_slice.total
             metrics = torch.cat([objective.metrics, _row_metrics(plan, tokens, targets, vocab).to(x.dtype)])
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(logprobs, entropy, objective.weights, metrics)
         return objective.loss, logprobs, entropy, objective.weights, metrics
 
@@ -242,7 +245,10 @@ def covgrpo_loss(
         hidden, weight, targets, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
         grad_tol=grad_tol, grad_mode=grad_mode, generator=generator, vocab_group=vocab_group,
     )  # fmt: skip
-    valid = valid_tokens("targets", targets, mask) & (head.inputs.targets != IGNORE_INDEX)
+    check_layout("targets", targets)
+    valid = head.inputs.targets != IGNORE_INDEX
+    if mask is not None:
+        valid = valid & valid_tokens("targets", targets, mask)
     dtype = accumulator_dtype(head.inputs.hidden.dtype)
     tokens = flatten_tokens(
         targets, advantages, valid, dtype=dtype, group_ids=group_ids, group_size=group_size,
@@ -288,7 +294,7 @@ def _check_advantages(tokens: Tokens) -> None:
 def _check_against_config(config: CovGRPOConfig, tokens: Tokens, ref_logprobs: Tensor | None) -> None:
     """That what this configuration needs was given."""
     if isinstance(config.token_weighting, CovarianceWeighting):
-        weighting_scopes(tokens, config.token_weighting)
+        check_ids(tokens, config.token_weighting)
     if tokens.sequences is None and (config.loss_type in ("grpo", "dr_grpo") or config.importance_level == "sequence"):
         raise ValueError("sequence_ids must be given for packed tokens with this config, got None")
     if config.beta != 0 and ref_logprobs is None:

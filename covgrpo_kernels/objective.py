@@ -13,11 +13,11 @@ from torch import Tensor
 
 from . import operators
 from .config import ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov
-from .covariance import CovarianceStats, ScopeMoments, covariance_weights_grad
+from .covariance import CovarianceStats, ScopeMoments
 from .inputs import Tokens
 from .segments import Segments
 from .token_terms import WEIGHTING_METRICS, TermOptions, TokenInputs, clip_ratio, importance_ratio, weighting_summary
-from .weighting import batch_covariance, clip_cov_choice, covariance_stats, kl_cov_choice
+from .weighting import batch_covariance, clip_cov_choice, covariance_stats, covariance_weights_grad, kl_cov_choice
 
 
 class Objective(NamedTuple):
@@ -57,10 +57,10 @@ def policy_objective(
     if by_sequence or config.loss_type in ("grpo", "dr_grpo"):
         assert sequences is not None
         lengths = sequences.sum(valid)
-    mean_log_ratio = None
+    mean_log_ratio = None  # NaN of a sequence without a valid token, which nobody reads
     if by_sequence and old is not None:
         assert sequences is not None and lengths is not None
-        mean_log_ratio = sequences.sum(x - old) / lengths.clamp(min=1)
+        mean_log_ratio = sequences.sum(x - old) / lengths
     low, high = _ratio_bounds(config)
 
     if isinstance(kind, ClipCov):
@@ -95,12 +95,12 @@ def policy_objective(
     if len(terms.shared_grad):
         # Each log-prob of a sequence moves the ratio, and with it the loss, of all tokens of the sequence.
         assert sequences is not None and lengths is not None
-        mean = sequences.sum(terms.shared_grad) / lengths.clamp(min=1)
+        mean = sequences.sum(terms.shared_grad) / lengths
         g = g + sequences.gather(mean).to(g.dtype).where(valid, 0)
     if len(terms.weights_grad):
         assert chosen.stats is not None and isinstance(kind, CovarianceWeighting)
         stats, scopes = chosen.stats
-        g = g + covariance_weights_grad(terms.weights_grad, stats, valid, scopes, sequences, kind).to(g.dtype)
+        g = g + covariance_weights_grad(terms.weights_grad, stats, scopes, tokens, kind)
     return Objective(
         terms.loss,
         g,

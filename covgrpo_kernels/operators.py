@@ -172,6 +172,29 @@ def _(logprobs, advantages, valid, scope, *rest):  # type: ignore[no-untyped-def
     return *per_token, logprobs.new_empty(scope[1].shape[0] - 1, dtype=torch.float64)
 
 
+@torch.library.custom_op("covgrpo::covariance_weights_grad", mutates_args=())
+def covariance_weights_grad_op(
+    weights_grad: Tensor,  # [N]
+    stats: list[Tensor],  # `CovarianceStats`
+    valid: Tensor,  # [N] bool
+    scope: list[Tensor],  # Segments.tensors() of the scopes
+    sequence: list[Tensor],  # and of the sequences; empty where there are none
+    centering: str,
+    bandwidth_eps: float,
+) -> Tensor:
+    """[N] float64, the gradient of the weights in the log-probs."""
+    weighting = CovarianceWeighting(centering=centering, bandwidth_eps=bandwidth_eps)  # type: ignore[arg-type]
+    sequences = Segments.of_tensors(sequence) if sequence else None
+    with engines.on_device(valid.device):
+        compute = kernels.select(valid.device).covariance_weights_grad
+        return compute(weights_grad, CovarianceStats(*stats), valid, Segments.of_tensors(scope), sequences, weighting)
+
+
+@covariance_weights_grad_op.register_fake
+def _(weights_grad, stats, *rest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(stats[0])
+
+
 @torch.library.custom_op("covgrpo::token_terms", mutates_args=())
 def token_terms_op(
     logprobs: Tensor,
@@ -238,6 +261,21 @@ def covariance_weights(
         weighting.centering, weighting.advantage_centering, weighting.normalizer, weighting.bandwidth_eps,
     )  # fmt: skip
     return CovarianceStats(*stats)
+
+
+def covariance_weights_grad(
+    weights_grad: Tensor,  # [N] dL/dW
+    stats: CovarianceStats,
+    valid: Tensor,  # [N] bool
+    scopes: Segments,
+    sequences: Segments | None,
+    weighting: CovarianceWeighting,
+) -> Tensor:  # [N] float64, dL/dlogprobs
+    """`covariance.covariance_weights_grad` by the kernels of the device."""
+    return covariance_weights_grad_op(
+        weights_grad, list(stats), valid, scopes.tensors(), [] if sequences is None else sequences.tensors(),
+        weighting.centering, weighting.bandwidth_eps,
+    )  # fmt: skip
 
 
 def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:

@@ -143,7 +143,7 @@ def test_what_is_not_finite(setting: str, name: str, value: float) -> None:
 def test_a_zero_advantage_has_no_policy_term(ratio: float) -> None:
     for setting in ("plain", "cispo"):
         options = TermOptions(**PLAIN | SETTINGS[setting])
-        inputs = draw(50, torch.float32, optional=True)
+        inputs = draw(50, torch.float32, optional=True)._replace(penalised=None)
         token = int((inputs.valid & (inputs.advantages == 0)).nonzero()[0])
         clean = kernels.select(DEVICE).token_terms(inputs, options)
         old, weights = inputs.old.clone(), inputs.weights.clone()

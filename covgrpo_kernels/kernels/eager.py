@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..covariance import covariance_weights
+from ..covariance import covariance_weights, covariance_weights_grad
 from ..segments import segment_sums, segments_of_ids
 from ..token_terms import token_terms
 from .interface import LOG_ZERO, NO_MAX, VOCAB_BLOCK, Coefficients, Collecting, OnlineSoftmax, Tile
@@ -16,6 +16,7 @@ TILE_BUFFERS = 2
 __all__ = [
     "TILE_BUFFERS",
     "covariance_weights",
+    "covariance_weights_grad",
     "dlogits",
     "online_softmax_",
     "segment_sums",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 
 from .covariance_weights import covariance_weights
+from .covariance_weights_grad import covariance_weights_grad
 from .dlogits import dlogits
 from .online_softmax import online_softmax_
 from .segment_sums import segment_sums
@@ -22,6 +23,7 @@ __all__ = [
     "INTERPRETED",
     "TILE_BUFFERS",
     "covariance_weights",
+    "covariance_weights_grad",
     "dlogits",
     "online_softmax_",
     "segment_sums",
