@@ -13,7 +13,10 @@ from torch import Tensor
 from .configs import options
 
 
-@triton.jit(do_not_specialize_on_alignment=["values", "offsets", "order", "sums"])
+@triton.jit(
+    do_not_specialize=["n_segments", "row_stride"],
+    do_not_specialize_on_alignment=["values", "offsets", "order", "sums"],
+)
 def segment_sums_kernel(  # type: ignore[no-untyped-def]
     values,  # [M, N] floating or bool
     offsets,  # [S + 1] int64

@@ -16,7 +16,9 @@ from torch import Tensor
 from .configs import options
 
 
-@triton.jit(do_not_specialize_on_alignment=["ids", "order", "segment", "offsets"])
+@triton.jit(
+    do_not_specialize=["n_tokens", "steps"], do_not_specialize_on_alignment=["ids", "order", "segment", "offsets"]
+)
 def segments_kernel(  # type: ignore[no-untyped-def]
     ids,  # [N] integers, ascending
     order,  # [N] int64, the token at each place

@@ -41,6 +41,7 @@ def _largest(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(
+    do_not_specialize=["n_tokens", "n_blocks"],
     do_not_specialize_on_alignment=[
         "logprobs", "entropy", "advantages", "valid", "old", "ref", "rollout", "weights", "penalised", "covariance",
         "segment", "lengths", "mean_log_ratio", "total", "logprob_grad", "shared_grad", "weights_grad", "entropy_grad",
@@ -77,7 +78,7 @@ def token_terms_kernel(  # type: ignore[no-untyped-def]
     RATIO_HIGH: tl.constexpr,
     DUAL_CLIP: tl.constexpr,
     PENALTY: tl.constexpr,
-    KL_ESTIMATOR: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,  # 1, 2 or 3
     KL_LOSS: tl.constexpr,  # beta is not zero
     METRICS: tl.constexpr,
     B_T: tl.constexpr,
@@ -159,9 +160,9 @@ def token_terms_kernel(  # type: ignore[no-untyped-def]
     kl = zero
     if ref is not None:
         d = tl.load(ref + i_t, mask=m_v, other=0.0).to(tl.float64) - x
-        if KL_ESTIMATOR == "k1":
+        if KL_ESTIMATOR == 1:
             kl, kl_grad = -d, zero + 1.0
-        elif KL_ESTIMATOR == "k2":
+        elif KL_ESTIMATOR == 2:
             kl, kl_grad = d * d * 0.5, -d
         else:
             kl_grad = -_expm1(d)
@@ -244,7 +245,9 @@ def _quantile(ascending, n, q):  # type: ignore[no-untyped-def]
     return tl.load(ascending + nearest.to(tl.int64), mask=n > 0.0, other=0.0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["partial", "ascending", "loss", "metrics"])
+@triton.jit(
+    do_not_specialize=["n_blocks"], do_not_specialize_on_alignment=["partial", "ascending", "loss", "metrics"]
+)
 def totals_kernel(  # type: ignore[no-untyped-def]
     partial,  # [18 with metrics, else 3; blocks] float64
     ascending,  # [N] float64, covariances; None without metrics
@@ -315,7 +318,7 @@ def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:
             logprob_grad=g, shared_grad=shared, weights_grad=du, entropy_grad=e, to_sort=to_sort, partial=partial,
             n_tokens=tokens, n_blocks=blocks, **coefficients, CISPO=options.cispo, RATIO_LOW=options.ratio_low,
             RATIO_HIGH=options.ratio_high, DUAL_CLIP=options.dual_clip, PENALTY=options.penalty,
-            KL_ESTIMATOR=options.kl_estimator, KL_LOSS=options.beta != 0, METRICS=metrics, **cut,
+            KL_ESTIMATOR=int(options.kl_estimator[1]), KL_LOSS=options.beta != 0, METRICS=metrics, **cut,
         )  # fmt: skip
     totals_kernel[(1,)](
         partial=partial, ascending=None if to_sort is None else to_sort.sort().values, loss=loss,
