@@ -54,12 +54,8 @@ _SCOPE_GRAD: Arguments = dict(
     offsets="*i64", std="*fp64", ddx="*fp64", BANDWIDTH_EPS=0.0,
 )  # fmt: skip
 _CENTRE_GRAD: Arguments = dict(valid="*i1", order="*i64", offsets="*i64", ddx="*fp64", out="*fp64")
-_SEGMENTS: Arguments = dict(
-    ids="*i64", order="*i64", segment="*i64", offsets="*i64", n_tokens="i32", steps="i32"
-)
-_SUMS: Arguments = dict(
-    values="*fp32", offsets="*i64", sums="*fp64", n_segments="i32", row_stride="i32", stride="i32"
-)
+_SEGMENTS: Arguments = dict(ids="*i64", order="*i64", segment="*i64", offsets="*i64", n_tokens="i32", steps="i32")
+_SUMS: Arguments = dict(values="*fp32", offsets="*i64", sums="*fp64", n_segments="i32", row_stride="i32", stride="i32")
 _COUNTS: Arguments = dict(n_blocks="i32", beta="fp64", entropy_coef="fp64")
 # The defaults without metrics: group weights, clipping, the mean of each sequence.
 _TERMS: Arguments = dict(
@@ -126,16 +122,25 @@ CASES = [
         {**_TOKENS, **_WEIGHTS, **_READING, "segment": "*i64", "lengths": "*fp64", "means": "*fp64"}, "weights",
     ),
     Case("scope gradient", "covariance_weights_grad.scope_grad_kernel", {**_SCOPE_GRAD, "out": "*fp64"}, "weights"),
-    Case("scope gradient, uncentred", "covariance_weights_grad.scope_grad_kernel", {**_SCOPE_GRAD, "out": None}, "weights"),
+    Case(
+        "scope gradient, uncentred", "covariance_weights_grad.scope_grad_kernel", {**_SCOPE_GRAD, "out": None},
+        "weights",
+    ),
     Case("centred gradient", "covariance_weights_grad.centre_grad_kernel", _CENTRE_GRAD, "weights"),
     Case("segments", "segments.segments_kernel", _SEGMENTS, "segments"),
     Case("segment sums", "segment_sums.segment_sums_kernel", {**_SUMS, "order": "*i64"}, "sums"),
-    Case("segment sums of flags, sorted", "segment_sums.segment_sums_kernel", {**_SUMS, "values": "*i1", "order": None}, "sums"),
+    Case(
+        "segment sums of flags, sorted", "segment_sums.segment_sums_kernel",
+        {**_SUMS, "values": "*i1", "order": None}, "sums",
+    ),
     Case("token terms", "token_terms.token_terms_kernel", _TERMS, "terms"),
     Case("token terms, all", "token_terms.token_terms_kernel", _TERMS_ALL, "terms"),
     Case("token terms, CISPO", "token_terms.token_terms_kernel", {**_TERMS_ALL, **_CISPO}, "terms"),
     Case("totals", "token_terms.totals_kernel", {**_TOTALS, "ascending": None, "metrics": None}, "totals"),
-    Case("totals, metrics", "token_terms.totals_kernel", {**_TOTALS, "ascending": "*fp64", "metrics": "*fp32"}, "totals"),
+    Case(
+        "totals, metrics", "token_terms.totals_kernel", {**_TOTALS, "ascending": "*fp64", "metrics": "*fp32"},
+        "totals",
+    ),
     Case("forward", "forward.forward_kernel", {**_FORWARD, **_PLAIN, "ENTROPY": False}, "forward"),
     Case("forward, all", "forward.forward_kernel", {**_FORWARD, **_ALL, "ENTROPY": True}, "forward"),
     Case("forward by pointers", "forward.forward_kernel", {**_FORWARD, **_ALL, "ENTROPY": True}, "forward by pointers"),

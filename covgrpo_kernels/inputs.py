@@ -219,7 +219,8 @@ def check_layout(name: str, like: Tensor) -> None:
 
 
 def valid_tokens(name: str, like: Tensor, mask: Tensor | None) -> Tensor:
-    """[N] bool: where the mask is not zero, or everywhere; the mask is checked against ``like``, the argument ``name``."""
+    """[N] bool: where the mask is not zero, or everywhere. The mask is checked against ``like``, the argument
+    ``name``."""
     check_layout(name, like)
     if mask is None:
         return torch.ones_like(like, dtype=torch.bool).reshape(-1)

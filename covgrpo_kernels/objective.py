@@ -1,7 +1,7 @@
 """The policy objective on [N] vectors: loss, the coefficients dL/dx and dL/dH in closed form, and metrics.
 
-What a token's terms are made of is computed here: sequence lengths, sequence ratios, token weights. The terms themselves
-are in `token_terms.py`. `reference.py` specifies the mathematics.
+What a token's terms are made of is computed here: sequence lengths, sequence ratios, token weights. The terms
+themselves are in `token_terms.py`. `reference.py` specifies the mathematics.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def policy_objective(
         lengths = sequences.sum(valid)
     mean_log_ratio = None  # NaN of a sequence without a valid token, which nobody reads
     if by_sequence and old is not None:
-        assert sequences is not None and lengths is not None
+        assert sequences is not None
+        assert lengths is not None
         mean_log_ratio = sequences.sum(x - old) / lengths
     low, high = _ratio_bounds(config)
 
@@ -94,11 +95,13 @@ def policy_objective(
     g = terms.logprob_grad
     if len(terms.shared_grad):
         # Each log-prob of a sequence moves the ratio, and with it the loss, of all tokens of the sequence.
-        assert sequences is not None and lengths is not None
+        assert sequences is not None
+        assert lengths is not None
         mean = sequences.sum(terms.shared_grad) / lengths
         g = g + sequences.gather(mean).to(g.dtype).where(valid, 0)
     if len(terms.weights_grad):
-        assert chosen.stats is not None and isinstance(kind, CovarianceWeighting)
+        assert chosen.stats is not None
+        assert isinstance(kind, CovarianceWeighting)
         stats, scopes = chosen.stats
         g = g + covariance_weights_grad(terms.weights_grad, stats, scopes, tokens, kind)
     return Objective(
@@ -130,7 +133,10 @@ def _total(
         total = tokens.count_sequences(lengths).clamp(min=1)
     else:
         total = tokens.count_valid().clamp(min=1)
-    return total * config.max_completion_length if config.loss_type == "dr_grpo" else total
+    if config.loss_type == "dr_grpo":
+        assert config.max_completion_length is not None
+        total = total * config.max_completion_length
+    return total
 
 
 def _token_weights(

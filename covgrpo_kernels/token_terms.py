@@ -1,7 +1,7 @@
 """The terms of each token: what it adds to the loss, to its gradients and to the metrics, on [N] vectors.
 
-This is the specification, in plain PyTorch, of the kernel of the same name. `reference.py` specifies the mathematics, and
-autograd through the reference checks the derivatives, which are in closed form here.
+This is the specification, in plain PyTorch, of the kernel of the same name. `reference.py` specifies the mathematics,
+and autograd through the reference checks the derivatives, which are in closed form here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Kernels that a step starts, and waits of the host for the device: what is around the head costs little.
 
-Counted on the CPU under Triton's interpreter: every PyTorch operation that computes or writes something is one launch, as
-is every launch of a Triton kernel. What is inside the operators of the head is left out, and so are the checks of values,
-which happen on a CPU only."""
+Counted on the CPU under Triton's interpreter: every PyTorch operation that computes or writes something is one launch,
+as is every launch of a Triton kernel. What is inside the operators of the head is left out, and so are the checks of
+values, which happen on a CPU only."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ pytestmark = [
 # Operations that only make another tensor of the same memory, or memory that nothing is written to.
 FREE = {
     "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "new_empty", "new_empty_strided",
-    "permute", "promote_types", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind",
-    "unsqueeze", "view", "_unsafe_view",
+    "permute", "promote_types", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose",
+    "unbind", "unsqueeze", "view", "_unsafe_view",
 }  # fmt: skip
 # Operations after which the host knows what the device has computed.
 WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "unique_dim", "_unique2"}
@@ -94,8 +94,8 @@ def counting(patch: pytest.MonkeyPatch) -> Iterator[Counted]:
         yield counted
 
 
-# Launches of a forward with metrics, without, and of the backward. They may shrink, not grow. One of the backward is the
-# coefficient 1 that PyTorch starts from.
+# Launches of a forward with metrics, without, and of the backward. They may shrink, not grow. One of the backward is
+# the coefficient 1 that PyTorch starts from.
 CONFIGS = {
     "paper": (CovGRPOConfig(), (36, 29, 2)),
     "none": (CovGRPOConfig(weighting="none", loss_type="dapo"), (34, 23, 2)),

@@ -1,8 +1,9 @@
-"""The kernels around the head against their specification in PyTorch: segments, their sums, and the terms of each token."""
+"""The kernels around the head against their specification in PyTorch: segments, their sums, the terms of each token."""
 
 from __future__ import annotations
 
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -37,15 +38,20 @@ SETTINGS = {
 }
 
 
+CUTS = {"segments": dict(B_T=32), "sums": dict(B_T=16), "terms": dict(B_T=32), "totals": dict(B_B=2)}
+
+
+def use_small_blocks(patch: pytest.MonkeyPatch) -> None:
+    """Under the interpreter programs of few tokens, so that a few dozen tokens make several."""
+    configs = sys.modules[f"{kernels.select(DEVICE).__name__}.configs"]
+    for name, cut in CUTS.items():
+        patch.setitem(configs.CONFIGS["interpreter"], name, cut)
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under the interpreter programs of few tokens, so that a few dozen tokens make several."""
     if backend == "triton":
-        from covgrpo_kernels.kernels.triton.configs import CONFIGS
-
-        cuts = {"segments": dict(B_T=32), "sums": dict(B_T=16), "terms": dict(B_T=32), "totals": dict(B_B=2)}
-        for name, cut in cuts.items():
-            monkeypatch.setitem(CONFIGS["interpreter"], name, cut)
+        use_small_blocks(monkeypatch)
 
 
 def draw(tokens: int, dtype: torch.dtype, *, optional: bool, seed: int = 0) -> TokenInputs:
@@ -87,7 +93,12 @@ def check(ours: TokenTerms, exact: TokenTerms, dtype: torch.dtype) -> None:
     for name, value, expected in zip(TokenTerms._fields, ours, exact, strict=True):
         assert value.dtype == dtype
         torch.testing.assert_close(
-            value.double(), expected, rtol=16 * eps, atol=16 * eps, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}"
+            value.double(),
+            expected,
+            rtol=16 * eps,
+            atol=16 * eps,
+            equal_nan=True,
+            msg=lambda text, n=name: f"{n}: {text}",
         )
 
 
@@ -118,7 +129,9 @@ def test_any_number_of_tokens(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("name", ["logprobs", "entropy", "advantages", "old", "ref", "rollout", "weights", "covariance"])
+@pytest.mark.parametrize(
+    "name", ["logprobs", "entropy", "advantages", "old", "ref", "rollout", "weights", "covariance"]
+)
 @pytest.mark.parametrize("setting", ["all", "cispo", "penalty"])
 def test_what_is_not_finite(setting: str, name: str, value: float) -> None:
     """Under the mask it changes no bit; in a valid token it shows where it shows in the specification."""
@@ -172,7 +185,9 @@ def test_segments(dtype: torch.dtype) -> None:
         ours, expected = kernels.select(DEVICE).segments_of_ids(value), eager.segments_of_ids(value)
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, expected, strict=True))
         segments = Segments(*ours, tokens)
-        assert torch.equal(segments.gather(segments.sum(torch.ones(tokens, device=DEVICE))), (value == value[:, None]).sum(0))
+        assert torch.equal(
+            segments.gather(segments.sum(torch.ones(tokens, device=DEVICE))), (value == value[:, None]).sum(0)
+        )
         values = torch.randn(tokens, 3, generator=g).to(DEVICE).T
         for summed in (values, values > 0):
             torch.testing.assert_close(

@@ -1,8 +1,8 @@
 """token_terms: what each token adds to the loss, to the gradients and to the metrics, in one pass over the tokens.
 
 Two launches: a program a block of tokens, which leaves the sums of its block, then one program that adds these up in a
-fixed order. Metrics take a sort of the covariances by PyTorch in between. The mathematics is that of `token_terms.py` of
-this package, in float64, since there are few numbers; a ratio is rounded to the dtype of the log-probs, so that it
+fixed order. Metrics take a sort of the covariances by PyTorch in between. The mathematics is that of `token_terms.py`
+of this package, in float64, since there are few numbers; a ratio is rounded to the dtype of the log-probs, so that it
 overflows where theirs does.
 
 Bytes: reads up to ten numbers and a flag a token, and two numbers of its sequence; writes up to five numbers a token,
@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ...token_terms import COVARIANCE_QUANTILES, METRICS, TermOptions, TokenInputs, TokenTerms
 from .configs import options as cut_of
@@ -223,7 +222,8 @@ def _maximum(partial, row, n_blocks, B_B: tl.constexpr):  # type: ignore[no-unty
 
 @triton.jit
 def _sum_of_deviations(partial, n_blocks, mean, B_B: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of squared deviations from the mean of all tokens, from those of each block from its own (Chan, Golub, LeVeque)."""
+    """Of squared deviations from the mean of all tokens, from those of each block from its own mean (Chan, Golub,
+    LeVeque)."""
     sums = tl.zeros([B_B], tl.float64)
     for o_b in range(0, n_blocks, B_B):
         i_b = o_b + tl.arange(0, B_B)
@@ -245,9 +245,7 @@ def _quantile(ascending, n, q):  # type: ignore[no-untyped-def]
     return tl.load(ascending + nearest.to(tl.int64), mask=n > 0.0, other=0.0)
 
 
-@triton.jit(
-    do_not_specialize=["n_blocks"], do_not_specialize_on_alignment=["partial", "ascending", "loss", "metrics"]
-)
+@triton.jit(do_not_specialize=["n_blocks"], do_not_specialize_on_alignment=["partial", "ascending", "loss", "metrics"])
 def totals_kernel(  # type: ignore[no-untyped-def]
     partial,  # [18 with metrics, else 3; blocks] float64
     ascending,  # [N] float64, covariances; None without metrics
@@ -326,4 +324,5 @@ def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:
         KL_LOSS=options.beta != 0, ENTROPY_LOSS=options.entropy_coef != 0, TINY=torch.finfo(x.dtype).tiny,
         Q=tuple(COVARIANCE_QUANTILES.values()), **cut_of("totals", device),
     )  # fmt: skip
-    return TokenTerms(loss, *grads, summary)
+    logprob_grad, shared_grad, weights_grad, entropy_grad = grads
+    return TokenTerms(loss, logprob_grad, shared_grad, weights_grad, entropy_grad, summary)
