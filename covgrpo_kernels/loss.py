@@ -133,12 +133,14 @@ class _CovGRPO(torch.autograd.Function):
         if settings.metrics:
             vocab = len(weight) if settings.vocab_slice is None else settings.vocab_slice.total
             metrics = torch.cat([objective.metrics, _row_metrics(plan, tokens, targets, vocab).to(x.dtype)])
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # else zeros are written for what has no gradient
         ctx.mark_non_differentiable(logprobs, entropy, objective.weights, metrics)
         return objective.loss, logprobs, entropy, objective.weights, metrics
 
     @staticmethod
-    def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, loss_grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if loss_grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         hidden, weight, bias, targets, temperature, g, e, packed, *rest = ctx.saved_tensors
         fields = len(BackwardPlan._fields)
         plan, notes = BackwardPlan(*rest[:fields]), rest[fields:]
