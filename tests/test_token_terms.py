@@ -194,3 +194,21 @@ def test_segments(dtype: torch.dtype) -> None:
                 kernels.select(DEVICE).segment_sums(summed, segments.offsets, segments.order),
                 eager.segment_sums(summed, segments.offsets, segments.order), rtol=1e-12, atol=1e-12,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["plain", "all"])
+@pytest.mark.parametrize("optional", [True, False])
+def test_opcheck(name: str, optional: bool) -> None:
+    """Schema, fake against real, dispatch with dynamic shapes."""
+    inputs = draw(20, torch.float32, optional=optional)
+    options = TermOptions(**PLAIN | SETTINGS[name] | dict(share_grad=optional, metrics=optional))
+    torch.library.opcheck(torch.ops.covgrpo.token_terms, (*inputs, *options), rtol=0.0, atol=0.0)
+    ids = torch.randint(0, 5, (20,), device=DEVICE)
+    torch.library.opcheck(torch.ops.covgrpo.segments_of_ids, (ids,), rtol=0.0, atol=0.0)
+    _, offsets, order = torch.ops.covgrpo.segments_of_ids(ids)
+    sums = (torch.rand(2, 20, device=DEVICE), offsets, order if optional else None)
+    torch.library.opcheck(torch.ops.covgrpo.segment_sums, sums, rtol=0.0, atol=0.0)
+    stats = [torch.rand(20, dtype=torch.float64, device=DEVICE) for _ in range(3)]
+    scope = [offsets.new_zeros(20), offsets.new_tensor([0, 20])]
+    gradient = (torch.rand(20, device=DEVICE), [*stats, stats[0][:1] + 1], ids > 0, scope, scope, "sequence", 0.0)
+    torch.library.opcheck(torch.ops.covgrpo.covariance_weights_grad, gradient, rtol=0.0, atol=0.0)
