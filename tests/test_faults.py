@@ -331,25 +331,25 @@ KERNEL_FAULTS = {
     "running sum not rescaled": (many_tiles, KernelFault("numerics", "return top, w * s +", "return top, s +")),
     "lesser maximum forgotten": (many_tiles, KernelFault("numerics", "wb * sb + lesser, u", "wb * sb, u")),
     "maximum kept in the sum": (sure, KernelFault("numerics", "tl.where(at_max, 0.0, tl.exp(d))", "tl.exp(d) + 0.0")),
-    "last column lost": (many_tiles, KernelFault("fold", "m_c = i_c < width", "m_c = i_c < width - 1")),
-    "target of the column beside": (many_tiles, KernelFault("fold", "other=-1) - first", "other=-1) - first - 1")),
-    "bias of the first column": (many_tiles, KernelFault("fold", "tl.load(bias + column", "tl.load(bias + 0 * column")),
+    "last column lost": (many_tiles, KernelFault("online_softmax", "m_c = i_c < width", "m_c = i_c < width - 1")),
+    "target of the column beside": (many_tiles, KernelFault("online_softmax", "other=-1) - first", "other=-1) - first - 1")),
+    "bias of the first column": (many_tiles, KernelFault("online_softmax", "tl.load(bias + column", "tl.load(bias + 0 * column")),
     "tanh near zero": (many_tiles, KernelFault("numerics", "17325.0", "17235.0")),
-    "-1 at the target lost": (many_tiles, KernelFault("grad", "y, dz) * slope", "dz, dz) * slope")),
-    "entropy gradient without H": (many_tiles, KernelFault("grad", "(log_p + h)", "log_p")),
-    "softcap's slope lost": (many_tiles, KernelFault("grad", "y, dz) * slope", "y, dz)")),
+    "-1 at the target lost": (many_tiles, KernelFault("dlogits", "y, dz) * slope", "dz, dz) * slope")),
+    "entropy gradient without H": (many_tiles, KernelFault("dlogits", "(log_p + h)", "log_p")),
+    "softcap's slope lost": (many_tiles, KernelFault("dlogits", "y, dz) * slope", "y, dz)")),
     "temperature lost in the slope": (many_tiles, KernelFault("numerics", "slope *= per_temperature", "pass")),
-    "last row lost": (many_tiles, KernelFault("grad", "i_o < n_rows", "i_o < n_rows - 1")),
-    "variance about zero": (weights, KernelFault("group_weights", "tl.where(m_v, c - mean_c, 0.0)", "c")),
-    "noise taken for variance": (no_variance, KernelFault("group_weights", "<= floor * floor", "< 0")),
+    "last row lost": (many_tiles, KernelFault("dlogits", "i_o < n_rows", "i_o < n_rows - 1")),
+    "variance about zero": (weights, KernelFault("covariance_weights", "tl.where(m_v, c - mean_c, 0.0)", "c")),
+    "noise taken for variance": (no_variance, KernelFault("covariance_weights", "<= floor * floor", "< 0")),
     "masked tokens weighed": (
-        poisoned, KernelFault("group_weights", "w = tl.where(m_v, tl.exp", "w = tl.where(m_t, tl.exp")
+        poisoned, KernelFault("covariance_weights", "w = tl.where(m_v, tl.exp", "w = tl.where(m_t, tl.exp")
     ),
     "normaliser counts padding": (
-        weights, KernelFault("group_weights", "to(tl.float64) if NUMEL else n", "to(tl.float64) if NUMEL else n + 1")
+        weights, KernelFault("covariance_weights", "to(tl.float64) if NUMEL else n", "to(tl.float64) if NUMEL else n + 1")
     ),
     "sequence of the first token": (
-        sequences, KernelFault("group_weights", "means + tl.load(segment + i_t", "means + tl.load(segment + 0 * i_t")
+        sequences, KernelFault("covariance_weights", "means + tl.load(segment + i_t", "means + tl.load(segment + 0 * i_t")
     ),
 }  # fmt: skip
 

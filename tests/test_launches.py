@@ -86,8 +86,9 @@ def counting(patch: pytest.MonkeyPatch) -> Iterator[Counted]:
     kernels_here = kernels.select(torch.device("cpu"))
     for name in ("covariance_weights", "covariance_weights_grad", "segment_sums", "segments_of_ids", "token_terms"):
         patch.setattr(kernels_here, name, again(getattr(kernels_here, name)))
-    for name in ("forward", "plan", "backward"):
-        patch.setattr(engines.Chunked, name, within(getattr(engines.Chunked, name), None))
+    for engine in (engines.Chunked, engines.FusedGpu):
+        for name in ("forward", "plan", "backward"):
+            patch.setattr(engine, name, within(getattr(engine, name), None))
     for module, name in ((loss, "_check_advantages"), (operators, "check_values")):
         patch.setattr(module, name, lambda *_: None)
     with counted:
