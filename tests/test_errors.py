@@ -22,6 +22,7 @@ from covgrpo_kernels import (
     engines,
     kernels,
     linear_logprob,
+    operators,
 )
 from covgrpo_kernels.testing import random_batch
 
@@ -569,6 +570,10 @@ def test_nonfinite_valid_token(where: str, dtype: torch.dtype, grad_tol: float |
     clean = run(batch, CONFIGS["everything"], grad_tol=grad_tol)
     dirty_batch = batch | {where: batch[where].clone()}
     dirty_batch[where][3, 0] = value
+    if where == "advantages" and math.isnan(value) and operators.reads_values(batch["hidden"]):
+        with pytest.raises(ValueError, match=r"^advantages must be numbers, got NaN for 1 valid tokens"):
+            run(dirty_batch, CONFIGS["everything"], grad_tol=grad_tol)
+        return
     dirty = run(dirty_batch, CONFIGS["everything"], grad_tol=grad_tol)
 
     valid = batch["mask"]

@@ -208,8 +208,23 @@ def test_slabs_of_the_vocabulary(monkeypatch):
 class _Counted(torch.utils._python_dispatch.TorchDispatchMode):
     """Operators that would start a kernel on a GPU, and those that would wait for it."""
 
-    FREE = ("view", "as_strided", "select", "slice", "expand", "detach", "alias", "t", "transpose", "unsqueeze", "squeeze",
-            "permute", "split", "unbind", "empty", "set_", "promote_types", "to", "_to_copy", "resolve_conj", "resolve_neg", "new_empty", "empty_like", "_reshape_alias", "reshape")  # fmt: skip
+    FREE = (
+        *(
+            "view",
+            "as_strided",
+            "select",
+            "slice",
+            "expand",
+            "detach",
+            "alias",
+            "t",
+            "transpose",
+            "unsqueeze",
+            "squeeze",
+        ),
+        *("permute", "split", "unbind", "empty", "new_empty", "empty_like", "_reshape_alias", "reshape", "set_"),
+        *("promote_types", "to", "_to_copy", "resolve_conj", "resolve_neg"),
+    )
     WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2")
 
     def __init__(self):
@@ -229,7 +244,7 @@ class _Counted(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize(("grad_tol", "limits"), [("auto", (4, 26)), (0.0, (4, 6 + 4))], ids=["default", "exact"])
 def test_launches_and_waits(grad_tol, limits, monkeypatch):
     """Kernels are counted where the interpreter is entered, operators by a dispatch mode. On a CPU the products cast
-    their operands first, which is not counted. One slab of the vocabulary; without sparse rows it takes four launches."""
+    their operands first, which is not counted. One slab of the vocabulary, of four launches without sparse rows."""
     kernels_run, operators_run = [], _Counted()
     original, tolist = interpreter.InterpretedFunction.__getitem__, torch.Tensor.tolist
 
