@@ -76,6 +76,13 @@ def policy_objective(
 
     divides_by_length = config.loss_type == "grpo"
     needs_segments = divides_by_length or mean_log_ratio is not None
+    options = TermOptions(
+        config.loss_type == "cispo", low, high, config.dual_clip, kind.coef if isinstance(kind, KLCov) else 0.0,
+        config.beta, config.kl_estimator, config.entropy_coef,
+        share_grad=by_sequence and config.loss_type != "cispo",
+        differentiate_weights=isinstance(kind, CovarianceWeighting) and kind.differentiate_weights,
+        metrics=metrics,
+    )  # fmt: skip
     terms = operators.token_terms(
         TokenInputs(
             x, entropy, tokens.advantages, valid, old,
@@ -83,23 +90,18 @@ def policy_objective(
             sequences.segment if sequences is not None and needs_segments else None,
             lengths if divides_by_length else None, mean_log_ratio, _total(tokens, lengths, config, normalizer),
         ),
-        TermOptions(
-            config.loss_type == "cispo", low, high, config.dual_clip, kind.coef if isinstance(kind, KLCov) else 0.0,
-            config.beta, config.kl_estimator, config.entropy_coef,
-            share_grad=by_sequence and config.loss_type != "cispo",
-            differentiate_weights=isinstance(kind, CovarianceWeighting) and kind.differentiate_weights,
-            metrics=metrics,
-        ),
+        options,
     )  # fmt: skip
 
+    # By the options and not by what there is: a rank without tokens takes part in all sums over ranks.
     g = terms.logprob_grad
-    if len(terms.shared_grad):
+    if options.share_grad:
         # Each log-prob of a sequence moves the ratio, and with it the loss, of all tokens of the sequence.
         assert sequences is not None
         assert lengths is not None
         mean = sequences.sum(terms.shared_grad) / lengths
         g = g + sequences.gather(mean).to(g.dtype).where(valid, 0)
-    if len(terms.weights_grad):
+    if options.differentiate_weights:
         assert chosen.stats is not None
         assert isinstance(kind, CovarianceWeighting)
         stats, scopes = chosen.stats

@@ -142,6 +142,31 @@ def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
 head_backward_op.register_autograd(_refuse_double_backward)
 
 
+@torch.library.custom_op("covgrpo::segments_of_ids", mutates_args=())
+def segments_op(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`segments_of_ids` by the kernels of the device."""
+    with engines.on_device(ids.device):
+        return kernels.select(ids.device).segments_of_ids(ids)
+
+
+@segments_op.register_fake
+def _(ids):  # type: ignore[no-untyped-def]
+    tokens = ids.new_empty(ids.shape, dtype=torch.int64)
+    return tokens, tokens.new_empty(ids.shape[0] + 1), torch.empty_like(tokens)
+
+
+@torch.library.custom_op("covgrpo::segment_sums", mutates_args=())
+def segment_sums_op(values: Tensor, offsets: Tensor, order: Tensor | None) -> Tensor:
+    """`segment_sums` by the kernels of the device."""
+    with engines.on_device(values.device):
+        return kernels.select(values.device).segment_sums(values, offsets, order)
+
+
+@segment_sums_op.register_fake
+def _(values, offsets, order):  # type: ignore[no-untyped-def]
+    return values.new_empty(values.shape[0], offsets.shape[0] - 1, dtype=torch.float64)
+
+
 @torch.library.custom_op("covgrpo::covariance_weights", mutates_args=())
 def covariance_weights_op(
     logprobs: Tensor,  # [N], zero where masked

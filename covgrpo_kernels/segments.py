@@ -1,4 +1,7 @@
-"""Partitions of a batch's tokens: groups and sequences, and sums over them."""
+"""Partitions of a batch's tokens: groups and sequences, and sums over them.
+
+The operators `covgrpo::segments_of_ids` and `covgrpo::segment_sums`, which run the kernels of the device, are
+registered in `operators.py`: kernels take these types, so that this module cannot import them."""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class Segments(NamedTuple):
         if process_group is not None:
             every = all_ids(ids, process_group)
             return cls.of(torch.searchsorted(every, ids.long().contiguous()), len(every), process_group)
-        segment, offsets, order = segments_op(ids.contiguous())
+        segment, offsets, order = torch.ops.covgrpo.segments_of_ids(ids.contiguous())
         return cls(segment, offsets, order, len(ids))
 
     @classmethod
@@ -59,7 +62,7 @@ class Segments(NamedTuple):
     def sum(self, values: Tensor) -> Tensor:  # [N] -> [bound], or [M, N] -> [M, bound]
         """float64, since a long sum in float32 would lose digits. Several values at once cost little more than one."""
         stacked = values if values.ndim == 2 else values.unsqueeze(0)
-        sums = all_reduce_sum(segment_sums_op(stacked, self.offsets, self.order), self.process_group)
+        sums = all_reduce_sum(torch.ops.covgrpo.segment_sums(stacked, self.offsets, self.order), self.process_group)
         return sums if values.ndim == 2 else sums.squeeze(0)
 
     def max(self, value: Tensor, initial: float) -> Tensor:  # [N] -> [bound]
@@ -90,35 +93,3 @@ def segment_sums(
     in_order = (values if order is None else values[:, order]).double()
     sums = [torch.segment_reduce(row, "sum", offsets=offsets, initial=0.0, unsafe=True) for row in in_order]
     return torch.stack(sums)
-
-
-# Within the operators the kernels are imported late: they import this module themselves.
-
-
-@torch.library.custom_op("covgrpo::segments_of_ids", mutates_args=())
-def segments_op(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`segments_of_ids` by the kernels of the device."""
-    from . import engines, kernels
-
-    with engines.on_device(ids.device):
-        return kernels.select(ids.device).segments_of_ids(ids)
-
-
-@segments_op.register_fake
-def _(ids):  # type: ignore[no-untyped-def]
-    tokens = ids.new_empty(ids.shape, dtype=torch.int64)
-    return tokens, tokens.new_empty(ids.shape[0] + 1), torch.empty_like(tokens)
-
-
-@torch.library.custom_op("covgrpo::segment_sums", mutates_args=())
-def segment_sums_op(values: Tensor, offsets: Tensor, order: Tensor | None) -> Tensor:
-    """`segment_sums` by the kernels of the device."""
-    from . import engines, kernels
-
-    with engines.on_device(values.device):
-        return kernels.select(values.device).segment_sums(values, offsets, order)
-
-
-@segment_sums_op.register_fake
-def _(values, offsets, order):  # type: ignore[no-untyped-def]
-    return values.new_empty(values.shape[0], offsets.shape[0] - 1, dtype=torch.float64)
