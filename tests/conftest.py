@@ -1,9 +1,11 @@
-"""Hypothesis profiles, the gpu marker, backends, and threads that don't fight between pytest-xdist workers."""
+"""Hypothesis profiles, the gpu marker, backends, threads that don't fight between pytest-xdist workers, and what a run
+says at its end: on which instructions it ran, and which tests it left out."""
 
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +41,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """The last lines of a run, after pytest's own: tests that were not run are counted by the reason why."""
+    yield
+    line = terminalreporter.write_line
+    terminalreporter.section("where this ran")
+    line(f"CPU: torch uses {torch.backends.cpu.get_cpu_capability()}, {_cpp_instructions()}")
+    line(f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    line(f"Not run: {len(skipped)} tests" + (", because" if skipped else ""))
+    for reason, count in reasons.most_common():
+        line(f"{count:6d}  {reason}")
+
+
+def _cpp_instructions() -> str:
+    try:
+        from covgrpo_kernels.kernels import cpp
+    except ImportError:
+        return "the C++ extension was not built"
+    fused = "fused with" if cpp.can_multiply(torch.float32) else "apart from"
+    return f"the C++ extension {cpp.isa()} (products {fused} the softmax)"
+
+
 def moved(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """The function with its tensors on ``device``, for callers whose tensors are on the CPU; gradients go through."""
 
@@ -55,8 +81,26 @@ def moved(function: Callable[..., Any], device: torch.device) -> Callable[..., A
     return wrapper
 
 
+@pytest.fixture
+def few_examples(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    """Gives a test of hypothesis a sixth of its examples, for the length of the present test. Meant for the Triton
+    interpreter, which takes a hundred times as long for the same arithmetic."""
+
+    def reduce(test: Callable[..., Any]) -> None:
+        if getattr(test, "is_hypothesis_test", False):
+            settings = hypothesis.settings(max_examples=max(1, hypothesis.settings().max_examples // 6))
+            # Hypothesis has no public way to change the settings of a test that is decorated already.
+            monkeypatch.setattr(test, "_hypothesis_internal_use_settings", settings)
+
+    return reduce
+
+
 @pytest.fixture(params=["eager", "cpp", "portable", "triton", pytest.param("gpu", marks=pytest.mark.gpu)])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    few_examples: Callable[[Callable[..., Any]], None],
+) -> str:
     """The tests of a module that uses this run once for each backend: on the CPU with plain PyTorch, with C++ for this
     processor and for any, and with the Triton kernels under the interpreter; and with both they and the eager baseline
     on a GPU."""
@@ -73,6 +117,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         if torch.cuda.is_available():
             pytest.skip("the kernels are compiled here, and tested on the GPU")
         monkeypatch.setenv(kernels.VARIABLE, "triton")
+        few_examples(request.function)
     else:
         gpu, module = torch.device("cuda"), request.module
         monkeypatch.setattr(module, "DEVICE", gpu, raising=False)
