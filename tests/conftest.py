@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_map
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from interpreter import fewer
+
 from covgrpo_kernels import kernels
 
 hypothesis.settings.register_profile(
@@ -83,12 +85,11 @@ def moved(function: Callable[..., Any], device: torch.device) -> Callable[..., A
 
 @pytest.fixture
 def few_examples(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
-    """Gives a test of hypothesis a sixth of its examples, for the length of the present test. Meant for the Triton
-    interpreter, which takes a hundred times as long for the same arithmetic."""
+    """Gives a test of hypothesis `fewer` examples, for the length of the present test."""
 
     def reduce(test: Callable[..., Any]) -> None:
         if getattr(test, "is_hypothesis_test", False):
-            settings = hypothesis.settings(max_examples=max(1, hypothesis.settings().max_examples // 6))
+            settings = hypothesis.settings(max_examples=fewer(hypothesis.settings().max_examples))
             # Hypothesis has no public way to change the settings of a test that is decorated already.
             monkeypatch.setattr(test, "_hypothesis_internal_use_settings", settings)
 

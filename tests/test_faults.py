@@ -122,13 +122,19 @@ def skipping(patch):
 FAULTS = {
     "last chunk skipped": (many_tiles, Fault(tiling.vocab_slices, "whole, vocab}", "whole}")),
     "-1 at the target lost": (
-        sums_to_zero, Fault(eager.dlogits, "torch.where(is_here.unsqueeze(1)", "torch.where(is_here.unsqueeze(1) & False")
+        sums_to_zero,
+        Fault(
+            eager.dlogits,
+            "torch.where(is_here.unsqueeze(1)", "torch.where(is_here.unsqueeze(1) & False",
+        ),
     ),
     "running sum not rescaled": (many_tiles, Fault(eager.online_softmax_, "s.copy_(w * s + ", "s.copy_(s + ")),
     "lesser maximum forgotten": (many_tiles, Fault(eager.online_softmax_, "wb * sb + lesser)", "wb * sb)")),
     "maximum kept in the sum": (sure, Fault(eager.online_softmax_, "e.masked_fill_(at_max, 0)", "ties.fill_(-1)")),
     "ties dropped": (uniform, Fault(eager.online_softmax_, "e.sum(-1).add_(ties)", "e.sum(-1)")),
-    "entropy gradient without H": (many_tiles, Fault(eager.dlogits, "log_p.add_(coefficients.entropy.unsqueeze(1))", "log_p")),
+    "entropy gradient without H": (
+        many_tiles, Fault(eager.dlogits, "log_p.add_(coefficients.entropy.unsqueeze(1))", "log_p")
+    ),
     "softcap's slope lost": (many_tiles, Fault(eager.dlogits, "dz.mul_(softcap_slope)", "pass")),
     "int32 offset": (
         far,
@@ -173,7 +179,9 @@ FAULTS = {
     "empty sequences counted": (
         losses, Fault(inputs.Tokens.count_sequences, "> 0).sum()", ">= 0).sum()")
     ),
-    "noise taken for variance": (no_variance, Fault(covariance.scope_moments, "variance <= noise.square()", "variance < 0")),
+    "noise taken for variance": (
+        no_variance, Fault(covariance.scope_moments, "variance <= noise.square()", "variance < 0")
+    ),
     "NaN weight under the mask": (
         poisoned, Fault(covariance.weights_from_moments,
             "kernel.where(valid, 0) * scopes.gather(moments.normalizer)).where(valid, 0)",
@@ -200,15 +208,25 @@ FAULTS = {
     "tails dropped": (
         certificate, Fault(sparse.SparseGradient.__init__, "= entries.tail[block]", "= 0 * entries.tail[block]")
     ),
-    "tail of another size": (certificate, Fault(sparse.SparseGradient.__init__, "(min_prob / mass)", "(2 * min_prob / mass)")),
+    "tail of another size": (
+        certificate, Fault(sparse.SparseGradient.__init__, "(min_prob / mass)", "(2 * min_prob / mass)")
+    ),
     "target twice in the tail": (
         loose_certificate, Fault(eager.tail_probabilities, "p.scatter_(1, column", "p.scatter_(1, 0 * column")
     ),
     "dW of the slice beside": (
-        one_dlogits, Fault(sparse.SparseGradient.weight_rows, "self.touched_ids[a:b] -", "self.touched_ids[a:b].flip(0) -")
+        one_dlogits,
+        Fault(
+            sparse.SparseGradient.weight_rows,
+            "self.touched_ids[a:b] -", "self.touched_ids[a:b].flip(0) -",
+        ),
     ),
-    "tail not in the bias": (one_dlogits, Fault(chunked._bias_sum, "+ tails.bias_counts @", "+ 0 * tails.bias_counts @")),
-    "thresholds too high": (above_the_floor, Fault(collecting.CandidateCollector.__init__, "math.log(min_prob)", "math.log(min_prob) + 2")),
+    "tail not in the bias": (
+        one_dlogits, Fault(chunked._bias_sum, "+ tails.bias_counts @", "+ 0 * tails.bias_counts @")
+    ),
+    "thresholds too high": (
+        above_the_floor, Fault(collecting.CandidateCollector.__init__, "math.log(min_prob)", "math.log(min_prob) + 2")
+    ),
     "candidates of one tile": (above_the_floor, Fault(eager._collect, "+ found[row]", "")),
     "lost candidates not noticed": (
         overflow, Fault(plan.plan_backward, "candidates.found <= candidates.capacity", "candidates.found >= 0")
@@ -242,8 +260,12 @@ KERNEL_FAULTS = {
     "lesser maximum forgotten": (many_tiles, KernelFault("numerics", "wb * sb + lesser, u", "wb * sb, u")),
     "maximum kept in the sum": (sure, KernelFault("numerics", "tl.where(at_max, 0.0, tl.exp(d))", "tl.exp(d) + 0.0")),
     "last column lost": (many_tiles, KernelFault("online_softmax", "m_c = i_c < width", "m_c = i_c < width - 1")),
-    "target of the column beside": (many_tiles, KernelFault("online_softmax", "other=-1) - first", "other=-1) - first - 1")),
-    "bias of the first column": (many_tiles, KernelFault("online_softmax", "tl.load(bias + column", "tl.load(bias + 0 * column")),
+    "target of the column beside": (
+        many_tiles, KernelFault("online_softmax", "other=-1) - first", "other=-1) - first - 1")
+    ),
+    "bias of the first column": (
+        many_tiles, KernelFault("online_softmax", "tl.load(bias + column", "tl.load(bias + 0 * column")
+    ),
     "tanh near zero": (many_tiles, KernelFault("numerics", "17325.0", "17235.0")),
     "-1 at the target lost": (many_tiles, KernelFault("dlogits", "y, dz) * slope", "dz, dz) * slope")),
     "entropy gradient without H": (many_tiles, KernelFault("dlogits", "(log_p + h)", "log_p")),
@@ -256,10 +278,18 @@ KERNEL_FAULTS = {
         poisoned, KernelFault("covariance_weights", "w = tl.where(m_v, tl.exp", "w = tl.where(m_t, tl.exp")
     ),
     "normaliser counts padding": (
-        weights, KernelFault("covariance_weights", "to(tl.float64) if NUMEL else n", "to(tl.float64) if NUMEL else n + 1")
+        weights,
+        KernelFault(
+            "covariance_weights",
+            "to(tl.float64) if NUMEL else n", "to(tl.float64) if NUMEL else n + 1",
+        ),
     ),
     "sequence of the first token": (
-        sequences, KernelFault("covariance_weights", "means + tl.load(segment + i_t", "means + tl.load(segment + 0 * i_t")
+        sequences,
+        KernelFault(
+            "covariance_weights",
+            "means + tl.load(segment + i_t", "means + tl.load(segment + 0 * i_t",
+        ),
     ),
 }  # fmt: skip
 
