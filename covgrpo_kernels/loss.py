@@ -122,17 +122,22 @@ class _CovGRPO(torch.autograd.Function):
             metrics=settings.metrics, moments=batch.moments,
         )  # fmt: skip
         g, e = objective.logprob_grad, objective.entropy_grad
-        plan = operators.plan(inputs, scored, g, e, precision)
+        planned = operators.plan(inputs, scored, g, e, precision)
         ctx.save_for_backward(
-            hidden, weight, bias, targets, temperature, g, e, scored.stats.packed, *plan, *scored.notes
+            hidden, weight, bias, targets, temperature, g, e, scored.stats.packed, *scored.notes, *planned.tensors()
         )
-        ctx.transform, ctx.grad_tol, ctx.vocab_slice = transform, precision.grad_tol, settings.vocab_slice
+        ctx.notes, ctx.transform, ctx.grad_tol, ctx.vocab_slice = (
+            len(scored.notes),
+            transform,
+            precision.grad_tol,
+            settings.vocab_slice,
+        )
 
         logprobs = x.where(is_scored | ~tokens.valid, torch.nan)
         metrics = x.new_empty(0)
         if settings.metrics:
             vocab = len(weight) if settings.vocab_slice is None else settings.vocab_slice.total
-            by_name = objective.metrics | _plan_metrics(plan, tokens.valid)
+            by_name = objective.metrics | _plan_metrics(planned.plan, tokens.valid)
             by_name["rows/invalid_targets"] = (is_scored & ((targets < 0) | (targets >= vocab))).sum()
             by_name["rows/invalid_advantages"] = (tokens.valid & tokens.advantages.isnan()).sum()
             metrics = torch.stack([by_name[name].to(x.dtype) for name in _METRICS])
@@ -142,17 +147,17 @@ class _CovGRPO(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, temperature, g, e, packed, *rest = ctx.saved_tensors
-        fields = len(BackwardPlan._fields)
-        plan, notes = BackwardPlan(*rest[:fields]), rest[fields:]
+        notes, planned = rest[: ctx.notes], operators.Planned.of(rest[ctx.notes :])
         grads = operators.backward(
             HeadInputs(hidden, weight, bias, targets, temperature, ctx.transform),
             operators.Scored(RowStats(packed), notes),
-            g * loss_grad,
-            None if e is None else e * loss_grad,
-            plan,
+            g,
+            e,
+            planned,
             precision=Precision(ctx.grad_tol, None),
             needs=ctx.needs_input_grad[:3],
             vocab_slice=ctx.vocab_slice,
+            grad_scale=loss_grad,
         )
         return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 

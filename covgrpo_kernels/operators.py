@@ -17,8 +17,8 @@ from .config import CovarianceWeighting
 from .covariance import CovarianceStats
 from .engines.interface import Needs
 from .inputs import HeadInputs, Precision, accumulator_dtype
-from .kernels.interface import TAIL_ROWS, LogitTransform, RowStats
-from .plan import BackwardPlan, can_have_tails, min_probability
+from .kernels.interface import LogitTransform, RowStats
+from .plan import BackwardPlan, min_probability
 from .segments import Segments
 from .vocab_parallel import VocabSlice, merge_stats
 
@@ -71,24 +71,20 @@ def plan_backward_op(
     grad_tol: float,
     uniform: Tensor | None,
 ) -> list[Tensor]:
-    """`BackwardPlan` of N rows."""
+    """`BackwardPlan` of N rows, and what else the engine's backward takes."""
     inputs = HeadInputs(hidden, weight, bias, targets, temperature, LogitTransform(logit_scale, softcap))
     with engines.on_device(hidden.device):
         engine = engines.select(hidden.device, hidden.dtype)
         precision = Precision(grad_tol, uniform)
-        return list(engine.plan(inputs, RowStats(stats), notes, logprob_grad, entropy_grad, precision))
+        plan, planned = engine.plan(inputs, RowStats(stats), notes, logprob_grad, entropy_grad, precision)
+        return [*plan, *planned]
 
 
 @plan_backward_op.register_fake
 def _(hidden, weight, bias, targets, temperature, scale, softcap, stats, notes, g, e, grad_tol, uniform):  # type: ignore[no-untyped-def]
-    (rows,) = targets.shape
-    may_be_sparse = uniform is None and can_have_tails(rows, notes[1].shape[1] if len(notes) else 0, grad_tol)
-    row_class, tail_rows = (
-        targets.new_empty(rows, dtype=torch.int8),
-        targets.new_empty(TAIL_ROWS if may_be_sparse else 0),
-    )
-    inverse_prob = stats.new_empty(rows if uniform is not None and grad_tol else 0, dtype=torch.float64)
-    return [row_class, tail_rows, inverse_prob.new_empty(()), inverse_prob]
+    engine = engines.select(hidden.device, hidden.dtype)
+    shapes = engine.plan_shapes(targets.shape[0], notes, Precision(grad_tol, uniform))
+    return [hidden.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
 
 
 @torch.library.custom_op("covgrpo::head_backward", mutates_args=())
@@ -105,6 +101,7 @@ def head_backward_op(
     logprob_grad: Tensor,
     entropy_grad: Tensor | None,
     plan: list[Tensor],
+    grad_scale: Tensor | None,
     min_prob: float,
     needs: list[bool],
     partial_hidden: bool,
@@ -115,7 +112,7 @@ def head_backward_op(
     with engines.on_device(hidden.device):
         engine = engines.select(hidden.device, hidden.dtype)
         return engine.backward(
-            inputs, RowStats(stats), notes, logprob_grad, entropy_grad, BackwardPlan(*plan),
+            inputs, RowStats(stats), notes, logprob_grad, entropy_grad, *Planned.of(plan), grad_scale,
             min_prob=min_prob, needs=Needs(*needs), partial_hidden=partial_hidden,
         )  # fmt: skip
 
@@ -192,6 +189,21 @@ def covariance_weights(
     return CovarianceStats(*stats)
 
 
+class Planned(NamedTuple):
+    """What the operator of the plan gives."""
+
+    plan: BackwardPlan
+    planned: list[Tensor]  # the engine's
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> Planned:
+        fields = len(BackwardPlan._fields)
+        return cls(BackwardPlan(*tensors[:fields]), tensors[fields:])
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.plan, *self.planned]
+
+
 class Scored(NamedTuple):
     """What a forward leaves for its backward."""
 
@@ -254,34 +266,36 @@ def plan(
     logprob_grad: Tensor,  # [N]
     entropy_grad: Tensor | None,  # [N]
     precision: Precision,
-) -> BackwardPlan:
+) -> Planned:
     """What the backward does with each row."""
     planned = plan_backward_op(
         inputs.hidden, inputs.weight, inputs.bias, inputs.targets, inputs.temperature, *inputs.transform,
         scored.stats.packed, scored.notes, logprob_grad, entropy_grad, precision.grad_tol, precision.uniform,
     )  # fmt: skip
-    return BackwardPlan(*planned)
+    return Planned.of(planned)
 
 
 def backward(
     inputs: HeadInputs,
     scored: Scored,
-    logprob_grad: Tensor,  # [N]
+    logprob_grad: Tensor,  # [N], as planned, like the next
     entropy_grad: Tensor | None,  # [N]
-    plan: BackwardPlan,
+    planned: Planned,
     *,
     precision: Precision,
     needs: Sequence[bool],  # of hidden, weight and bias
     vocab_slice: VocabSlice | None,
+    grad_scale: Tensor | None = None,  # [] what gradients are multiplied by
 ) -> tuple[Tensor | None, ...]:  # [N, D], [V, D], [V]; None where not needed
     """Gradients of this rank's slice of the head, and the whole gradient of the hidden states, which all ranks have."""
-    e = None if entropy_grad is None else plan.weigh(entropy_grad)
+    plan = planned.plan
     targets = inputs.targets
     if vocab_slice is not None:
         targets = vocab_slice.local_targets(targets, len(inputs.weight))
     hidden_grad, *head_grads = head_backward_op(
         inputs.hidden, inputs.weight, inputs.bias, targets, inputs.temperature, *inputs.transform,
-        scored.stats.packed, scored.notes, plan.weigh(logprob_grad), e, list(plan),
+        scored.stats.packed, scored.notes, plan.weigh(logprob_grad),
+        None if entropy_grad is None else plan.weigh(entropy_grad), planned.tensors(), grad_scale,
         min_probability(precision.grad_tol), list(needs), vocab_slice is not None,
     )  # fmt: skip
     if vocab_slice is not None and needs[0]:

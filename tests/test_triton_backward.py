@@ -168,7 +168,7 @@ def test_row_plan_equals_the_specification(settings):
 
     def spread(spec):
         out = torch.zeros(150, 200, dtype=F64)
-        return out.scatter_add_(1, spec.entries.where(spec.used, 0), spec.values.double())
+        return out.scatter_add_(1, spec.vocab_ids.where(spec.used, 0), spec.values.double())
 
     kept, tail = spread(exact), exact.tail.where(fits, 0)
     ours = dense_values(rows, batch.targets, 200)
@@ -238,7 +238,7 @@ def test_any_capacity(capacity):
     rows = batch.plan(candidates)
     assert torch.equal(rows.kept.cpu(), (exact.used.sum(1) - 1).int())
     kept = torch.zeros(40, 200, dtype=F64)
-    kept.scatter_add_(1, exact.entries.where(exact.used, 0), exact.values)
+    kept.scatter_add_(1, exact.vocab_ids.where(exact.used, 0), exact.values)
     torch.testing.assert_close(dense_values(rows, batch.targets, 200), kept, rtol=1e-5, atol=1e-12)
 
 
@@ -820,7 +820,7 @@ def test_offsets_beyond_32_bits():
     row_class = on_device(torch.full((n,), row_classes.SPARSE, dtype=torch.int8))
     zeros, ones = on_device((torch.zeros(n, dtype=torch.int32), torch.ones(n)))
     targets = on_device(torch.full((n,), n - 1))
-    rows = plan_rows.RowPlan(None, zeros, zeros.unsqueeze(1), ones.unsqueeze(1), ones, *[None] * 7)
+    rows = plan_rows.RowPlan(None, zeros, zeros.unsqueeze(1), ones.unsqueeze(1), ones.expand(5, -1), None)
     shares = on_device(torch.nn.functional.pad(torch.ones(n, 1), (0, T - 1)))
     classes = row_classes.RowClasses(row_class, zeros, None, None, None)
     out = torch.empty(n, 8, device=DEVICE)
@@ -849,5 +849,6 @@ def test_offsets_beyond_32_bits():
 def batch_of_equals(n):
     zeros, ones = torch.zeros(n), torch.ones(n)
     kind = torch.full((n,), plan_rows.SPARSE_POSSIBLE, dtype=torch.int8)
-    values = (kind, zeros.int(), None, None, zeros, zeros, ones, ones, ones, *[ones.double()] * 3)
+    per_row, bounds = torch.stack([zeros, zeros, ones, ones, ones]), ones.double().expand(3, -1).contiguous()
+    values = (kind, zeros.int(), None, None, per_row, bounds)
     return plan_rows.RowPlan(*on_device(values))

@@ -35,7 +35,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
-from .configs import architecture, options
+from .configs import architecture, describable, options
 from .forward import accumulator_of, check_operands, multiprocessors, upcast
 from .numerics import inverse, logit, slices_of
 

@@ -188,3 +188,43 @@ def rounded(x, out):  # type: ignore[no-untyped-def]
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
             x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(out.dtype.element_ty)
+
+
+@triton.jit
+def counted_total(norm, n_rows, LARGEST_SHARE: tl.constexpr, B_R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of [N] float64: the sum of those that are finite; the largest T with T = sum of min(norm, LARGEST_SHARE * T / n),
+    n of them being positive (the sum itself where LARGEST_SHARE is None); n; and how many are not finite.
+
+    By Newton's method from above: in every step those over the limit that belongs to the last T count as if they were
+    at the limit. It ends when none is added to them."""
+    i_b = tl.arange(0, B_R)
+    total_b = tl.zeros([B_R], tl.float64)
+    n_bad_b = tl.zeros([B_R], tl.int32)
+    n_counted_b = tl.zeros([B_R], tl.int32)
+    for o_r in range(0, n_rows, B_R):
+        m_r = o_r + i_b < n_rows
+        x = tl.load(norm + o_r + i_b, mask=m_r, other=0.0)
+        is_finite = x < float("inf")
+        total_b += tl.where(is_finite, x, 0.0)
+        n_counted_b += (is_finite & (x > 0.0)).to(tl.int32)
+        n_bad_b += (m_r & (is_finite == 0)).to(tl.int32)
+    total = tl.sum(total_b, 0)
+    n_counted = tl.sum(n_counted_b, 0)
+    counted = total
+    if LARGEST_SHARE is not None:
+        limit = LARGEST_SHARE / tl.maximum(n_counted, 1).to(tl.float64)
+        n_over = tl.sum(tl.zeros([B_R], tl.int32), 0)
+        n_before = n_over - 1
+        while n_over > n_before:
+            n_before = n_over
+            others_b = tl.zeros([B_R], tl.float64)
+            n_over_b = tl.zeros([B_R], tl.int32)
+            for o_r in range(0, n_rows, B_R):
+                x = tl.load(norm + o_r + i_b, mask=o_r + i_b < n_rows, other=0.0)
+                is_over = (x < float("inf")) & (x > counted * limit)
+                others_b += tl.where((x < float("inf")) & (is_over == 0), x, 0.0)
+                n_over_b += is_over.to(tl.int32)
+            n_over = tl.sum(n_over_b, 0)
+            left = 1.0 - n_over.to(tl.float64) * limit
+            counted = tl.where(left > 0.0, tl.sum(others_b, 0) / left, counted)
+    return total, counted, n_counted, tl.sum(n_bad_b, 0)

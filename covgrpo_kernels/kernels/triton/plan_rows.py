@@ -52,14 +52,48 @@ class RowPlan(NamedTuple):
     kept: Tensor  # [N] int32 number of entries with a gradient of their own, without the target
     vocab_ids: Tensor | None  # [N, K] int32 of the kept entries, ascending; beyond ``kept`` there is nothing of use
     values: Tensor | None  # [N, K] float32 gradients of the kept entries; beyond ``kept`` zero
-    target_value: Tensor  # [N] float32 gradient of the target's entry
-    at_target: Tensor  # [N] float32 gradient in the target's logit, as `grad` takes it
-    tail: Tensor  # [N] float32 gradient of the whole tail: minus the sum of the others, before the softcap's slope
-    mass: Tensor  # [N] float32 probability of the tail, rounded up
-    tail_weight: Tensor  # [N] float32: the rows where this is largest become tail rows; -1 where a row cannot be sparse
-    bound: Tensor  # [N] float64 on the squared norm of the row's gradient, so of its error where it is dropped
-    norm: Tensor  # [N] float64 lower bound on the squared norm of the row's gradient
-    tail_bound: Tensor  # [N] float64 on the squared norm of the gradient of the tail
+    per_row: Tensor  # [5, N] float32 and
+    bounds: Tensor  # [3, N] float64: what the properties name
+
+    @property
+    def target_value(self) -> Tensor:  # [N]
+        """Gradient of the target's entry."""
+        return self.per_row[0]
+
+    @property
+    def at_target(self) -> Tensor:  # [N]
+        """Gradient in the target's logit, as `dlogits` takes it."""
+        return self.per_row[1]
+
+    @property
+    def tail(self) -> Tensor:  # [N]
+        """Gradient of the whole tail: minus the sum of the others, before the softcap's slope."""
+        return self.per_row[2]
+
+    @property
+    def mass(self) -> Tensor:  # [N]
+        """Probability of the tail, rounded up."""
+        return self.per_row[3]
+
+    @property
+    def tail_weight(self) -> Tensor:  # [N]
+        """The size of the tail; -1 where a row cannot be sparse."""
+        return self.per_row[4]
+
+    @property
+    def bound(self) -> Tensor:  # [N]
+        """On the squared norm of the row's gradient, so of its error where it is dropped."""
+        return self.bounds[0]
+
+    @property
+    def norm(self) -> Tensor:  # [N]
+        """Lower bound on the squared norm of the row's gradient."""
+        return self.bounds[1]
+
+    @property
+    def tail_bound(self) -> Tensor:  # [N]
+        """On the squared norm of the gradient of the tail."""
+        return self.bounds[2]
 
 
 @triton.jit(
@@ -225,4 +259,4 @@ def plan_rows(
             n_rows=n_rows, log_min_prob=math.log(min_prob) if candidates is not None else 0.0,
             SCALE=scale, CAP=softcap, K=1 if vocab_ids is None else vocab_ids.shape[1], **options("plan_rows", device),
         )  # fmt: skip
-    return RowPlan(kind, kept, vocab_ids, logits, *per_row, *bounds)
+    return RowPlan(kind, kept, vocab_ids, logits, per_row, bounds)

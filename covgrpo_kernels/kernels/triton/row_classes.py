@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import options
+from .numerics import counted_total
 from .plan_rows import NO_GRADIENT, SPARSE_POSSIBLE, TAIL_ROW
 
 # The values of `RowClasses.row_class`.
@@ -70,37 +71,7 @@ def classify_rows_kernel(  # type: ignore[no-untyped-def]
     B_R: tl.constexpr,
 ):
     i_b = tl.arange(0, B_R)
-    total_b = tl.zeros([B_R], tl.float64)
-    bad_b = tl.zeros([B_R], tl.int32)
-    n_norms_b = tl.zeros([B_R], tl.int32)
-    for o_r in range(0, n_rows, B_R):
-        m_r = o_r + i_b < n_rows
-        x = tl.load(norm + o_r + i_b, mask=m_r, other=0.0)
-        is_finite = x < float("inf")
-        total_b += tl.where(is_finite, x, 0.0)
-        n_norms_b += (is_finite & (x > 0.0)).to(tl.int32)
-        bad_b += (m_r & (is_finite == 0)).to(tl.int32)
-    total = tl.sum(total_b, 0)
-    counted = total
-    if LARGEST_SHARE is not None:
-        # The largest T with T = sum of min(norm, limit * T), by Newton's method from above: in every step the rows over
-        # the limit that belongs to the last T count as if they were at the limit. It ends when no row is added to them.
-        n_norms = tl.sum(n_norms_b, 0)
-        limit = LARGEST_SHARE / tl.maximum(n_norms, 1).to(tl.float64)
-        n_over = tl.sum(tl.zeros([B_R], tl.int32), 0)
-        n_before = n_over - 1
-        while n_over > n_before:
-            n_before = n_over
-            others_b = tl.zeros([B_R], tl.float64)
-            n_over_b = tl.zeros([B_R], tl.int32)
-            for o_r in range(0, n_rows, B_R):
-                x = tl.load(norm + o_r + i_b, mask=o_r + i_b < n_rows, other=0.0)
-                is_over = (x < float("inf")) & (x > counted * limit)
-                others_b += tl.where((x < float("inf")) & (is_over == 0), x, 0.0)
-                n_over_b += is_over.to(tl.int32)
-            n_over = tl.sum(n_over_b, 0)
-            left = 1.0 - n_over.to(tl.float64) * limit
-            counted = tl.where(left > 0.0, tl.sum(others_b, 0) / left, counted)
+    total, counted, _, n_bad = counted_total(norm, n_rows, LARGEST_SHARE, B_R)
     allowed = counted * (GRAD_TOL * GRAD_TOL)
 
     # The rows that come first in the order of their bounds are not dense, as long as the sum is within what is allowed.
@@ -117,7 +88,7 @@ def classify_rows_kernel(  # type: ignore[no-untyped-def]
     last_bound = tl.load(in_order + n_within - 1, mask=n_within > 0, other=-1.0)
     last_row = tl.load(order + n_within - 1, mask=n_within > 0, other=-1)
     relative = tl.sqrt(tl.where(error > 0.0, error / total, 0.0))
-    tl.store(error_bound, tl.where(tl.sum(bad_b, 0) > 0, float("inf"), relative))
+    tl.store(error_bound, tl.where(n_bad > 0, float("inf"), relative))
 
     n_sparse = n_within * 0
     if tail_rows is not None:

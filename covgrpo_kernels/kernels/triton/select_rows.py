@@ -83,7 +83,7 @@ def select_rows(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Ten
     them is undefined); ``place`` [N] int32, where each token stands in that list, or -1; and ``count`` [1] int32, how
     many they are. One launch."""
     (tokens,) = targets.shape
-    rows, place = targets.new_empty(2, tokens, dtype=torch.int32)
+    rows, place = (targets.new_empty(tokens, dtype=torch.int32) for _ in range(2))
     count = targets.new_empty(1, dtype=torch.int32)
     blocks = options("select", targets.device)
     select_rows_kernel[(max(triton.cdiv(tokens, blocks["B_N"]), 1),)](
