@@ -313,14 +313,17 @@ def test_unknown_head_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load_policy(str(tmp_path), CPU)
 
 
-def test_the_logits_are_never_built(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
+def test_the_logits_are_never_built(policy: Policy) -> None:
+    def refuse(*_: object) -> None:
         raise AssertionError("the head ran as a layer")
 
-    monkeypatch.setattr(policy.model.get_output_embeddings(), "forward", refuse)
-    batch = encode_solutions(policy, ["1 +1 =", "2"], ["2", "34"])
-    assert batch.apply_head(policy, lambda hidden, weight, **how: hidden).shape == (2, 3, 64)
-    assert training.logprobs(policy, batch, TINY).shape == (2, 3)
+    hook = policy.model.get_output_embeddings().register_forward_pre_hook(refuse)
+    try:
+        batch = encode_solutions(policy, ["1 +1 =", "2"], ["2", "34"])
+        assert batch.apply_head(policy, lambda hidden, weight, **how: hidden).shape == (2, 3, 64)
+        assert training.logprobs(policy, batch, TINY).shape == (2, 3)
+    finally:
+        hook.remove()
 
 
 # --- rollouts ----------------------------------------------------------------------------------------------
