@@ -30,17 +30,35 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile(
     "deep", hypothesis.settings.get_profile("suite"), max_examples=2000, derandomize=False
 )
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "suite")
+hypothesis.settings.load_profile(PROFILE)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+    if PROFILE != "deep":
+        _thin(config, items)
+
+
+def _thin(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the cases of a test that is marked `thinned(n)`, every n-th is kept for the interpreter."""
+    seen: Counter[str] = Counter()
+    left_out: set[pytest.Item] = set()
+    for item in items:
+        marker = item.get_closest_marker("thinned")
+        if marker and isinstance(item, pytest.Function) and item.callspec.params["backend"] == "triton":
+            test = item.nodeid.split("[")[0]
+            if seen[test] % marker.args[0]:
+                left_out.add(item)
+            seen[test] += 1
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

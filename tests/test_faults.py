@@ -25,7 +25,7 @@ import test_weights
 import torch
 
 from covgrpo_kernels import covariance, engines, inputs, kernels, objective, plan, segments, sparse
-from covgrpo_kernels.engines import chunked, collecting, streaming, tiling
+from covgrpo_kernels.engines import chunked, collecting, scaling, streaming, tiling
 from covgrpo_kernels.kernels import eager
 from covgrpo_kernels.kernels.interface import VOCAB_BLOCK
 
@@ -151,7 +151,7 @@ FAULTS = {
         ),
     ),
     "coefficients rounded as they are": (
-        float16, Fault(streaming._to_unit_scale, ".clamp(-100, 100)", " * 0")
+        float16, Fault(scaling.to_unit_scale, ".clamp(-100, 100)", " * 0")
     ),
     "KL under the mask": (
         losses,

@@ -44,19 +44,19 @@ def three_ways(head: dict, dtype: torch.dtype, **options) -> tuple[dict, dict, d
     )
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pooled_errors(dtype, options):
     """The rule of the precision contract over 1,200 rows: random and policy-like ones, several chunks."""
     book = ErrorBook()
-    vocab = VOCAB_BLOCK + 100 if interpreted() else 2500
     for seed in range(4):
-        head = random_head(seed, 150, 48, vocab, std=2.0, bias=seed % 2 == 0)
+        head = random_head(seed, 150, 48, 2500, std=2.0, bias=seed % 2 == 0)
         if seed % 2:
             head.pop("bias")
         book.add(*three_ways(head, dtype, grad_tol=0.0, **options))
     for seed in range(4):
-        book.add(*three_ways(policy_head(seed, 150, 64, vocab), dtype, grad_tol=0.0, **options))
+        book.add(*three_ways(policy_head(seed, 150, 64, 2500), dtype, grad_tol=0.0, **options))
     book.check(dtype)
 
 
@@ -85,6 +85,7 @@ def test_any_shape(seed, tokens, depth, vocab, dtype, std, bias, options, tile):
     check_draw(ours, eager_, {n: oracle[n] for n in keep}, bound)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "options",
     [*OPTIONS.values(), dict(ignore_index=3), dict(temperature=torch.tensor([0.5, 1.0, 2.0, 0.7], dtype=F64))],

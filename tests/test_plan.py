@@ -107,6 +107,7 @@ def test_tolerance_is_kept_and_used(grad_tol):
         assert error > plan.error_bound / 100
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("settings", ["plain", "entropy", "all"])
 def test_all_gradients_are_of_one_dlogits(settings, dtype, backend):
