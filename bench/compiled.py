@@ -161,6 +161,12 @@ CASES = [
     ),
     Case("assign tails", "tails.assign_tails_kernel", _ASSIGN_TAILS, "assign_tails"),
     Case("assign tails of float32", "tails.assign_tails_kernel", {**_ASSIGN_TAILS, "hidden": "*fp32"}, "assign_tails"),
+    Case(
+        "tail weights", "tail_weights.tail_weights_kernel",
+        dict(logprob_grad="*fp32", entropy_grad="*fp32", tail_weight="*fp32", squares="*fp64", out="*fp32",
+             n_rows="i32", LARGEST_SHARE=32.0),
+        "classify_rows",
+    ),
     Case("classify rows", "row_classes.classify_rows_kernel", _CLASSIFY_ROWS, "classify_rows"),
     Case(
         "list pairs", "pairs.list_pairs_kernel",

@@ -140,6 +140,18 @@ def _check_plain(**values: object) -> None:
             )
 
 
+def check_values(targets: Tensor, temperature: Tensor | None, vocab: int, ignore_index: int) -> None:
+    """Raises ValueError for what is wrong in a row that is not ignored."""
+    valid = targets != ignore_index
+    bad = valid & ((targets < 0) | (targets >= vocab))
+    if bad.any():
+        raise ValueError(f"targets must be in [0, {vocab}) or {ignore_index}, got {targets[bad][0].item()}")
+    if temperature is not None:
+        bad = valid & ~((temperature > 0) & temperature.isfinite())
+        if bad.any():
+            raise ValueError(f"temperature must be positive and finite, got {temperature[bad][0].item()}")
+
+
 def _autocast(value: Any, dtype: torch.dtype) -> Any:
     """Autocast leaves float64 alone."""
     return value if value is None or value.dtype == torch.float64 else value.to(dtype)

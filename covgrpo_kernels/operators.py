@@ -16,7 +16,7 @@ from .collectives import all_reduce_sum
 from .config import CovarianceWeighting
 from .covariance import CovarianceStats
 from .engines.interface import Needs
-from .inputs import HeadInputs, Precision, accumulator_dtype
+from .inputs import HeadInputs, Precision, accumulator_dtype, check_values
 from .kernels.interface import LogitTransform, RowStats
 from .plan import BackwardPlan, min_probability
 from .segments import Segments
@@ -38,11 +38,13 @@ def head_forward_op(
 ) -> tuple[Tensor, list[Tensor]]:
     """`RowStats` of N rows, and the engine's notes for a backward that has sparse rows (none where ``min_prob`` is 0).
 
-    On a CPU, raises ValueError for a target outside the vocabulary and for a temperature that is not positive."""
-    check_values(targets, temperature, len(weight), ignore_index)
+    Raises ValueError for a target outside the vocabulary and for a temperature that is not positive, where the engine
+    may read values: on a CPU."""
     inputs = HeadInputs(hidden, weight, bias, targets, temperature, LogitTransform(logit_scale, softcap))
     with engines.on_device(hidden.device):
         engine = engines.select(hidden.device, hidden.dtype)
+        if engine.reads_values(hidden.device):
+            check_values(targets, temperature, len(weight), ignore_index)
         stats, notes = engine.forward(inputs, entropy=entropy, ignore_index=ignore_index, min_prob=min_prob)
         return stats.packed, notes
 
@@ -173,6 +175,12 @@ def _(logprobs, advantages, valid, scope, *rest):  # type: ignore[no-untyped-def
 # ----------------------------------------------------------------------------------------- with structured arguments
 
 
+def reads_values(hidden: Tensor) -> bool:
+    """Whether values may be read, so that wrong ones can raise: on a CPU, where nothing waits for it. On a GPU a wrong
+    value gives NaN."""
+    return engines.select(hidden.device, hidden.dtype).reads_values(hidden.device)
+
+
 def covariance_weights(
     logprobs: Tensor,  # [N], zero where masked
     advantages: Tensor,  # [N], zero where masked
@@ -228,7 +236,8 @@ def forward(
     min_prob = min_probability(precision.grad_tol) if may_be_sparse else 0.0
     targets = inputs.targets
     if vocab_slice is not None:
-        check_values(targets, None, vocab_slice.total, ignore_index)
+        if reads_values(inputs.hidden):
+            check_values(targets, None, vocab_slice.total, ignore_index)
         is_here = valid & (vocab_slice.local_targets(targets, len(inputs.weight)) >= 0)
         # A row whose target is elsewhere gets any target: what else there is to know of the row does not depend on it.
         some = (targets - vocab_slice.first).where(is_here, 0)
@@ -244,20 +253,6 @@ def forward(
         merged = merge_stats(stats, is_here, vocab_slice.group)
         stats = RowStats(merged.packed.where(valid, 0))
     return Scored(stats, notes)
-
-
-def check_values(targets: Tensor, temperature: Tensor | None, vocab: int, ignore_index: int) -> None:
-    """On a CPU. On a GPU nothing is read back: what is wrong there gives NaN in its row."""
-    if targets.device.type != "cpu":
-        return
-    valid = targets != ignore_index
-    bad = valid & ((targets < 0) | (targets >= vocab))
-    if bad.any():
-        raise ValueError(f"targets must be in [0, {vocab}) or {ignore_index}, got {targets[bad][0].item()}")
-    if temperature is not None:
-        bad = valid & ~((temperature > 0) & temperature.isfinite())
-        if bad.any():
-            raise ValueError(f"temperature must be positive and finite, got {temperature[bad][0].item()}")
 
 
 def plan(

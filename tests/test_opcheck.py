@@ -87,8 +87,8 @@ def test_opcheck_backward(live: str, name: str, needs: list[bool], backend: str)
     rows = {"all": valid, "some": valid & (torch.arange(7) % 3 != 0), "none": valid & False}[live]
     g = torch.linspace(-1, 1, 7) * rows
     e = g.flip(0) * rows if OPTIONS[name]["entropy"] else None
-    plan = list(BackwardPlan.all_dense(rows))
-    check(torch.ops.covgrpo.head_backward, (*arguments, packed, notes, g, e, plan, 0.0, needs, False))
+    plan = torch.ops.covgrpo.plan_backward(*arguments, packed, notes, g, e, 0.0, None)
+    check(torch.ops.covgrpo.head_backward, (*arguments, packed, notes, g, e, plan, None, 0.0, needs, False))
 
 
 @on_all_backends
@@ -101,8 +101,8 @@ def test_opcheck_backward_with_sparse_rows(backend: str) -> None:
     planning = (*arguments, packed, notes, g, e, 5e-3, None)
     check(torch.ops.covgrpo.plan_backward, planning)
     plan = torch.ops.covgrpo.plan_backward(*planning)
-    assert BackwardPlan(*plan).sparse.any()
-    given = (*arguments, packed, notes, g, e, plan, min_prob, [True, True, False], False)
+    assert BackwardPlan(*plan[: len(BackwardPlan._fields)]).sparse.any()
+    given = (*arguments, packed, notes, g, e, plan, torch.tensor(0.5), min_prob, [True, True, False], False)
     check(torch.ops.covgrpo.head_backward, given)
 
 

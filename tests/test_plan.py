@@ -51,10 +51,10 @@ def planned(logits, targets, g, e, temperature, head, grad_tol, weight=None, bia
     scored = operators.forward(
         inputs, entropy=e is not None, ignore_index=-100, precision=precision, needs_grad=True, vocab_slice=None
     )
-    plan = operators.plan(inputs, scored, g, e, precision)
+    planned = operators.plan(inputs, scored, g, e, precision)
     needs = (True, True, bias is not None)
-    grads = operators.backward(inputs, scored, g, e, plan, precision=precision, needs=needs, vocab_slice=None)
-    return plan, grads
+    grads = operators.backward(inputs, scored, g, e, planned, precision=precision, needs=needs, vocab_slice=None)
+    return planned.plan, grads
 
 
 def dz_rounding(logits, g, e, temperature, head, dtype):

@@ -19,6 +19,7 @@ FOLDER = "covgrpo_kernels.kernels.triton"
 plan_rows = importlib.import_module(f"{FOLDER}.plan_rows")
 row_classes = importlib.import_module(f"{FOLDER}.row_classes")
 tails = importlib.import_module(f"{FOLDER}.tails")
+tail_weights = importlib.import_module(f"{FOLDER}.tail_weights")
 pairs = importlib.import_module(f"{FOLDER}.pairs")
 dlogits = importlib.import_module(f"{FOLDER}.dlogits")
 head_grad = importlib.import_module(f"{FOLDER}.head_grad")
@@ -273,6 +274,17 @@ def test_rows_without_a_gradient_may_hold_anything():
     assert rows.tail_weight.cpu()[[0, 1, 2, 3, 5, 6, 7]].tolist() == [-1.0] * 7
 
 
+def test_a_bound_that_overflows_shows_in_the_norm():
+    """The target's entry alone would be finite."""
+    batch = Batch(6, 4, 100, entropy=True)
+    batch.g, batch.e = torch.zeros(4), torch.tensor([3e38, 1.0, 0.0, 0.0])
+    batch.stats[0, 0] = -200.0
+    batch.stats[1] = 5.0
+    rows = batch.plan(None)
+    assert rows.at_target[0] == 0
+    assert rows.norm.isfinite().tolist() == [False, True, True, True]
+
+
 def test_sure_tokens_keep_their_digits():
     """1 - p without cancellation, and squares that float32 does not hold."""
     x = -(10.0 ** torch.linspace(-30, 2, 400))
@@ -470,6 +482,23 @@ def assigned(batch, hidden, rows, tail_rows, sharpness=10.0):
         rows, tail_rows, hidden, on_device(batch.temperature), scale=batch.head.scale, min_prob=MIN_PROB,
         entropy=batch.e is not None, sharpness=sharpness,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_weights_of_tails(entropy):
+    """No coefficient counts for more than a multiple of the root mean square; some rows cannot be sparse."""
+    g = torch.Generator().manual_seed(0)
+    coefficient, size = 10 ** (2 * torch.randn(150, generator=g)), torch.rand(150, generator=g)
+    weight = coefficient * size
+    weight[::3] = -1.0
+    squares = coefficient.double().square()[weight >= 0]
+    most = counted_total(squares.tolist(), 2.0) * 2.0 / len(squares)
+    assert (squares > most).sum() > 20
+    expected = (coefficient.double().clamp(max=math.sqrt(most)) * size).where(weight >= 0, -1.0)
+    part = torch.rand(150, generator=g) if entropy else torch.ones(150)
+    of_entropy = coefficient * (1 - part) if entropy else None
+    inputs = on_device((-coefficient * part, of_entropy, weight))
+    torch.testing.assert_close(tail_weights.tail_weights(*inputs, 2.0).cpu().double(), expected, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

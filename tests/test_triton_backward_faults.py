@@ -15,7 +15,17 @@ import test_triton_backward as tests
 
 if torch.cuda.is_available():
     pytest.skip("the kernels are compiled here", allow_module_level=True)
-MODULES = ("plan_rows", "row_classes", "tails", "pairs", "dlogits", "head_grad", "hidden_grad", "configs")
+MODULES = (
+    "plan_rows",
+    "row_classes",
+    "tails",
+    "tail_weights",
+    "pairs",
+    "dlogits",
+    "head_grad",
+    "hidden_grad",
+    "configs",
+)
 
 
 class Fault(NamedTuple):
@@ -71,6 +81,14 @@ def nearest(patch):
 
 def too_few(patch):
     tests.test_rows_that_cannot_be_sparse_are_no_tail_rows()
+
+
+def weights(patch):
+    tests.test_weights_of_tails(True)
+
+
+def overflow(patch):
+    tests.test_a_bound_that_overflows_shows_in_the_norm()
 
 
 def no_mass(patch):
@@ -141,11 +159,11 @@ FAULTS = {
     "dead rows count": (anything, Fault("plan_rows", "tl.where(live, norm, 0.0)", "norm")),
     "an infinite norm has room for all": (
         classes,
-        Fault("row_classes", "total_b += tl.where(is_finite, x, 0.0)", "total_b += x"),
+        Fault("numerics", "total_b += tl.where(is_finite, x, 0.0)", "total_b += x"),
     ),
     "bound hides what is not finite": (
         classes,
-        Fault("row_classes", "bad_b += (m_r & (is_finite == 0)).to(tl.int32)", "pass"),
+        Fault("numerics", "n_bad_b += (m_r & (is_finite == 0)).to(tl.int32)", "pass"),
     ),
     "prefix sum of one block": (classes, Fault("row_classes", "        before += tl.sum(x, 0)\n", "")),
     "ties all within": (equal_bounds, Fault("row_classes", " & (i_r <= last_row)", "")),
@@ -160,6 +178,15 @@ FAULTS = {
     "target's pair lost": (in_order, Fault("pairs", "last = first + n_kept", "last = first")),
     "rows not in the order of ids": (in_order, Fault("pairs", "tl.load(rows + at,", "tl.load(rows + i_p,")),
     "block ends one id late": (in_order, Fault("pairs", "< i_p * PAIR_BLOCK)", "<= i_p * PAIR_BLOCK)")),
+    "coefficients of tails in full": (
+        weights,
+        Fault("tail_weights", "tl.where(square > most, tl.sqrt", "tl.where(square < 0.0, tl.sqrt"),
+    ),
+    "entropy's coefficients without a weight": (weights, Fault("tail_weights", "size += tl.abs(", "size += 0.0 * (")),
+    "overflow hidden": (
+        overflow,
+        Fault("plan_rows", 'norm = tl.where(bound < float("inf"), norm, float("inf"))', "pass"),
+    ),
     "least similar tail": (nearest, Fault("tails", "tl.argmax(cosine, 1)", "tl.argmax(-cosine, 1)")),
     "shares of the first tail's mass": (
         mixed,
@@ -171,10 +198,10 @@ FAULTS = {
         Fault("tails", "(products - with_mean[:, None] - mean_h[None, :] + mean_square)", "products"),
     ),
     "bound of the best tail": (mixed, Fault("tails", "largest = tl.sum(mix *", "largest = tl.min(1.0 *")),
-    "largest row counts in full": (room, Fault("row_classes", "(x > counted * limit)", "(x > 2.0 * counted)")),
+    "largest row counts in full": (room, Fault("numerics", "(x > counted * limit)", "(x > 2.0 * counted)")),
     "one step of Newton": (
         room,
-        Fault("row_classes", "            n_before = n_over\n", "            n_before = n_over + 100000\n"),
+        Fault("numerics", "            n_before = n_over\n", "            n_before = n_over + 100000\n"),
     ),
     "temperature of the heavy row lost": (mixed, Fault("tails", "slope_h /= tl.load(temperature + i_h)", "pass")),
     "dead rows among the tails": (too_few, Fault("tails", "is_heavy = possible & (", "is_heavy = (")),

@@ -65,6 +65,9 @@ class FusedGpu:
     def __init__(self, dtype: torch.dtype) -> None:
         self._is_scaled = dtype == torch.float16
 
+    def reads_values(self, device: torch.device) -> bool:
+        return False
+
     def forward(
         self, inputs: HeadInputs, *, entropy: bool, ignore_index: int, min_prob: float
     ) -> tuple[RowStats, list[Tensor]]:

@@ -36,6 +36,10 @@ Shapes = list[tuple[tuple[int, ...], torch.dtype]]
 
 
 class Engine(Protocol):
+    def reads_values(self, device: torch.device) -> bool:
+        """Whether the host may look at values."""
+        ...
+
     def forward(
         self, inputs: HeadInputs, *, entropy: bool, ignore_index: int, min_prob: float
     ) -> tuple[RowStats, list[Tensor]]:

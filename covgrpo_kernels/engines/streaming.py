@@ -34,6 +34,9 @@ class DenseRows(NamedTuple):
 class StreamingEngine(ABC):
     kernels: ModuleType
 
+    def reads_values(self, device: torch.device) -> bool:
+        return device.type == "cpu"
+
     @abstractmethod
     def online_softmax(
         self, rows: Rows, running: OnlineSoftmax, collector: CandidateCollector | None, entropy: bool

@@ -172,10 +172,10 @@ def _head_grad(vocab: int, depth: int, rows: int, warps: int, stages: int, descr
 
 # Rows of dZ from which on dW is bound by the product, and not by its one write.
 MANY_ROWS = 512
-# By architecture, bytes of an input's element, and whether dZ has many rows. B_V is a multiple of PAIR_BLOCK. With few
-# rows blocks of 64 x 128 wrote 1 GiB of dW in 0.69 ms on an H200; there are some hundred of them and some tens of pairs
-# a block, so that more than 32 at a time would be mostly padding. With many rows the cut is the forward's, except on
-# sm_100: three products of 128 x 256 do not fit its tensor memory.
+# By architecture, bytes of an input's element, and whether dZ has many rows. B_V is a multiple of PAIR_BLOCK. Few rows:
+# blocks of 64 x 128 wrote 1 GiB of dW in 0.69 ms on an H200. They take 32 rows or pairs at a time, since most blocks
+# have some tens of pairs and more would be padding (not timed). Many rows: the cut of the forward, except on sm_100,
+# whose tensor memory has no room for three products of 128 x 256.
 _FLOAT32 = dict.fromkeys(("few", "many"), _head_grad(64, 64, 32, 4, 3))
 HEAD_GRAD: dict[str, dict[int, dict[str, dict[str, int]]]] = {
     "sm_80": {2: dict(few=_head_grad(64, 128, 32, 4, 3), many=_head_grad(128, 128, 64, 8, 3)), 4: _FLOAT32},

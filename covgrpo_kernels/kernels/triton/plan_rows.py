@@ -164,6 +164,9 @@ def plan_rows_kernel(  # type: ignore[no-untyped-def]
     steep = tl.abs(slope).to(tl.float64)
     bound = upper.to(tl.float64) * steep
     bound *= bound
+    norm = tl.where(bound < float("inf"), norm, float("inf"))  # where anything is not finite, this shows it
+    # A bound of zero where the row is not zero is a number that underflowed.
+    bound = tl.where((bound > 0.0) | (norm == 0.0), bound, float("inf"))
     state = tl.where(live, _LIVE, _NO_GRADIENT)
     tail = tl.zeros([B_R], tl.float32)
     mass = tl.zeros([B_R], tl.float32)
@@ -211,7 +214,8 @@ def plan_rows_kernel(  # type: ignore[no-untyped-def]
         per_p = largest.to(tl.float64) * steep
         tail_bound = mass.to(tl.float64) * tl.exp(log_min_prob) * per_p * per_p
         # Comparisons with NaN are false: what is not finite is not sparse.
-        finite = (norm < float("inf")) & (tail_bound < float("inf")) & (tl.abs(tail) < float("inf"))
+        norm = tl.where(tl.abs(tail) < float("inf"), norm, float("inf"))
+        finite = (norm < float("inf")) & (tail_bound < float("inf"))
         possible = live & complete & finite
         state = tl.where(possible, _SPARSE_POSSIBLE, state)
         tail_weight = tl.where(possible, size * mass * tl.abs(slope), -1.0)
