@@ -12,6 +12,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from hypothesis import Phase
 from torch.utils._pytree import tree_map
 
 # Settled when the first kernel is defined. With a GPU the kernels are compiled, and run on it.
@@ -103,11 +104,13 @@ def moved(function: Callable[..., Any], device: torch.device) -> Callable[..., A
 
 @pytest.fixture
 def few_examples(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
-    """Gives a test of hypothesis `fewer` examples, for the length of the present test."""
+    """Gives a test of hypothesis `fewer` examples, for the length of the present test, and reports the first that fails
+    as it is: making it smaller would take minutes."""
 
     def reduce(test: Callable[..., Any]) -> None:
         if getattr(test, "is_hypothesis_test", False):
-            settings = hypothesis.settings(max_examples=fewer(hypothesis.settings().max_examples))
+            examples = fewer(hypothesis.settings().max_examples)
+            settings = hypothesis.settings(max_examples=examples, phases=[Phase.explicit, Phase.generate])
             # Hypothesis has no public way to change the settings of a test that is decorated already.
             monkeypatch.setattr(test, "_hypothesis_internal_use_settings", settings)
 
