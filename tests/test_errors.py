@@ -160,6 +160,7 @@ def poison(batch: dict[str, Any], where: Tensor, value: float) -> dict[str, Any]
     return dirty
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_masked_content_changes_no_bit(name: str, value: float) -> None:
@@ -225,6 +226,7 @@ def test_masked_content_in_linear_logprob() -> None:
             assert same_bits(value, expected)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("grad_tol", [0.0, "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -328,6 +330,7 @@ def test_zero_variance_beside_nan() -> None:
 # -------------------------------------------------------------------------------------- nothing, or no tokens
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("metrics", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -350,6 +353,7 @@ EMPTY = {
 }
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", EMPTY)
 @pytest.mark.parametrize("name", CONFIGS)
