@@ -26,7 +26,7 @@ SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gf
 Table = dict[str, dict[str, dict[str, int]]]
 
 
-Arguments = dict[str, str | int | float | bool | None]
+Arguments = dict[str, str | int | float | bool | tuple[float, ...] | None]
 
 
 class Case(NamedTuple):
@@ -52,6 +52,33 @@ _READING: Arguments = dict(NOISE=1e-6, BANDWIDTH_EPS=0.0, NUMEL=False)
 
 _ROWS: Arguments = dict(rows="*i32", count="*i32", first="i32", room="i32", n_tokens="i32")
 _HEAD: Arguments = dict(weight="*bf16", depth="i32", vocab="i32", weight_stride="i32", UPCAST=False)
+_SCOPE_GRAD: Arguments = dict(
+    weights_grad="*fp32", weights="*fp64", covariance="*fp64", deviation="*fp64", valid="*i1", order="*i64",
+    offsets="*i64", std="*fp64", ddx="*fp64", BANDWIDTH_EPS=0.0,
+)  # fmt: skip
+_CENTRE_GRAD: Arguments = dict(valid="*i1", order="*i64", offsets="*i64", ddx="*fp64", out="*fp64")
+_SEGMENTS: Arguments = dict(ids="*i64", order="*i64", segment="*i64", offsets="*i64", n_tokens="i32", steps="i32")
+_SUMS: Arguments = dict(values="*fp32", offsets="*i64", sums="*fp64", n_segments="i32", row_stride="i32", stride="i32")
+_COUNTS: Arguments = dict(n_blocks="i32", beta="fp64", entropy_coef="fp64")
+# The defaults without metrics: group weights, clipping, the mean of each sequence.
+_TERMS: Arguments = dict(
+    logprobs="*fp32", entropy="*fp32", advantages="*fp32", valid="*i1", old="*fp32", ref=None, rollout=None,
+    weights="*fp32", penalised=None, covariance=None, segment="*i64", lengths="*fp64", mean_log_ratio=None,
+    total="*i64", logprob_grad="*fp32", shared_grad=None, weights_grad=None, entropy_grad=None, to_sort=None,
+    partial="*fp64", n_tokens="i32", **_COUNTS, CISPO=False, RATIO_LOW=0.8, RATIO_HIGH=1.2, DUAL_CLIP=None,
+    PENALTY=0.0, KL_ESTIMATOR=3, KL_LOSS=False, METRICS=False,
+)  # fmt: skip
+_TERMS_ALL: Arguments = {
+    **_TERMS, "ref": "*fp32", "rollout": "*fp32", "penalised": "*i1", "covariance": "*fp64", "mean_log_ratio": "*fp64",
+    "shared_grad": "*fp32", "weights_grad": "*fp32", "entropy_grad": "*fp32", "to_sort": "*fp64", "DUAL_CLIP": 3.0,
+    "PENALTY": 1.0, "KL_LOSS": True, "METRICS": True,
+}  # fmt: skip
+_CISPO: Arguments = dict(CISPO=True, DUAL_CLIP=None, shared_grad=None)
+_TOTALS: Arguments = dict(
+    partial="*fp64", loss="*fp32", **_COUNTS, KL_LOSS=True, ENTROPY_LOSS=True, TINY=1e-38,
+    Q=(0.01, 0.2, 0.5, 0.8, 0.99),
+)  # fmt: skip
+
 _FORWARD: Arguments = {
     "hidden": "*bf16", "hidden_stride": "i32", "targets": "*i64", "partial": "*fp32", "splits": "i32",
     **_ROWS, **_HEAD, "GROUP": 16, "B_P": 256,
@@ -151,6 +178,26 @@ CASES = [
     Case(
         "covariance weights, all", "covariance_weights.covariance_weights_kernel",
         {**_TOKENS, **_WEIGHTS, **_READING, "segment": "*i64", "lengths": "*fp64", "means": "*fp64"}, "weights",
+    ),
+    Case("scope gradient", "covariance_weights_grad.scope_grad_kernel", {**_SCOPE_GRAD, "out": "*fp64"}, "weights"),
+    Case(
+        "scope gradient, uncentred", "covariance_weights_grad.scope_grad_kernel", {**_SCOPE_GRAD, "out": None},
+        "weights",
+    ),
+    Case("centred gradient", "covariance_weights_grad.centre_grad_kernel", _CENTRE_GRAD, "weights"),
+    Case("segments", "segments.segments_kernel", _SEGMENTS, "segments"),
+    Case("segment sums", "segment_sums.segment_sums_kernel", {**_SUMS, "order": "*i64"}, "sums"),
+    Case(
+        "segment sums of flags, sorted", "segment_sums.segment_sums_kernel",
+        {**_SUMS, "values": "*i1", "order": None}, "sums",
+    ),
+    Case("token terms", "token_terms.token_terms_kernel", _TERMS, "terms"),
+    Case("token terms, all", "token_terms.token_terms_kernel", _TERMS_ALL, "terms"),
+    Case("token terms, CISPO", "token_terms.token_terms_kernel", {**_TERMS_ALL, **_CISPO}, "terms"),
+    Case("totals", "token_terms.totals_kernel", {**_TOTALS, "ascending": None, "metrics": None}, "totals"),
+    Case(
+        "totals, metrics", "token_terms.totals_kernel", {**_TOTALS, "ascending": "*fp64", "metrics": "*fp32"},
+        "totals",
     ),
     Case("plan rows", "plan_rows.plan_rows_kernel", _PLAN_ROWS, "plan_rows"),
     Case("plan rows, all", "plan_rows.plan_rows_kernel", {**_PLAN_ROWS, **_PLAN_ROWS_ALL}, "plan_rows"),

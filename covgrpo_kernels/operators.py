@@ -20,6 +20,7 @@ from .inputs import HeadInputs, Precision, accumulator_dtype, check_values
 from .kernels.interface import LogitTransform, RowStats
 from .plan import BackwardPlan, min_probability
 from .segments import Segments
+from .token_terms import METRICS, TermOptions, TokenInputs, TokenTerms
 from .vocab_parallel import VocabSlice, merge_stats
 
 
@@ -169,7 +170,79 @@ def covariance_weights_op(
 @covariance_weights_op.register_fake
 def _(logprobs, advantages, valid, scope, *rest):  # type: ignore[no-untyped-def]
     per_token = (torch.empty_like(logprobs, dtype=torch.float64) for _ in range(3))
-    return *per_token, logprobs.new_empty(len(scope[1]) - 1, dtype=torch.float64)
+    return *per_token, logprobs.new_empty(scope[1].shape[0] - 1, dtype=torch.float64)
+
+
+@torch.library.custom_op("covgrpo::covariance_weights_grad", mutates_args=())
+def covariance_weights_grad_op(
+    weights_grad: Tensor,  # [N]
+    stats: list[Tensor],  # `CovarianceStats`
+    valid: Tensor,  # [N] bool
+    scope: list[Tensor],  # Segments.tensors() of the scopes
+    sequence: list[Tensor],  # and of the sequences; empty where there are none
+    centering: str,
+    bandwidth_eps: float,
+) -> Tensor:
+    """[N] float64, the gradient of the weights in the log-probs."""
+    weighting = CovarianceWeighting(centering=centering, bandwidth_eps=bandwidth_eps)  # type: ignore[arg-type]
+    sequences = Segments.of_tensors(sequence) if sequence else None
+    with engines.on_device(valid.device):
+        compute = kernels.select(valid.device).covariance_weights_grad
+        return compute(weights_grad, CovarianceStats(*stats), valid, Segments.of_tensors(scope), sequences, weighting)
+
+
+@covariance_weights_grad_op.register_fake
+def _(weights_grad, stats, *rest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(stats[0])
+
+
+@torch.library.custom_op("covgrpo::token_terms", mutates_args=())
+def token_terms_op(
+    logprobs: Tensor,
+    entropy: Tensor,
+    advantages: Tensor,
+    valid: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    weights: Tensor | None,
+    penalised: Tensor | None,
+    covariance: Tensor | None,
+    segment: Tensor | None,
+    lengths: Tensor | None,
+    mean_log_ratio: Tensor | None,
+    total: Tensor,
+    cispo: bool,
+    ratio_low: float | None,
+    ratio_high: float | None,
+    dual_clip: float | None,
+    penalty: float,
+    beta: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    share_grad: bool,
+    differentiate_weights: bool,
+    metrics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`TokenTerms` of N tokens; the arguments are the fields of `TokenInputs` and `TermOptions`."""
+    inputs = TokenInputs(
+        logprobs, entropy, advantages, valid, old, ref, rollout, weights, penalised, covariance,
+        segment, lengths, mean_log_ratio, total,
+    )  # fmt: skip
+    options = TermOptions(
+        cispo, ratio_low, ratio_high, dual_clip, penalty, beta, kl_estimator, entropy_coef,
+        share_grad, differentiate_weights, metrics,
+    )  # fmt: skip
+    with engines.on_device(logprobs.device):
+        return tuple(kernels.select(logprobs.device).token_terms(inputs, options))
+
+
+@token_terms_op.register_fake
+def _(logprobs, *rest):  # type: ignore[no-untyped-def]
+    options = TermOptions(*rest[-len(TermOptions._fields) :])
+    per_token = (True, options.share_grad, options.differentiate_weights, options.entropy_coef != 0)
+    vectors = (logprobs.new_empty(logprobs.shape[0] if wanted else 0) for wanted in per_token)
+    return logprobs.new_empty(()), *vectors, logprobs.new_empty(len(METRICS) if options.metrics else 0)
 
 
 # ----------------------------------------------------------------------------------------- with structured arguments
@@ -210,6 +283,26 @@ class Planned(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         return [*self.plan, *self.planned]
+
+
+def covariance_weights_grad(
+    weights_grad: Tensor,  # [N] dL/dW
+    stats: CovarianceStats,
+    valid: Tensor,  # [N] bool
+    scopes: Segments,
+    sequences: Segments | None,
+    weighting: CovarianceWeighting,
+) -> Tensor:  # [N] float64, dL/dlogprobs
+    """`covariance.covariance_weights_grad` by the kernels of the device."""
+    return covariance_weights_grad_op(
+        weights_grad, list(stats), valid, scopes.tensors(), [] if sequences is None else sequences.tensors(),
+        weighting.centering, weighting.bandwidth_eps,
+    )  # fmt: skip
+
+
+def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:
+    """`token_terms.token_terms` by the kernels of the device."""
+    return TokenTerms(*token_terms_op(*inputs, *options))
 
 
 class Scored(NamedTuple):

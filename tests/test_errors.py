@@ -21,6 +21,7 @@ from covgrpo_kernels import (
     covgrpo_loss,
     engines,
     linear_logprob,
+    operators,
 )
 from covgrpo_kernels.testing import random_batch
 
@@ -226,20 +227,22 @@ def test_masked_content_in_linear_logprob() -> None:
             assert same_bits(value, expected)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("grad_tol", [0.0, "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("where", "value"),
-    [("hidden", NAN), ("hidden", INF), ("hidden", -INF), ("advantages", INF), ("advantages", -INF)],
-)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", ["hidden", "advantages"])
 def test_nonfinite_valid_token(where: str, dtype: torch.dtype, grad_tol: float | str, value: float) -> None:
     """It reaches its outputs, its group's weights, the loss and dW, and stays out of every other group. (A NaN among
-    the advantages raises.)"""
+    the advantages raises, where an engine reads values.)"""
     batch = token_batch(4, dtype=dtype)
     clean = run(batch, CONFIGS["everything"], grad_tol=grad_tol)
     dirty_batch = batch | {where: batch[where].clone()}
     dirty_batch[where][3, 0] = value
+    if where == "advantages" and math.isnan(value) and operators.reads_values(batch["hidden"]):
+        with pytest.raises(ValueError, match=r"^advantages must be numbers, got NaN for 1 valid tokens"):
+            run(dirty_batch, CONFIGS["everything"], grad_tol=grad_tol)
+        return
     dirty = run(dirty_batch, CONFIGS["everything"], grad_tol=grad_tol)
 
     valid = batch["mask"]

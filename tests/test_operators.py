@@ -749,9 +749,9 @@ def test_live_fraction_and_error_bound() -> None:
     a = batch["advantages"].unsqueeze(1).expand_as(valid)
     r = (out.logprobs - batch["old_logprobs"]).exp()
     clipped = ((a > 0) & (r > 1.2)) | ((a < 0) & (r < 0.8))
-    expected = (valid & ~clipped).sum() / valid.sum()
+    expected = (valid & ~clipped).sum().double() / valid.sum()
     assert 0 < expected < 1
-    assert_rounding(out.metrics, {"rows/live_fraction": expected.double()}, "rows/live_fraction")
+    assert_rounding(out.metrics, {"rows/live_fraction": expected}, "rows/live_fraction")
     loose = covgrpo_loss(**batch, config=kind, grad_tol=0.2).metrics
     assert loose["rows/live_fraction"] < expected
     assert 0 < loose["rows/grad_error_bound"] <= 0.2
