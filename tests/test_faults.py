@@ -338,7 +338,8 @@ KERNEL_FAULTS = {
         terms,
         KernelFault(
             "token_terms",
-            "sums += tl.load(partial + row * n_blocks + i_b, mask=i_b < n_blocks", "sums += tl.load(partial + row * n_blocks + i_b, mask=i_b < n_blocks - 1",
+            "sums += tl.load(partial + row * n_blocks + i_b, mask=i_b < n_blocks",
+            "sums += tl.load(partial + row * n_blocks + i_b, mask=i_b < n_blocks - 1",
         ),
     ),
     "quantiles rounded down": (terms, KernelFault("token_terms", "tl.floor(place + 0.5)", "tl.floor(place)")),
