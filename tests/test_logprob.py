@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from interpreter import interpreted
 
 from covgrpo_kernels import engines, kernels, linear_logprob, reference
 from covgrpo_kernels.kernels.interface import VOCAB_BLOCK, Coefficients, LogitTransform, OnlineSoftmax, Tile
@@ -43,18 +44,20 @@ def three_ways(head: dict, dtype: torch.dtype, **options) -> tuple[dict, dict, d
     )
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pooled_errors(dtype, options):
     """The rule of the precision contract over 1,200 rows: random and policy-like ones, several chunks."""
     book = ErrorBook()
+    vocab = VOCAB_BLOCK + 100 if interpreted() else 2500
     for seed in range(4):
-        head = random_head(seed, 150, 48, 2500, std=2.0, bias=seed % 2 == 0)
+        head = random_head(seed, 150, 48, vocab, std=2.0, bias=seed % 2 == 0)
         if seed % 2:
             head.pop("bias")
         book.add(*three_ways(head, dtype, grad_tol=0.0, **options))
     for seed in range(4):
-        book.add(*three_ways(policy_head(seed, 150, 64, 2500), dtype, grad_tol=0.0, **options))
+        book.add(*three_ways(policy_head(seed, 150, 64, vocab), dtype, grad_tol=0.0, **options))
     book.check(dtype)
 
 
@@ -83,6 +86,7 @@ def test_any_shape(seed, tokens, depth, vocab, dtype, std, bias, options, tile):
     check_draw(ours, eager_, {n: oracle[n] for n in keep}, bound)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "options",
     [*OPTIONS.values(), dict(ignore_index=3), dict(temperature=torch.tensor([0.5, 1.0, 2.0, 0.7], dtype=F64))],
@@ -98,7 +102,8 @@ def test_gradcheck(outputs, options, small_tiles):
         return (x,) if outputs == "logprob" else (h,) if outputs == "entropy" else (x, h)
 
     inputs = [head[n].clone().requires_grad_() for n in ("hidden", "weight", "bias")]
-    assert torch.autograd.gradcheck(f, inputs)
+    # The fast mode looks at one random combination of the derivatives, not at each.
+    assert torch.autograd.gradcheck(f, inputs, fast_mode=interpreted())
 
 
 @pytest.mark.parametrize("live", ["alternate", "all but the first", "all"])
@@ -110,9 +115,8 @@ def test_many_tiles_agree_with_the_reference(live, small_tiles):
     head["entropy_grad"][dead] = 0
     if live == "all":
         head["targets"].clamp_(min=0)
-    ours, _, oracle = three_ways(head, F64, grad_tol=0.0, **OPTIONS["softcap"])
-    for name, exact in oracle.items():
-        assert rms(ours[name] - exact) <= 1e-13 * (1 + rms(exact)), name
+    ours, eager_, oracle = three_ways(head, F64, grad_tol=0.0, **OPTIONS["softcap"])
+    check_draw(ours, eager_, oracle, bounds(**head, dtype=F64, **OPTIONS["softcap"]))
     ours, eager_, oracle = three_ways(head, torch.bfloat16, grad_tol=0.0, **OPTIONS["softcap"])
     for name, exact in oracle.items():
         assert rms(ours[name] - exact) <= 1.1 * rms(eager_[name] - exact), name
@@ -286,8 +290,10 @@ def test_suppressed_entries():
     targets = allowed[[0, 1, 2, 0]]
     x, h = linear_logprob(hidden, weight, targets, bias=bias, entropy=True, grad_tol=0.0)
     exact = (hidden.double() @ weight[allowed].double().T + bias[allowed]).log_softmax(-1)
-    assert rms(x - exact.gather(1, torch.tensor([0, 1, 2, 0])[:, None])[:, 0]) < 1e-6 * rms(x)
-    assert rms(h + (exact.exp() * exact).sum(1)) < 1e-6 * rms(h)
+    size = rms(hidden.double().abs() @ weight[allowed].double().abs().T + bias[allowed].abs())
+    few = 8 * torch.finfo(torch.float32).eps * (1 + size)
+    assert rms(x - exact.gather(1, torch.tensor([0, 1, 2, 0])[:, None])[:, 0]) < few
+    assert rms(h + (exact.exp() * exact).sum(1)) < few
     (x + h).sum().backward()
     assert hidden.grad.isfinite().all()
     assert weight.grad.isfinite().all()
@@ -301,8 +307,9 @@ def test_equal_logits_are_uniform():
     x, h = linear_logprob(
         torch.zeros(3, 4), torch.randn(vocab, 4), torch.tensor([0, VOCAB_BLOCK, vocab - 1]), entropy=True
     )
-    assert x.tolist() == pytest.approx([-math.log(vocab)] * 3, rel=3e-7, abs=0)
-    assert h.tolist() == pytest.approx([math.log(vocab)] * 3, rel=3e-7, abs=0)
+    few = 3 * torch.finfo(torch.float32).eps
+    assert x.tolist() == pytest.approx([-math.log(vocab)] * 3, rel=few, abs=0)
+    assert h.tolist() == pytest.approx([math.log(vocab)] * 3, rel=few, abs=0)
 
 
 def test_small_coefficients_survive_float16():
@@ -333,8 +340,8 @@ def test_coefficients_of_any_size(size):
     (unit,) = torch.autograd.grad(x, hidden, torch.ones(5), retain_graph=True)
     (scaled,) = torch.autograd.grad(x, hidden, torch.full((5,), size))
     smallest = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
-    coefficient = torch.tensor(size).double()
-    assert ((scaled - unit * coefficient).abs() <= 1e-6 * coefficient * unit.abs().max() + smallest).all()
+    coefficient, few = torch.tensor(size).double(), 8 * torch.finfo(torch.float32).eps
+    assert ((scaled - unit * coefficient).abs() <= few * coefficient * unit.abs().max() + smallest).all()
 
 
 def test_offsets_beyond_32_bits():
@@ -348,6 +355,7 @@ def test_offsets_beyond_32_bits():
     hidden = torch.full((1, depth), 1.0, requires_grad=True)
     x = linear_logprob(hidden, weight, torch.tensor([last]), grad_tol=0.0).logprob
     s = (vocab - 1) * math.exp(-depth)
-    assert x.item() == pytest.approx(-math.log1p(s), rel=1e-6, abs=0)
+    few = 12 * torch.finfo(torch.float32).eps
+    assert x.item() == pytest.approx(-math.log1p(s), rel=few, abs=0)
     x.backward()
-    assert hidden.grad[0].tolist() == pytest.approx([s / (1 + s)] * depth, rel=1e-6, abs=0)
+    assert hidden.grad[0].tolist() == pytest.approx([s / (1 + s)] * depth, rel=few, abs=0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from interpreter import interpreted
 
 from covgrpo_kernels import (
     ClipCov,
@@ -69,7 +70,7 @@ def same(batch, config, **options):
 def test_every_option_equals_the_reference(name):
     """Loss, log-probs, weights and all gradients: closed-form coefficients against autograd. (With weights that
     are not differentiated the reference detaches them.)"""
-    for seed, config in enumerate(valid_configs(WEIGHTINGS[name])):
+    for seed, config in list(enumerate(valid_configs(WEIGHTINGS[name])))[:: 7 if interpreted() else 1]:
         batch = random_batch(seed, bias=True)
         batch["mask"][2] = False  # a response that is masked altogether
         same(batch, config)
@@ -129,9 +130,10 @@ def test_gradcheck(differentiated, loss_type):
         for got, name in zip(grads, ("dhidden", "dweight", "dbias"), strict=True):
             assert rms(got - exact[name]) <= 1e-12
     else:
-        assert torch.autograd.gradcheck(f, inputs)
+        assert torch.autograd.gradcheck(f, inputs, fast_mode=interpreted())
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("weighting", ["none", "covariance"])
 def test_pooled_errors(dtype, weighting):

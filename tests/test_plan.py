@@ -51,10 +51,18 @@ def planned(logits, targets, g, e, temperature, head, grad_tol, weight=None, bia
     scored = operators.forward(
         inputs, entropy=e is not None, ignore_index=-100, precision=precision, needs_grad=True, vocab_slice=None
     )
-    plan = operators.plan(inputs, scored, g, e, precision)
+    planned = operators.plan(inputs, scored, g, e, precision)
     needs = (True, True, bias is not None)
-    grads = operators.backward(inputs, scored, g, e, plan, precision=precision, needs=needs, vocab_slice=None)
-    return plan, grads
+    grads = operators.backward(inputs, scored, g, e, planned, precision=precision, needs=needs, vocab_slice=None)
+    return planned.plan, grads
+
+
+def dz_rounding(logits, g, e, temperature, head, dtype):
+    """What rounding alone changes of dL/dlogits: its L2 norm is at most its L1 norm, logits being off by some epsilons
+    of the largest."""
+    slope = (abs(head.scale) / torch.as_tensor(1.0 if temperature is None else temperature).double()).amax()
+    size = g.double().abs().sum() + (0 if e is None else e.double().abs().sum())
+    return 32 * torch.finfo(dtype).eps * (1 + logits.double().abs().max() * slope) * size * slope
 
 
 def check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token, sure, decades=1.0):
@@ -64,10 +72,7 @@ def check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token
     exact = dense_dlogits(logits, targets, g, e, head, temperature)
     total, off = exact.norm(), dz - exact
     # What float64 autograd itself gets wrong: 1 - p of a sure token cancels in it, which it doesn't here.
-    t = 1.0 if temperature is None else temperature
-    slope = (abs(scale) / torch.as_tensor(t)).amax() if tokens else 1.0
-    size = g.abs().sum() + (0 if e is None else e.abs().sum())
-    noise = 32 * torch.finfo(F64).eps * (1 + logits.abs().max() * slope) * size * slope if tokens else 0.0
+    noise = dz_rounding(logits, g, e, temperature, head, F64) if tokens else 0.0
     assert off.norm() <= plan.error_bound * total + noise
     assert plan.error_bound <= grad_tol
     zero = (g == 0) & (torch.zeros_like(g) if e is None else e).eq(0)
@@ -102,6 +107,7 @@ def test_tolerance_is_kept_and_used(grad_tol):
         assert error > plan.error_bound / 100
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("settings", ["plain", "entropy", "all"])
 def test_all_gradients_are_of_one_dlogits(settings, dtype, backend):
@@ -118,8 +124,9 @@ def test_all_gradients_are_of_one_dlogits(settings, dtype, backend):
     assert plan.sparse.sum() > 30
     assert plan.dense.sum() > TAIL_ROWS
     exact = dense_dlogits(logits, targets, g, e, head, temperature, bias)
-    assert (dz - exact).norm() <= plan.error_bound * exact.norm() * 1.001
     dz, states, eps = dz.double(), logits.double(), torch.finfo(dtype).eps
+    size = exact.norm() + dz_rounding(logits, g, e, temperature, head, dtype)
+    assert (dz - exact).norm() <= plan.error_bound * size + size - exact.norm()
     for name, got, left in (("dweight", dweight, states), ("dbias", dbias, torch.ones(150, 1, dtype=F64))):
         bound = 64 * eps * (dz.abs().T @ left.abs()).view_as(got)
         assert ((got - (dz.T @ left).view_as(got)).abs() <= bound + 64 * eps * bound.max()).all(), name
@@ -131,22 +138,28 @@ def test_every_entry_above_the_floor_is_kept(dtype, backend):
     head = rl_head(3, 96, 64, 9000)
     hidden, weight = head["hidden"].to(dtype), head["weight"].to(dtype)
     targets = head["targets"].where(torch.arange(96) % 8 > 0, 8999)
-    packed, (found, vocab_ids, logits) = operators.head_forward_op(
-        hidden, weight, None, targets, None, 1.0, None, False, -100, min_probability(5e-3)
-    )
+    # Of engines that keep candidates: the GPU's keeps peaks, for tests/test_triton_collect.py.
+    with engines.use((64, 2048)):
+        packed, (found, vocab_ids, logits) = operators.head_forward_op(
+            hidden, weight, None, targets, None, 1.0, None, False, -100, min_probability(5e-3)
+        )
     stats = RowStats(packed)
     valid = targets != -100
     log_p = (hidden.double() @ weight.double().T).log_softmax(1)
+    # Of the logits, sums of 64 products, and of what is taken off them.
+    sizes = hidden.double().abs() @ weight.double().abs().T
+    rounding = 8 * torch.finfo(packed.dtype).eps * (sizes.amax(1, keepdim=True) + log_p.abs())
     is_in = torch.zeros(96, 9000, dtype=torch.bool)
     for t in valid.nonzero().squeeze(1).tolist():
         kept = slice(0, int(found[t]) if found[t] <= vocab_ids.shape[1] else 0)
         is_in[t, vocab_ids[t, kept].long()] = True
         assert vocab_ids[t, kept].diff().gt(0).all()
         z = (logits[t, kept].double() - stats.maximum[t]) - stats.log_sum[t]
-        torch.testing.assert_close(z, log_p[t, vocab_ids[t, kept].long()], rtol=0.0, atol=1e-3)
+        ids = vocab_ids[t, kept].long()
+        assert ((z - log_p[t, ids]).abs() <= rounding[t, ids]).all()
     complete = valid & (found <= vocab_ids.shape[1])
     assert complete.sum() > 60
-    assert is_in[complete][log_p[complete] > math.log(min_probability(5e-3)) + 1e-3].all()
+    assert is_in[complete][(log_p - rounding)[complete] > math.log(min_probability(5e-3))].all()
     assert is_in[complete].sum(1).float().mean() < 40
     assert not found[~valid].any()
 
@@ -220,7 +233,8 @@ def test_a_row_with_more_candidates_than_it_has_room_for_is_never_sparse():
     assert not plan.sparse[10:16].any()
     assert plan.sparse.sum() > 40
     exact = dense_dlogits(logits, targets, g, None, LogitTransform(1.0, None), None)
-    assert (dz - exact)[10:13].norm() <= 1e-12 * exact[10:13].norm()
+    uniform = slice(10, 13)  # p is 1/150: nothing cancels
+    assert (dz - exact)[uniform].norm() <= 16 * torch.finfo(F64).eps * exact[uniform].norm()
 
 
 def test_frozen_sides(backend):
@@ -252,14 +266,14 @@ def test_one_token_does_not_take_the_budget(times, sure):
     size = (head["logprob_grad"].double() * torch.expm1(logprob)).abs().where(live, 0)
     token = logprob.where(live, -torch.inf).argmax() if sure else size.argmax()
     others = torch.arange(512) != token
-    errors = []
+    errors, grad_tol = [], 1e-3
     for factor in (1.0, times):
         g = head["logprob_grad"].double()
         g[token] *= factor
-        off = gradient(g, 1e-3)[1] - exact
+        off = gradient(g, grad_tol)[1] - exact
         errors.append(off[others].norm() / exact[others].norm())
     assert errors[1] <= 1.5 * errors[0]
-    assert errors[1] < 3e-3
+    assert errors[1] < 3 * grad_tol
 
 
 @given(st.integers(0, 2**31), st.integers(1, 200), st.sampled_from([0.0, 1.0, 4.0]), st.sampled_from([0, 1, 5]))
@@ -271,10 +285,11 @@ def test_budget_total_is_the_fixed_point(seed, count, spread, heavy):
     norm[torch.rand(count, generator=g_) < 0.2] = 0
     total = budget_total(norm)
     limit = MAX_SHARE_OF_BUDGET * total / (norm > 0).sum(dtype=F64).clamp(min=1)
-    torch.testing.assert_close(torch.minimum(norm, limit).sum(), total, rtol=1e-9, atol=0.0)
-    assert total <= norm.sum() * (1 + 1e-12)
+    few = 64 * count * torch.finfo(F64).eps
+    torch.testing.assert_close(torch.minimum(norm, limit).sum(), total, rtol=few, atol=0.0)
+    assert total <= norm.sum() * (1 + few)
     if norm.max() <= limit:
-        torch.testing.assert_close(total, norm.sum())
+        torch.testing.assert_close(total, norm.sum(), rtol=few, atol=0.0)
 
 
 @pytest.mark.parametrize("entropy", [False, True])
