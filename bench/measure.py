@@ -265,12 +265,12 @@ PEERS = ("trl", "liger-kernel", "verl", "cut-cross-entropy")
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Where and with what a measurement was made."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    where: dict[str, Any] = dict(torch=torch.__version__, python=platform.python_version())
-    where |= dict(commit=commit.stdout.strip(), peers={name: _version(name) for name in PEERS})
+    where: dict[str, Any] = dict(torch=torch.__version__, python=platform.pythonversion())
+    where |= dict(commit=commit.stdout.strip(), peers={name: version(name) for name in PEERS})
     if device is None or device.type != "cuda":
         backend = kernels.describe(torch.device("cpu"))
         capability = torch.backends.cpu.get_cpu_capability()
-        cpu = dict(cpu=_cpu_model(), threads=torch.get_num_threads(), cpu_capability=capability)
+        cpu = dict(cpu=cpu_model(), threads=torch.get_num_threads(), cpu_capability=capability)
         return where | cpu | dict(backend=backend)
     import triton
 
@@ -281,14 +281,14 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     about = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)", about.read_text(), re.M) if about.exists() else []
     return names[0] if names else platform.processor()
