@@ -48,10 +48,14 @@ Counts = dict[str, dict[str, dict[str, float]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout, measured in turns with this one")
+    parser.add_argument(
+        "--against", type=Path, metavar="FOLDER", help="another checkout, measured in turns with this one"
+    )
     parser.add_argument("--engine", choices=ENGINES, help="of this checkout; default: the one a GPU would get")
     parser.add_argument("--repeats", type=int, default=30, help="steps in a process, of which the median is taken")
-    parser.add_argument("--turns", type=int, default=3, help="processes for each checkout, of which the median is taken")
+    parser.add_argument(
+        "--turns", type=int, default=3, help="processes for each checkout, of which the median is taken"
+    )
     parser.add_argument("--toy", action="store_true", help="a size that tests the command")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON; default: %(default)s")
     parser.set_defaults(run=run)
