@@ -1,4 +1,5 @@
-"""Which cut of the kernels and which tile shape are fastest on the device at hand; prints, and changes no setting."""
+"""Which cut of the kernels, and which tile of the chunked engine, are fastest on the device at hand; prints, and changes
+no setting."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from covgrpo_kernels.testing import policy_head
 from .contenders import Ours
 from .measure import Problem, environment, step, timed, write_json
 
-SIZES = [dict(tokens=8192, depth=4096, vocab=131072), dict(tokens=16384, depth=896, vocab=151936)]
+SIZES = [dict(tokens=8192, depth=4096, vocab=128256), dict(tokens=16384, depth=896, vocab=151936)]
 TOY = [dict(tokens=48, depth=32, vocab=2100)]
 SHAPES = [(rows, columns) for rows in (1024, 2048, 4096, 8192) for columns in (1024, 2048, 4096, 8192)]
 
@@ -82,7 +83,7 @@ def tune_tiles(device: torch.device, size: dict[str, int], repeats: int) -> Iter
     problem, ours = Problem.of(policy_head(0, **size), dtype, device), Ours(grad_tol=0.0)
     current = largest_tile(size["depth"], device)
     for shape in dict.fromkeys([current, *SHAPES]):
-        with engines.use(shape):
+        with engines.use(engines.Chunked(kernels.select(device), shape)):
             step(ours, problem)  # compiles
             turns = [step(ours, problem) for _ in range(repeats)]
         forward, backward = ([getattr(turn, part) for turn in turns] for part in ("forward", "backward"))

@@ -367,7 +367,7 @@ def test_report_says_the_same_twice(results):
     plots = {path.name for path in report.plot(reports, results)}
     assert plots == {"cpu_pareto.png", "cpu_limit.png", "cpu_growth.png"}
     text = f"# Before\n\n{report.BEGIN}\nold figures\n{report.END}\n\nAfter.\n"
-    for figures in report.documents(reports).values():
+    for figures in report.documents(results).values():
         once = report.updated(text, figures)
         assert report.updated(once, figures) == once
         assert once.startswith("# Before")
@@ -384,13 +384,13 @@ def test_figures_are_those_of_the_file(results):
         (a + b)
         for a, b in zip(*(made["points"][0]["contenders"]["ours"][p] for p in ("forward", "backward")), strict=True)
     ]
-    for figures in report.documents(report.read(results)).values():
+    for figures in report.documents(results).values():
         [row, *_] = [line for line in figures.splitlines() if line.startswith("| ours |")]
         assert report.seconds(x) in row
 
 
 def test_without_results_the_documents_say_so(tmp_path):
-    assert set(report.documents(report.read(tmp_path)).values()) == {report.NOTHING}
+    assert set(report.documents(tmp_path).values()) == {report.NOTHING}
 
 
 # ------------------------------------------------------------------------------------------------------ recordings
