@@ -52,33 +52,55 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(f"this takes some {_minutes(_expected_seconds(cases, arguments, device))}")
     for case in cases:
         for dtype in _dtypes(arguments, case, device.type):
-            report: dict[str, Any] = dict(
-                case=case.name, what=case.what, dtype=dtype, device=device.type,
-                environment=environment(device), points=[],
-            )  # fmt: skip
-            for point in case.points:
-                free = free_bytes(device)
-                if free is not None and free < point.needed_bytes:
-                    gib = f"{point.needed_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
-                    console.print(f"{case.name}, {point.label}: left out, since it needs {gib}")
-                    continue
-                report["points"].append({})
+            _run_case(case, dtype, device, arguments, console)
 
-                def keep(made: dict[str, Any], report: dict[str, Any] = report, point: Point = point) -> None:
-                    report["points"][-1] = dict(label=point.label) | made
-                    _write(report, arguments)
 
-                keep(_measure(point, case, getattr(torch, dtype), device, arguments, console, keep))
-                _show(console, report, report["points"][-1])
+def _run_case(case: Case, dtype: str, device: torch.device, arguments: argparse.Namespace, console: Console) -> None:
+    report: dict[str, Any] = dict(
+        case=case.name, what=case.what, dtype=dtype, device=device.type, environment=environment(device), points=[]
+    )
+    files = _Files(report, _out(arguments))
+    for point in case.points:
+        free = free_bytes(device)
+        if free is not None and free < point.needed_bytes:
+            gib = f"{point.needed_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+            console.print(f"{case.name}, {point.label}: left out, since it needs {gib}")
+            continue
+        try:
+            made = _measure(point, case, getattr(torch, dtype), device, arguments, console, files.keep)
+        except AssertionError:
+            files.drop()
+            raise
+        files.add(made)
+        _show(console, report, made)
 
 
 def _out(arguments: argparse.Namespace) -> Path | None:
     return arguments.out or (None if arguments.smoke else RESULTS)
 
 
-def _write(report: dict[str, Any], arguments: argparse.Namespace) -> None:
-    if (out := _out(arguments)) is not None:
-        write_json(out / f"{report['device']}_{report['case']}_{report['dtype']}.json", report)
+class _Files:
+    """Where a report goes, if there is a folder: one file of whole points, and while a point is measured another one
+    with what there is by then, which stays if the run is cut off."""
+
+    def __init__(self, report: dict[str, Any], folder: Path | None) -> None:
+        self.report = report
+        name = f"{report['device']}_{report['case']}_{report['dtype']}"
+        self._whole, self._unfinished = (folder and folder / f"{name}{suffix}" for suffix in (".json", ".unfinished"))
+
+    def keep(self, point: dict[str, Any]) -> None:
+        if self._unfinished:
+            write_json(self._unfinished, self.report | dict(points=[*self.report["points"], point]))
+
+    def add(self, point: dict[str, Any]) -> None:
+        self.report["points"].append(point)
+        if self._whole:
+            write_json(self._whole, self.report)
+        self.drop()
+
+    def drop(self) -> None:
+        if self._unfinished:
+            self._unfinished.unlink(missing_ok=True)
 
 
 # What a step of a contender takes, in bare forward products of the same size, and what else takes time: a process that
@@ -163,15 +185,15 @@ def _measure(
         if not (console.is_terminal or arguments.smoke):
             print(f"{time.monotonic() - start:6.1f} s {text}", file=sys.stderr, flush=True)
 
-    def kept(made: dict[str, Any]) -> None:
-        keep(made | dict(seconds=time.monotonic() - start))
+    def whole(made: dict[str, Any]) -> dict[str, Any]:
+        return dict(label=point.label) | made | dict(seconds=time.monotonic() - start)
 
     repeats = 1 if arguments.smoke else arguments.repeats
     with console.status("inputs") as status:
-        made = compare(problem, contenders, repeats, memory=memory, say=say, keep=kept)
+        made = compare(problem, contenders, repeats, memory=memory, say=say, keep=lambda made: keep(whole(made)))
     if arguments.profile:
         made["profiles"] = _profile([c for c in contenders if c.ours], problem, case, arguments)
-    return made | dict(seconds=time.monotonic() - start)
+    return whole(made)
 
 
 def _profile(

@@ -1,5 +1,4 @@
-"""Which cut of the kernels, and which tile of the chunked engine, are fastest on the device at hand; prints, and changes
-no setting."""
+"""Which cut of the kernels, and which tile of the chunked engine, are fastest here; prints, and changes no setting."""
 
 from __future__ import annotations
 
