@@ -13,11 +13,8 @@ waits too (one wait of each forward).
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -29,9 +26,9 @@ from rich.table import Table
 
 from covgrpo_kernels.testing import rl_head
 
+from . import checkouts
 from .measure import cpu_model, version, write_json
 
-ROOT = Path(__file__).parent.parent
 RESULT = Path(__file__).parent / "results" / "host.json"
 ENGINES = ("chunked", "fused_gpu")
 
@@ -62,23 +59,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    checkouts = {"now": ROOT} | ({"before": arguments.against.resolve()} if arguments.against else {})
-    for folder in checkouts.values():
-        if not (folder / "covgrpo_kernels" / "__init__.py").is_file():
-            sys.exit(f"--against must be a checkout of this repository, got {folder}")
-    seconds = (5 if arguments.toy else 25) * arguments.turns * len(checkouts)
-    print(f"{arguments.turns} processes for each of {len(checkouts)} checkouts: some {seconds} s", flush=True)
-    found: dict[str, list[Counts]] = {name: [] for name in checkouts}
+    folders = checkouts.named(arguments.against)
+    size = TOY if arguments.toy else SIZE
+    seconds = (5 if arguments.toy else 25) * arguments.turns * len(folders)
+    print(f"{arguments.turns} processes for each of {len(folders)} checkouts: some {seconds} s", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.pt"
-        torch.save(rl_head(0, **(TOY if arguments.toy else SIZE)), inputs)
-        for _ in range(arguments.turns):
-            for name, checkout in checkouts.items():
-                engine = arguments.engine if name == "now" else None
-                found[name].append(_measure(checkout, inputs, arguments.repeats, engine))
-    report = dict(environment=_environment(), size=TOY if arguments.toy else SIZE, engine=arguments.engine)
+        torch.save(rl_head(0, **size), inputs)
+        words = {name: ["host", str(inputs), str(arguments.repeats)] for name in folders}
+        words["now"] += [arguments.engine] if arguments.engine else []
+        found = checkouts.in_turns(
+            folders, arguments.turns, words, TRITON_INTERPRET="1", COVGRPO_BACKEND="triton", OMP_NUM_THREADS="1"
+        )
+    report = dict(environment=_environment(), size=size, engine=arguments.engine)
     report |= {
-        name: dict(commit=_commit(checkouts[name]), steps=_median(turns), turns=turns) for name, turns in found.items()
+        name: dict(commit=checkouts.commit(folders[name]), steps=_median(turns), turns=turns)
+        for name, turns in found.items()
     }
     write_json(arguments.out, report)
     table = Table(title=describe(report))
@@ -88,19 +84,6 @@ def run(arguments: argparse.Namespace) -> None:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     print(arguments.out)
-
-
-def _measure(checkout: Path, inputs: Path, repeats: int, engine: str | None) -> Counts:
-    """In a process of its own. Ends the program, with that process's output, where it fails."""
-    environment = os.environ | dict(
-        PYTHONPATH=str(checkout), TRITON_INTERPRET="1", COVGRPO_BACKEND="triton", OMP_NUM_THREADS="1"
-    )
-    command = [sys.executable, str(Path(__file__).with_name("host_step.py")), str(inputs), str(repeats)]
-    command += [engine] if engine else []
-    made = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, check=False)
-    if made.returncode:
-        sys.exit(f"measuring {checkout} failed:\n{made.stderr}")
-    return json.loads(made.stdout.splitlines()[-1])
 
 
 def _median(turns: list[Counts]) -> Counts:
@@ -116,11 +99,6 @@ def _median(turns: list[Counts]) -> Counts:
 
 def _environment() -> dict[str, Any]:
     return dict(cpu=cpu_model(), python=platform.python_version(), torch=torch.__version__, triton=version("triton"))
-
-
-def _commit(checkout: Path) -> str:
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 # ------------------------------------------------------------------------------------------------- what it says

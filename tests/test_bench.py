@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from bench import cases, compare, contenders, host, host_step, measure, record, report, run, warm
+from bench import cases, checkout_step, checkouts, compare, contenders, host, measure, record, report, run, warm
 from bench.contenders import EAGER, Eager, Ours
 from bench.measure import Problem
 from covgrpo_kernels import reference, testing
@@ -486,12 +487,38 @@ def test_the_host_is_measured(of_host):
     assert len(host.rows(made)) == 8
 
 
+def test_two_checkouts_take_turns(tmp_path):
+    """Steps are timed in each, and shown with their ratio in each turn."""
+    here, file = str(Path(__file__).parent.parent), tmp_path / "against.json"
+    words = ["--size", "48,16,1100", "--turns", "2", "--repeats", "2", "--dtype", "float32", "--device", "cpu"]
+    command = [sys.executable, "-m", "bench", "against", here, *words, "--out", str(file)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    made = json.loads(file.read_text())
+    for name in ("now", "before"):
+        for turn in made[name]["turns"]:
+            assert {step: len(seconds) for step, seconds in turn.items()} == {
+                "float32, default": 2, "float32, exact": 2
+            }  # fmt: skip
+    assert len(made["now"]["turns"]) == 2
+    a, b = ([statistics.median(turn["float32, exact"]) for turn in made[n]["turns"]] for n in ("now", "before"))
+    assert ", ".join(f"{x / y:.3f}" for x, y in zip(a, b, strict=True)) in output
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="must be a checkout"):
+        checkouts.named(tmp_path)
+    (tmp_path / "covgrpo_kernels").mkdir()
+    (tmp_path / "covgrpo_kernels" / "__init__.py").write_text("raise ImportError('too old')")
+    with pytest.raises(SystemExit, match="too old"):
+        checkouts.in_turns({"before": tmp_path}, 1, {"before": ["time", "inputs.pt", "1", "float32"]})
+
+
 def test_launches_and_waits_are_counted():
     """Operators inside of others, views, allocations, and reads in every form."""
     x = torch.arange(6.0)
 
     def of(function):
-        return host_step.count(function, host_step.Launches([]))
+        return checkout_step.count(function, checkout_step.Launches([]))
 
     assert of(lambda: x.exp().add_(1)) == dict(operators=2, kernels=0, waits=0)
     assert of(lambda: x.view(2, 3).t()[0].unsqueeze(0)) == dict(operators=0, kernels=0, waits=0)
@@ -505,8 +532,8 @@ def test_launches_and_waits_are_counted():
 def test_launches_are_replaced_by_what_they_left():
     """A replayed step gives the same bits, and takes none of the time of the launch."""
     a, b = torch.randn(2, 64, 64)
-    launches, out = host_step.Launches([a, b]), []
-    with host_step.replaced(launches):
+    launches, out = checkout_step.Launches([a, b]), []
+    with checkout_step.replaced(launches):
         for recording in (True, False):
             launches.start(recording)
             out.append((torch.mm(a, b), torch.addmm(a, a, b, beta=0.5)))
@@ -518,6 +545,32 @@ def test_launches_are_replaced_by_what_they_left():
             torch.addmm(a, a, b)
     assert all(torch.equal(x, y) for later in out[1:] for x, y in zip(out[0], later, strict=True))
     assert torch.equal(torch.mm(a, b), torch.zeros(64, 64))  # products are products again
+
+
+def test_only_the_host_is_timed(clock, monkeypatch):
+    """What stands for the device's work takes 100 seconds here, and the host one before and two after it."""
+    monkeypatch.setattr(checkout_step.time, "thread_time", clock)
+    get_bytes = checkout_step._bytes
+
+    def slow(x):
+        clock.now += 100
+        return get_bytes(x)
+
+    monkeypatch.setattr(checkout_step, "_bytes", slow)
+    launches = checkout_step.Launches([])
+
+    class Step:
+        def forward(self):
+            clock.now += 1
+            launches("kernel", [torch.zeros(3)], lambda: None)
+            clock.now += 2
+
+        def backward(self):
+            clock.now += 5
+
+    made = checkout_step.measure(Step(), launches, 3)
+    assert made["forward"]["seconds"] == pytest.approx(3, abs=1e-3)
+    assert made["backward"]["seconds"] == pytest.approx(5, abs=1e-3)
 
 
 def test_compilation_is_no_comparison(capsys):

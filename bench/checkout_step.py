@@ -1,9 +1,11 @@
-"""The process of `python -m bench host`: the host's time of each step, its launches and its waits, as JSON on the last
-line of its output.
+"""The process of `python -m bench host` and `python -m bench against`: measures steps of whichever checkout PYTHONPATH
+names, and prints JSON as the last line.
 
-It stands alone and uses public functions only, so that it measures the package of any checkout that PYTHONPATH names:
+It stands alone and uses public functions only, so that it runs beside checkouts of other times:
 
-    TRITON_INTERPRET=1 COVGRPO_BACKEND=triton PYTHONPATH=CHECKOUT python host_step.py INPUTS.pt REPEATS [ENGINE]
+    export PYTHONPATH=CHECKOUT
+    python checkout_step.py time INPUTS.pt REPEATS DTYPE,...
+    TRITON_INTERPRET=1 COVGRPO_BACKEND=triton python checkout_step.py host INPUTS.pt REPEATS [ENGINE]
 """
 
 from __future__ import annotations
@@ -119,9 +121,11 @@ def replaced(launches: Launches) -> Iterator[None]:
 class Step:
     """Forward and backward of a public function, each to be called once, in that order."""
 
-    def __init__(self, inputs: dict[str, Any], loss: bool, **options: Any) -> None:
+    def __init__(
+        self, inputs: dict[str, Any], loss: bool, *, dtype: torch.dtype = torch.bfloat16, **options: Any
+    ) -> None:
         self.inputs, self.loss, self.options = inputs, loss, options
-        self.hidden, self.weight = (inputs[n].bfloat16().requires_grad_() for n in ("hidden", "weight"))
+        self.hidden, self.weight = (inputs[n].to(dtype).requires_grad_() for n in ("hidden", "weight"))
         self.result: Any = None
 
     def forward(self) -> None:
@@ -225,17 +229,38 @@ def _forced(engine: str) -> contextlib.AbstractContextManager[None]:
     return engines.use(create(kernels.select(torch.device("cpu"))) if engine == "chunked" else create())
 
 
-def main(file: str, repeats: str, engine: str = "") -> None:
+def host(file: str, repeats: str, engine: str = "") -> dict[str, Any]:
+    """The host's time of each step, its launches and its waits."""
     torch.set_num_threads(1)
-    inputs = torch.load(file, weights_only=True)
     results = {}
     with _forced(engine) if engine else contextlib.nullcontext():
-        for name, step in steps(inputs).items():
+        for name, step in steps(torch.load(file, weights_only=True)).items():
             launches = Launches([step.hidden, step.weight])
             with replaced(launches):
                 results[name] = measure(step, launches, int(repeats))
-    print(json.dumps(results))
+    return results
+
+
+def timed(file: str, repeats: str, dtypes: str) -> dict[str, list[float]]:
+    """Seconds of forward and backward together, by dtype, default and exact."""
+    inputs = torch.load(file, weights_only=True)
+    results: dict[str, list[float]] = {}
+    wait = torch.cuda.synchronize if inputs["hidden"].is_cuda else lambda: None
+    for dtype in dtypes.split(","):
+        for name, options in (("default", {}), ("exact", dict(grad_tol=0.0))):
+            step = Step(inputs, loss=False, dtype=getattr(torch, dtype), **options)
+            seconds = results.setdefault(f"{dtype}, {name}", [])
+            for _ in range(int(repeats) + 1):
+                wait()
+                begin = time.perf_counter()
+                step.forward()
+                step.backward()
+                wait()
+                seconds.append(time.perf_counter() - begin)
+            del seconds[0]  # it warmed up
+    return results
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    measured: Callable[..., Any] = host if sys.argv[1] == "host" else timed
+    print(json.dumps(measured(*sys.argv[2:])))
