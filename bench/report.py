@@ -57,7 +57,8 @@ def documents(folder: Path) -> dict[Path, str]:
 
 
 def _host(report: Report) -> str:
-    return f"### host\n\n`python -m bench host`. {host.describe(report)}.\n\n{table(host.HEADER, host.rows(report))}"
+    command = "python -m bench host" + (" --against FOLDER" if "before" in report else "")
+    return f"### host\n\n`{command}`. {host.describe(report)}.\n\n{table(host.HEADER, host.rows(report))}"
 
 
 def updated(text: str, figures: str) -> str:
