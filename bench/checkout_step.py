@@ -154,7 +154,10 @@ def steps(inputs: dict[str, Any]) -> dict[str, Step]:
 # ----------------------------------------------------------------------------------------------- launches and waits
 
 # Operators that read the device: the host waits for all that was launched.
-_WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "bincount")
+_WAITS = (
+    "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
+    "equal",
+)  # fmt: skip
 # Operators that start no kernel, beside views: allocations, questions, and reads that are waits.
 _FREE = (
     "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "resize_", "set_", "result_type",

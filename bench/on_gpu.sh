@@ -96,7 +96,7 @@ for stage in ${stages//,/ }; do
       fi
       ;;
     headline) if ((rehearse)); then measure headline 60 "$some"; else measure headline 150 ""; fi ;;
-    small | shallow | frozen | dense) measure "$stage" 70 "$some" ;;
+    small | shallow | frozen | dense) measure "$stage" 80 "$some" ;;
     sanitize) sanitize ;;
     tune) run tune 500 "$python" -m bench tune "${toy[@]}" --out "$out/tune.json" ;;
     *) echo "unknown stage: $stage" >&2; exit 2 ;;
