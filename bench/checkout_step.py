@@ -227,9 +227,10 @@ def _forced(engine: str) -> contextlib.AbstractContextManager[None]:
     """Raises ImportError where the checkout has no such engine."""
     from covgrpo_kernels import engines, kernels
 
-    module = importlib.import_module(f"covgrpo_kernels.engines.{engine}")
-    create = getattr(module, engine.title().replace("_", ""))
-    return engines.use(create(kernels.select(torch.device("cpu"))) if engine == "chunked" else create())
+    if engine == "chunked":
+        return engines.use(engines.Chunked(kernels.select(torch.device("cpu"))))
+    fused_gpu = importlib.import_module("covgrpo_kernels.engines.fused_gpu")
+    return engines.use(fused_gpu.FusedGpu(torch.bfloat16))
 
 
 def host(file: str, repeats: str, engine: str = "") -> dict[str, Any]:

@@ -6,8 +6,8 @@ interpreter, with the Triton kernels that a GPU would get, everything runs as it
 does: kernels and matrix products are recorded in a first step and replayed, with their time subtracted. What is left
 is Python, PyTorch's dispatcher and allocations, and PyTorch's remaining operators at a size that gives them nearly
 nothing to do. What is missing is what a launch costs the host itself: that of a Triton kernel some 10 to 20
-microseconds, that of an operator some 5. The check of values that only CPU tensors get is included, in launches and
-waits too (one wait of each forward).
+microseconds, that of an operator some 5. Where an engine checks the values of tensors that are on a CPU, as it does not
+on a GPU, that is included, and is one of the forward's waits.
 """
 
 from __future__ import annotations

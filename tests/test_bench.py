@@ -504,6 +504,19 @@ def test_two_checkouts_take_turns(tmp_path):
     assert ", ".join(f"{x / y:.3f}" for x, y in zip(a, b, strict=True)) in output
 
 
+def test_who_comes_first_changes(monkeypatch):
+    order = []
+
+    def run(command, cwd, **options):
+        order.append(cwd.name)
+        return subprocess.CompletedProcess(command, 0, stdout="of a library\n1\n", stderr="")
+
+    monkeypatch.setattr(checkouts.subprocess, "run", run)
+    words = {"now": ["time"], "before": ["time"]}
+    assert checkouts.in_turns({"now": Path("a"), "before": Path("b")}, 3, words) == dict(now=[1] * 3, before=[1] * 3)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+
+
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="must be a checkout"):
         checkouts.named(tmp_path)
