@@ -59,17 +59,14 @@ def scope_moments(
     eps = torch.finfo(logprobs.dtype).eps
     x, a = logprobs.double(), advantages.double()
     ones = valid.double()
-    n = scopes.sum(ones)
-    n_or_1 = n.clamp(min=1)
-    if weighting.advantage_centering == "token":
-        mean_a = scopes.sum(a) / n_or_1
-    else:
+    share = ones
+    if weighting.advantage_centering == "response":
         # A weight of 1 / length for each token makes every response count once.
         assert sequences is not None
         share = ones / sequences.gather(sequences.sum(ones).clamp(min=1))
-        responses = scopes.sum(share)
-        mean_a = scopes.sum(a * share) / responses.where(responses > 0, 1)
-    mean_x = scopes.sum(x) / n_or_1
+    n, sum_x, sum_a, shares = scopes.sum(torch.stack([ones, x, a * share, share]))
+    n_or_1 = n.clamp(min=1)
+    mean_x, mean_a = sum_x / n_or_1, sum_a / shares.where(shares > 0, 1)
     c, _ = _covariances(x, a, valid, scopes, sequences, weighting, mean_x, mean_a)
 
     dc = (c - scopes.gather(scopes.sum(c) / n_or_1)).where(valid, 0)
@@ -115,7 +112,8 @@ def _covariances(
         center = scopes.gather(mean_x)
     else:
         assert sequences is not None
-        center = sequences.gather(sequences.sum(x) / sequences.sum(valid.double()).clamp(min=1))
+        sum_x, lengths = sequences.sum(torch.stack([x, valid.double()]))
+        center = sequences.gather(sum_x / lengths.clamp(min=1))
     da = (a - scopes.gather(mean_a)).where(valid, 0)
     return ((x - center) * da).where(valid, 0), da
 
@@ -138,21 +136,19 @@ def covariance_weights_grad(
     u = weights_grad.double().where(valid, 0)
     varies = scopes.gather(std) != 0
     bandwidth = scopes.gather(std + weighting.bandwidth_eps).where(varies, 1)
-    n = scopes.sum(valid.double()).clamp(min=1)
+    n, sum_w, sum_wu, sum_c = scopes.sum(torch.stack([valid.double(), weights, weights * u, c]))
+    n = n.clamp(min=1)
 
     # W = constant * softmax(q) with q = -c^2 / (2 b^2) and b = sqrt(s2) + eps.
-    sum_w = scopes.sum(weights)
-    mean_u = scopes.sum(weights * u) / sum_w.where(sum_w != 0, 1)
+    mean_u = sum_wu / sum_w.where(sum_w != 0, 1)
     dq = (weights * (u - scopes.gather(mean_u))).where(varies, 0)
     db = scopes.sum(dq * c.square() / bandwidth**3)
     dvariance = db / (2 * std.where(std != 0, 1))
-    mean_c = scopes.sum(c) / n
+    mean_c = sum_c / n
     dc = -dq * c / bandwidth.square() + scopes.gather(dvariance * 2 / n) * (c - scopes.gather(mean_c))
 
     ddx = (dc * da).where(valid, 0)
-    if weighting.centering == "scope":
-        centered, lengths = scopes, n
-    else:
-        assert sequences is not None
-        centered, lengths = sequences, sequences.sum(valid.double()).clamp(min=1)
-    return (ddx - centered.gather(centered.sum(ddx) / lengths)).where(valid, 0)
+    centered = scopes if weighting.centering == "scope" else sequences
+    assert centered is not None
+    sum_ddx, lengths = centered.sum(torch.stack([ddx, valid.double()]))
+    return (ddx - centered.gather(sum_ddx / lengths.clamp(min=1))).where(valid, 0)

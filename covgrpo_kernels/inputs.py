@@ -140,6 +140,18 @@ def _check_plain(**values: object) -> None:
             )
 
 
+def check_values(targets: Tensor, temperature: Tensor | None, vocab: int, ignore_index: int) -> None:
+    """Raises ValueError for what is wrong in a row that is not ignored."""
+    valid = targets != ignore_index
+    bad = valid & ((targets < 0) | (targets >= vocab))
+    if bad.any():
+        raise ValueError(f"targets must be in [0, {vocab}) or {ignore_index}, got {targets[bad][0].item()}")
+    if temperature is not None:
+        bad = valid & ~((temperature > 0) & temperature.isfinite())
+        if bad.any():
+            raise ValueError(f"temperature must be positive and finite, got {temperature[bad][0].item()}")
+
+
 def _autocast(value: Any, dtype: torch.dtype) -> Any:
     """Autocast leaves float64 alone."""
     return value if value is None or value.dtype == torch.float64 else value.to(dtype)
@@ -184,12 +196,15 @@ class Tokens(NamedTuple):
         """Valid tokens of the batch."""
         return all_reduce_sum(self.valid.sum(), self.process_group)
 
-    def count_sequences(self) -> Tensor:  # [] int64
-        """Sequences of the batch that have a valid token."""
+    def count_sequences(self, lengths: Tensor) -> Tensor:  # [S] -> [] int64
+        """Sequences of the batch that have a valid token; ``lengths`` are their valid tokens."""
         assert self.sequences is not None
-        there = (self.sequences.sum(self.valid.float()) > 0).sum()
-        ranks = 1 if self.sequences.process_group is None else self.sequences.process_group.size()
-        return all_reduce_sum(there, self.process_group) // ranks  # each rank that shares a sequence has counted it
+        there = (lengths > 0).sum()
+        there = all_reduce_sum(there, self.process_group)
+        if self.sequences.process_group is None:
+            return there
+        ranks = self.sequences.process_group.size()
+        return there // ranks  # each rank that shares a sequence has counted it
 
 
 def flatten(name: str, value: Tensor, shape: torch.Size) -> Tensor:
@@ -210,10 +225,15 @@ def flatten_floats(
     return flatten(name, value.detach(), like.shape).to(dtype).where(valid, 0)
 
 
-def valid_tokens(name: str, like: Tensor, mask: Tensor | None) -> Tensor:
-    """[N] bool: where the mask is not zero, or everywhere. The mask must be like the argument called ``name``."""
+def check_layout(name: str, like: Tensor) -> None:
     if like.ndim not in (1, 2):
         raise ValueError(f"{name} must have shape [B, T] or [N], got {list(like.shape)}")
+
+
+def valid_tokens(name: str, like: Tensor, mask: Tensor | None) -> Tensor:
+    """[N] bool: where the mask is not zero, or everywhere. The mask is checked against ``like``, the argument
+    ``name``."""
+    check_layout(name, like)
     if mask is None:
         return torch.ones_like(like, dtype=torch.bool).reshape(-1)
     check_shape("mask", check_tensor("mask", mask, like), like.shape)

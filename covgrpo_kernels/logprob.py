@@ -68,9 +68,9 @@ class _LinearLogprob(torch.autograd.Function):
         valid = targets != settings.ignore_index
         g = torch.zeros_like(packed[0]) if logprob_grad is None else logprob_grad.where(valid, 0)
         e = entropy_grad.where(valid, 0) if settings.entropy and entropy_grad is not None else None
-        plan = operators.plan(inputs, scored, g, e, precision)
+        planned = operators.plan(inputs, scored, g, e, precision)
         grads = operators.backward(
-            inputs, scored, g, e, plan,
+            inputs, scored, g, e, planned,
             precision=precision, needs=ctx.needs_input_grad[:3], vocab_slice=settings.vocab_slice,
         )  # fmt: skip
         return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))

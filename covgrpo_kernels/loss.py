@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import operators
 from .checks import check_flag, check_positive, check_tensor
-from .config import IGNORE_INDEX, CovarianceWeighting, CovGRPOConfig, KLCov
+from .config import IGNORE_INDEX, ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov
 from .covariance import ScopeMoments
 from .group_moments import GroupMoments
 from .inputs import (
@@ -18,17 +18,19 @@ from .inputs import (
     Precision,
     Tokens,
     accumulator_dtype,
+    check_layout,
     flatten_floats,
     flatten_tokens,
     prepare_head,
     valid_tokens,
 )
 from .kernels.interface import LogitTransform, RowStats
-from .objective import METRICS, policy_objective
+from .objective import policy_objective
 from .plan import BackwardPlan
 from .segments import Segments
+from .token_terms import METRICS
 from .vocab_parallel import VocabSlice
-from .weighting import weighting_scopes, with_moments
+from .weighting import check_ids, weighting_scopes, with_moments
 
 
 class CovGRPOOutput(NamedTuple):
@@ -39,11 +41,8 @@ class CovGRPOOutput(NamedTuple):
     metrics: dict[str, Tensor]  # [] each, on the device
 
 
-_METRICS = (
-    *METRICS,
-    *("rows/live_fraction", "rows/dense_fraction", "rows/grad_error_bound"),
-    *("rows/invalid_targets", "rows/invalid_advantages"),
-)
+_ROW_METRICS = ("live_fraction", "dense_fraction", "grad_error_bound", "invalid_targets", "invalid_advantages")
+_METRICS = (*METRICS, *(f"rows/{name}" for name in _ROW_METRICS))
 
 
 class _Batch(NamedTuple):
@@ -81,15 +80,16 @@ def _scored(tokens: Tokens, settings: _Settings) -> Tensor:  # [N] bool
     if config.importance_level == "sequence":
         assert tokens.sequences is not None
         matters = _anywhere(matters, tokens.sequences)
-    if isinstance(kind, CovarianceWeighting):
+    of_batch = isinstance(kind, ClipCov) or (isinstance(kind, CovarianceWeighting) and kind.scope == "batch")
+    if isinstance(kind, CovarianceWeighting) and not (of_batch and tokens.process_group is None):
         matters = _anywhere(matters, weighting_scopes(tokens, kind))
-    elif kind is not None:
+    elif of_batch:
         matters = matters.any().expand_as(matters)
     return valid & matters
 
 
 def _anywhere(flag: Tensor, segments: Segments) -> Tensor:
-    return segments.gather(segments.sum(flag.float())) > 0
+    return segments.gather(segments.sum(flag) > 0)
 
 
 class _CovGRPO(torch.autograd.Function):
@@ -117,53 +117,63 @@ class _CovGRPO(torch.autograd.Function):
         x, entropy = scored.stats.logprob, scored.stats.entropy
         objective = policy_objective(
             x, entropy, tokens,
-            old=None if batch.old is None else batch.old.where(is_scored, 0), ref=batch.ref, rollout=batch.rollout,
+            old=batch.old, ref=batch.ref, rollout=batch.rollout,
             config=settings.config, normalizer=batch.normalizer, generator=settings.generator,
             metrics=settings.metrics, moments=batch.moments,
         )  # fmt: skip
         g, e = objective.logprob_grad, objective.entropy_grad
-        plan = operators.plan(inputs, scored, g, e, precision)
+        planned = operators.plan(inputs, scored, g, e, precision)
         ctx.save_for_backward(
-            hidden, weight, bias, targets, temperature, g, e, scored.stats.packed, *plan, *scored.notes
+            hidden, weight, bias, targets, temperature, g, e, scored.stats.packed, *scored.notes, *planned.tensors()
         )
-        ctx.transform, ctx.grad_tol, ctx.vocab_slice = transform, precision.grad_tol, settings.vocab_slice
+        ctx.notes, ctx.transform, ctx.grad_tol, ctx.vocab_slice = (
+            len(scored.notes),
+            transform,
+            precision.grad_tol,
+            settings.vocab_slice,
+        )
 
-        logprobs = x.where(is_scored | ~tokens.valid, torch.nan)
+        logprobs = x.clone() if is_scored is tokens.valid else x.where(is_scored == tokens.valid, torch.nan)
         metrics = x.new_empty(0)
         if settings.metrics:
             vocab = len(weight) if settings.vocab_slice is None else settings.vocab_slice.total
-            by_name = objective.metrics | _plan_metrics(plan, tokens.valid)
-            by_name["rows/invalid_targets"] = (is_scored & ((targets < 0) | (targets >= vocab))).sum()
-            by_name["rows/invalid_advantages"] = (tokens.valid & tokens.advantages.isnan()).sum()
-            metrics = torch.stack([by_name[name].to(x.dtype) for name in _METRICS])
+            metrics = torch.cat([objective.metrics, _row_metrics(planned.plan, tokens, targets, vocab).to(x.dtype)])
+        ctx.set_materialize_grads(False)  # else zeros are written for what has no gradient
         ctx.mark_non_differentiable(logprobs, entropy, objective.weights, metrics)
         return objective.loss, logprobs, entropy, objective.weights, metrics
 
     @staticmethod
-    def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, loss_grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if loss_grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         hidden, weight, bias, targets, temperature, g, e, packed, *rest = ctx.saved_tensors
-        fields = len(BackwardPlan._fields)
-        plan, notes = BackwardPlan(*rest[:fields]), rest[fields:]
+        notes, planned = rest[: ctx.notes], operators.Planned.of(rest[ctx.notes :])
         grads = operators.backward(
             HeadInputs(hidden, weight, bias, targets, temperature, ctx.transform),
             operators.Scored(RowStats(packed), notes),
-            g * loss_grad,
-            None if e is None else e * loss_grad,
-            plan,
+            g,
+            e,
+            planned,
             precision=Precision(ctx.grad_tol, None),
             needs=ctx.needs_input_grad[:3],
             vocab_slice=ctx.vocab_slice,
+            grad_scale=loss_grad,
         )
         return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
-def _plan_metrics(plan: BackwardPlan, valid: Tensor) -> dict[str, Tensor]:
-    count = valid.sum().clamp(min=1)
-    return {
-        "rows/live_fraction": (plan.dense | plan.sparse).sum() / count,
-        "rows/dense_fraction": plan.dense.sum() / count,
-        "rows/grad_error_bound": plan.error_bound,
-    }
+def _row_metrics(
+    plan: BackwardPlan,
+    tokens: Tokens,
+    targets: Tensor,  # [N]
+    vocab: int,
+) -> Tensor:  # [len(_ROW_METRICS)] float64
+    valid = tokens.valid
+    outside = valid & ((targets < 0) | (targets >= vocab))
+    flags = [plan.dense | plan.sparse, plan.dense, outside, valid & tokens.advantages.isnan(), valid]
+    counts = torch.stack(flags).sum(1, dtype=torch.float64)
+    fractions = counts[:2] / counts[4].clamp(min=1)
+    return torch.cat([fractions, plan.error_bound.unsqueeze(0), counts[2:4]])
 
 
 def covgrpo_loss(
@@ -242,13 +252,17 @@ def covgrpo_loss(
         hidden, weight, targets, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
         grad_tol=grad_tol, grad_mode=grad_mode, generator=generator, vocab_group=vocab_group,
     )  # fmt: skip
-    valid = valid_tokens("targets", targets, mask) & (head.inputs.targets != IGNORE_INDEX)
+    check_layout("targets", targets)
+    valid = head.inputs.targets != IGNORE_INDEX
+    if mask is not None:
+        valid = valid & valid_tokens("targets", targets, mask)
     dtype = accumulator_dtype(head.inputs.hidden.dtype)
     tokens = flatten_tokens(
         targets, advantages, valid, dtype=dtype, group_ids=group_ids, group_size=group_size,
         sequence_ids=sequence_ids, process_group=process_group, sequence_group=sequence_group,
     )  # fmt: skip
-    _check_advantages(tokens)
+    if not torch.compiler.is_compiling() and operators.reads_values(head.inputs.hidden):
+        _check_advantages(tokens)
     tokens, group_moments = with_moments(tokens, moments, config.token_weighting, group_ids, targets)
     _check_against_config(config, tokens, ref_logprobs)
     batch = _Batch(
@@ -277,9 +291,6 @@ def _checked_config(config: CovGRPOConfig | None) -> CovGRPOConfig:
 
 
 def _check_advantages(tokens: Tokens) -> None:
-    """On a CPU. On a GPU nothing is read back: they are counted in a metric."""
-    if tokens.valid.device.type != "cpu" or torch.compiler.is_compiling():
-        return
     count = int((tokens.valid & tokens.advantages.isnan()).sum())
     if count:
         raise ValueError(f"advantages must be numbers, got NaN for {count} valid tokens")
@@ -288,7 +299,7 @@ def _check_advantages(tokens: Tokens) -> None:
 def _check_against_config(config: CovGRPOConfig, tokens: Tokens, ref_logprobs: Tensor | None) -> None:
     """That what this configuration needs was given."""
     if isinstance(config.token_weighting, CovarianceWeighting):
-        weighting_scopes(tokens, config.token_weighting)
+        check_ids(tokens, config.token_weighting)
     if tokens.sequences is None and (config.loss_type in ("grpo", "dr_grpo") or config.importance_level == "sequence"):
         raise ValueError("sequence_ids must be given for packed tokens with this config, got None")
     if config.beta != 0 and ref_logprobs is None:

@@ -1,28 +1,23 @@
 """The policy objective on [N] vectors: loss, the coefficients dL/dx and dL/dH in closed form, and metrics.
 
-`reference.py` specifies it and autograd through the reference checks the derivatives.
+What a token's terms are made of is computed here: sequence lengths, sequence ratios, token weights. The terms
+themselves are in `token_terms.py`. `reference.py` specifies the mathematics.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import operators
 from .config import ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov
-from .covariance import ScopeMoments, covariance_weights_grad
+from .covariance import CovarianceStats, ScopeMoments
 from .inputs import Tokens
 from .segments import Segments
-from .weighting import batch_covariance, clip_cov_choice, covariance_stats, kl_cov_choice
-
-COVARIANCE_QUANTILES = {"q01": 0.01, "q20": 0.2, "q50": 0.5, "q80": 0.8, "q99": 0.99}
-METRICS = (
-    *("loss/policy", "loss/kl", "loss/entropy", "entropy", "kl", "ratio/mean", "ratio/max", "ratio/non_finite"),
-    *("weight/mean", "weight/min", "weight/max", "weight/ess", "clip/low", "clip/high", "clip/dual"),
-    *("covariance/mean", "covariance/std", *(f"covariance/{q}" for q in COVARIANCE_QUANTILES)),
-)
+from .token_terms import WEIGHTING_METRICS, TermOptions, TokenInputs, clip_ratio, importance_ratio, weighting_summary
+from .weighting import batch_covariance, clip_cov_choice, covariance_stats, covariance_weights_grad, kl_cov_choice
 
 
 class Objective(NamedTuple):
@@ -30,32 +25,16 @@ class Objective(NamedTuple):
     logprob_grad: Tensor  # [N] g = dL/dx
     entropy_grad: Tensor | None  # [N] e = dL/dH; None without entropy_coef
     weights: Tensor  # [N]
-    metrics: dict[str, Tensor]  # []; empty where not asked for
+    metrics: Tensor  # [len(METRICS)], or [0] where not asked for
 
 
-def _count(valid: Tensor, segments: Segments, dtype: torch.dtype) -> Tensor:  # [bound]
-    return segments.sum(valid.to(dtype))
+class _TokenWeights(NamedTuple):
+    """What a weighting says of N tokens."""
 
-
-def _token_shares(
-    tokens: Tokens,
-    config: CovGRPOConfig,
-    normalizer: float | Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:  # [N]
-    """What a token's loss is multiplied with before the sum over all tokens."""
-    valid, sequences = tokens.valid, tokens.sequences
-    if config.loss_type in ("grpo", "dr_grpo"):
-        assert sequences is not None
-        total = tokens.count_sequences().clamp(min=1) if normalizer is None else normalizer
-        if config.loss_type == "grpo":
-            lengths = _count(valid, sequences, dtype)
-            return torch.where(valid, 1 / (sequences.gather(lengths.clamp(min=1)) * total), 0)
-        assert config.max_completion_length is not None
-        total = total * config.max_completion_length
-    else:
-        total = tokens.count_valid().clamp(min=1) if normalizer is None else normalizer
-    return valid.to(dtype) / total
+    weights: Tensor | None  # [N]; None: 1
+    covariance: Tensor | None  # [N] float64; None where the weighting looks at none
+    penalised: Tensor | None = None  # [N] bool, the choice of KL-Cov
+    stats: tuple[CovarianceStats, Segments] | None = None  # of the covariance weights, and their scopes
 
 
 def policy_objective(
@@ -72,141 +51,112 @@ def policy_objective(
     metrics: bool,
     moments: ScopeMoments | None = None,
 ) -> Objective:
-    valid, a0, sequences = tokens.valid, tokens.advantages, tokens.sequences
-    kind = config.token_weighting
-    share = _token_shares(tokens, config, normalizer, x.dtype)
-    zero = torch.zeros_like(x)
-
-    log_ratio = zero if old is None else x - old
+    valid, sequences, kind = tokens.valid, tokens.sequences, config.token_weighting
+    by_sequence = config.importance_level == "sequence"
     lengths = None
-    if config.importance_level == "sequence":
+    if by_sequence or config.loss_type in ("grpo", "dr_grpo"):
         assert sequences is not None
-        lengths = _count(valid, sequences, x.dtype).clamp(min=1)
-        log_ratio = sequences.gather(sequences.sum(log_ratio) / lengths)
-    ratio = log_ratio.exp()
-    clips = not isinstance(kind, KLCov)
-    low = 1 - config.clip_low if clips and config.clip_low is not None else None
-    high = 1 + config.clip_high if clips and config.clip_high is not None else None
-    within = ratio if low is None and high is None else ratio.clamp(low, high)
+        lengths = sequences.sum(valid)
+    mean_log_ratio = None  # NaN of a sequence without a valid token, which nobody reads
+    if by_sequence and old is not None:
+        assert sequences is not None
+        assert lengths is not None
+        mean_log_ratio = sequences.sum(x - old) / lengths
+    low, high = _ratio_bounds(config)
 
-    # Token weights.
-    weights = valid.to(x.dtype)
-    penalised: Tensor | None = None
-    covariance: Tensor | None = None
-    weights_grad = None
-    if isinstance(kind, CovarianceWeighting):
-        weighted, scopes = covariance_stats(x, tokens, kind, moments)
-        weights, covariance = weighted.weights.to(x.dtype), weighted.covariance
-        if kind.differentiate_weights:
-            weights_grad = partial(
-                covariance_weights_grad,
-                stats=weighted, valid=valid, scopes=scopes, sequences=sequences, weighting=kind,
-            )  # fmt: skip
-    elif isinstance(kind, ClipCov):
-        covariance = batch_covariance(x, tokens)
-        eligible = valid & ~(within * a0 < ratio * a0)
-        weights = weights.masked_fill(clip_cov_choice(covariance, eligible, valid, kind, generator), 0)
-    elif isinstance(kind, KLCov):
-        covariance = batch_covariance(x, tokens)
-        penalised = kl_cov_choice(covariance, valid, kind)
-
-    # The policy term is -slope * a (times x for CISPO); dx and da are its derivatives in x and in a. A zero advantage
-    # has none, whatever it would be multiplied with.
-    has_term = a0 != 0
-    a = (weights * a0).where(has_term, 0)
-    policy_ratio, within = ratio.where(has_term, 1), within.where(has_term, 1)
-    bounded = torch.zeros_like(valid)
-    if config.loss_type == "cispo":
-        clipped = bounded if high is None else ratio > high
-        slope = policy_ratio if high is None else policy_ratio.clamp(max=high)
-        policy_x = x.where(has_term, 0)
-        policy, dx, da = -slope * a * policy_x, -slope * a, -slope * policy_x
+    if isinstance(kind, ClipCov):
+        ratio = importance_ratio(x, old, None if sequences is None else sequences.segment, mean_log_ratio)
+        is_clipped = clip_ratio(ratio, low, high) * tokens.advantages < ratio * tokens.advantages
+        chosen = _clip_cov(x, tokens, kind, valid & ~is_clipped, generator)
     else:
-        clipped = within * a < policy_ratio * a
-        slope = within.where(clipped, policy_ratio)
-        if config.dual_clip is not None:
-            bounded = (a < 0) & (slope > config.dual_clip)
-            slope = slope.masked_fill(bounded, config.dual_clip)
-        policy, da = -slope * a, -slope
-        dx = (-policy_ratio * a).masked_fill(clipped | bounded, 0)
-
-    policy_share = share if rollout is None else share * rollout
-    g = policy_share * dx
-    if lengths is not None and config.loss_type != "cispo":
-        # The ratio is its sequence's: each of its log-probs moves the loss of all its tokens.
-        assert sequences is not None
-        g = sequences.gather(sequences.sum(g.where(valid, 0)) / lengths)
-    if isinstance(kind, KLCov):
-        assert penalised is not None
-        gap = zero if old is None else x - old
-        policy = policy + (kind.coef * gap.abs()).where(penalised, 0)
-        g = g + policy_share * (kind.coef * gap.sign()).where(penalised, 0)
-    if weights_grad is not None:
-        g = g + weights_grad(policy_share * da * a0).to(x.dtype)
-
-    kl = zero
-    if ref is not None and (metrics or config.beta != 0):
-        d = ref - x
-        if config.kl_estimator == "k1":
-            kl, kl_grad = -d, torch.ones_like(d)
-        elif config.kl_estimator == "k2":
-            kl, kl_grad = d.square() / 2, -d
-        else:
-            kl, kl_grad = torch.expm1(d) - d, -torch.expm1(d)
-        if config.beta != 0:
-            g = g + share * config.beta * kl_grad
-
-    def total(value: Tensor) -> Tensor:
-        return value.where(valid, 0).sum()
-
-    policy_loss = total(policy_share * policy)
-    kl_loss = config.beta * total(share * kl) if config.beta != 0 else zero.sum()
-    entropy_loss = -config.entropy_coef * total(share * entropy)
-    results = {}
+        chosen = _token_weights(x, tokens, kind, moments)
+    covariance = None
     if metrics:
-        results = {
-            "loss/policy": policy_loss,
-            "loss/kl": kl_loss,
-            "loss/entropy": entropy_loss,
-            **_token_metrics(valid, entropy, kl, ratio),
-            **_clip_metrics(valid, clipped, bounded, ratio),
-            **weighting_metrics(weights, _group_covariance(x, tokens) if covariance is None else covariance, valid),
-        }
+        covariance = _group_covariance(x, tokens) if chosen.covariance is None else chosen.covariance
+
+    divides_by_length = config.loss_type == "grpo"
+    needs_segments = divides_by_length or mean_log_ratio is not None
+    terms = operators.token_terms(
+        TokenInputs(
+            x, entropy, tokens.advantages, valid, old,
+            ref if metrics or config.beta != 0 else None, rollout, chosen.weights, chosen.penalised, covariance,
+            sequences.segment if sequences is not None and needs_segments else None,
+            lengths if divides_by_length else None, mean_log_ratio, _total(tokens, lengths, config, normalizer),
+        ),
+        TermOptions(
+            config.loss_type == "cispo", low, high, config.dual_clip, kind.coef if isinstance(kind, KLCov) else 0.0,
+            config.beta, config.kl_estimator, config.entropy_coef,
+            share_grad=by_sequence and config.loss_type != "cispo",
+            differentiate_weights=isinstance(kind, CovarianceWeighting) and kind.differentiate_weights,
+            metrics=metrics,
+        ),
+    )  # fmt: skip
+
+    g = terms.logprob_grad
+    if len(terms.shared_grad):
+        # Each log-prob of a sequence moves the ratio, and with it the loss, of all tokens of the sequence.
+        assert sequences is not None
+        assert lengths is not None
+        mean = sequences.sum(terms.shared_grad) / lengths
+        g = g + sequences.gather(mean).to(g.dtype).where(valid, 0)
+    if len(terms.weights_grad):
+        assert chosen.stats is not None
+        assert isinstance(kind, CovarianceWeighting)
+        stats, scopes = chosen.stats
+        g = g + covariance_weights_grad(terms.weights_grad, stats, scopes, tokens, kind)
     return Objective(
-        policy_loss + kl_loss + entropy_loss,
-        g.where(valid, 0),
-        None if config.entropy_coef == 0 else -config.entropy_coef * share,
-        weights,
-        results,
+        terms.loss,
+        g,
+        terms.entropy_grad if config.entropy_coef != 0 else None,
+        valid.to(x.dtype) if chosen.weights is None else chosen.weights,
+        terms.metrics,
     )
 
 
-def _mean(value: Tensor, valid: Tensor) -> Tensor:
-    return value.where(valid, 0).sum() / valid.sum().clamp(min=1)
+def _ratio_bounds(config: CovGRPOConfig) -> tuple[float | None, float | None]:
+    if isinstance(config.token_weighting, KLCov):  # it has no PPO clip
+        return None, None
+    low, high = config.clip_low, config.clip_high
+    return None if low is None else 1 - low, None if high is None else 1 + high
 
 
-def _extreme(value: Tensor, valid: Tensor, sign: float) -> Tensor:
-    """The maximum (sign 1) or minimum (-1) over valid tokens, zero where there are none."""
-    padded = torch.cat([(sign * value).where(valid, -torch.inf), value.new_full((1,), -torch.inf)])
-    return (sign * padded.amax()).where(valid.any(), 0)
+def _total(
+    tokens: Tokens, lengths: Tensor | None, config: CovGRPOConfig, normalizer: float | Tensor | None
+) -> Tensor:  # []
+    """What the sum of the token losses over the batch is divided by."""
+    if isinstance(normalizer, Tensor):
+        total = normalizer
+    elif normalizer is not None:
+        total = torch.full((), normalizer, dtype=torch.float64, device=tokens.valid.device)
+    elif config.loss_type in ("grpo", "dr_grpo"):
+        assert lengths is not None
+        total = tokens.count_sequences(lengths).clamp(min=1)
+    else:
+        total = tokens.count_valid().clamp(min=1)
+    if config.loss_type == "dr_grpo":
+        assert config.max_completion_length is not None
+        total = total * config.max_completion_length
+    return total
 
 
-def _token_metrics(valid: Tensor, entropy: Tensor, kl: Tensor, ratio: Tensor) -> dict[str, Tensor]:
-    return {
-        "entropy": _mean(entropy, valid),
-        "kl": _mean(kl, valid),
-        "ratio/mean": _mean(ratio, valid),
-        "ratio/max": _extreme(ratio, valid, 1.0),
-        "ratio/non_finite": (valid & ~ratio.isfinite()).sum().to(ratio.dtype),
-    }
+def _token_weights(
+    x: Tensor, tokens: Tokens, kind: CovarianceWeighting | KLCov | None, moments: ScopeMoments | None
+) -> _TokenWeights:
+    if kind is None:
+        return _TokenWeights(None, None)
+    if isinstance(kind, KLCov):
+        covariance = batch_covariance(x, tokens)
+        return _TokenWeights(None, covariance, kl_cov_choice(covariance, tokens.valid, kind))
+    stats, scopes = covariance_stats(x, tokens, kind, moments)
+    return _TokenWeights(stats.weights.to(x.dtype), stats.covariance, stats=(stats, scopes))
 
 
-def _clip_metrics(valid: Tensor, clipped: Tensor, bounded: Tensor, ratio: Tensor) -> dict[str, Tensor]:
-    return {
-        "clip/low": _mean((clipped & (ratio < 1)).to(ratio.dtype), valid),
-        "clip/high": _mean((clipped & (ratio > 1)).to(ratio.dtype), valid),
-        "clip/dual": _mean(bounded.to(ratio.dtype), valid),
-    }
+def _clip_cov(
+    x: Tensor, tokens: Tokens, kind: ClipCov, eligible: Tensor, generator: torch.Generator | None
+) -> _TokenWeights:
+    covariance = batch_covariance(x, tokens)
+    removed = clip_cov_choice(covariance, eligible, tokens.valid, kind, generator)
+    return _TokenWeights((tokens.valid & ~removed).to(x.dtype), covariance)
 
 
 def _group_covariance(x: Tensor, tokens: Tokens) -> Tensor:  # [N]
@@ -220,21 +170,5 @@ def weighting_metrics(
     covariance: Tensor,  # [N]
     valid: Tensor,  # [N] bool
 ) -> dict[str, Tensor]:
-    """What the weights and the covariances under them are like over the valid tokens."""
-    n = valid.sum()
-    mean = _mean(covariance, valid)
-    last = (n - 1).clamp(min=0)
-    nearest = torch.stack([(last * q).round().long() for q in COVARIANCE_QUANTILES.values()])
-    in_order = torch.cat([covariance.where(valid, torch.inf), covariance.new_full((1,), torch.inf)]).sort().values
-    quantiles = in_order.gather(0, nearest).where(n > 0, 0)
-    squares = (weights.square().sum() * n.clamp(min=1)).clamp(min=torch.finfo(weights.dtype).tiny)
-    metrics = {
-        "weight/mean": _mean(weights, valid),
-        "weight/min": _extreme(weights, valid, -1.0),
-        "weight/max": _extreme(weights, valid, 1.0),
-        "weight/ess": weights.sum().square() / squares,  # (sum W)^2 / sum W^2, as a share of the tokens
-        "covariance/mean": mean,
-        "covariance/std": _mean((covariance - mean).square(), valid).sqrt(),
-        **{f"covariance/{name}": q for name, q in zip(COVARIANCE_QUANTILES, quantiles.unbind(), strict=True)},
-    }
-    return {name: value.to(weights.dtype) for name, value in metrics.items()}
+    """What the weights and the covariances under them are like over the valid tokens; [] each."""
+    return dict(zip(WEIGHTING_METRICS, weighting_summary(weights, covariance, valid).unbind(), strict=True))

@@ -16,10 +16,11 @@ from .collectives import all_reduce_sum
 from .config import CovarianceWeighting
 from .covariance import CovarianceStats
 from .engines.interface import Needs
-from .inputs import HeadInputs, Precision, accumulator_dtype
-from .kernels.interface import TAIL_ROWS, LogitTransform, RowStats
-from .plan import BackwardPlan, can_have_tails, min_probability
+from .inputs import HeadInputs, Precision, accumulator_dtype, check_values
+from .kernels.interface import LogitTransform, RowStats
+from .plan import BackwardPlan, min_probability
 from .segments import Segments
+from .token_terms import METRICS, TermOptions, TokenInputs, TokenTerms
 from .vocab_parallel import VocabSlice, merge_stats
 
 
@@ -38,11 +39,13 @@ def head_forward_op(
 ) -> tuple[Tensor, list[Tensor]]:
     """`RowStats` of N rows, and the engine's notes for a backward that has sparse rows (none where ``min_prob`` is 0).
 
-    On a CPU, raises ValueError for a target outside the vocabulary and for a temperature that is not positive."""
-    check_values(targets, temperature, len(weight), ignore_index)
+    Raises ValueError for a target outside the vocabulary and for a temperature that is not positive, where the engine
+    may read values: on a CPU."""
     inputs = HeadInputs(hidden, weight, bias, targets, temperature, LogitTransform(logit_scale, softcap))
     with engines.on_device(hidden.device):
         engine = engines.select(hidden.device, hidden.dtype)
+        if engine.reads_values(hidden.device):
+            check_values(targets, temperature, len(weight), ignore_index)
         stats, notes = engine.forward(inputs, entropy=entropy, ignore_index=ignore_index, min_prob=min_prob)
         return stats.packed, notes
 
@@ -71,24 +74,20 @@ def plan_backward_op(
     grad_tol: float,
     uniform: Tensor | None,
 ) -> list[Tensor]:
-    """`BackwardPlan` of N rows."""
+    """`BackwardPlan` of N rows, and what else the engine's backward takes."""
     inputs = HeadInputs(hidden, weight, bias, targets, temperature, LogitTransform(logit_scale, softcap))
     with engines.on_device(hidden.device):
         engine = engines.select(hidden.device, hidden.dtype)
         precision = Precision(grad_tol, uniform)
-        return list(engine.plan(inputs, RowStats(stats), notes, logprob_grad, entropy_grad, precision))
+        plan, planned = engine.plan(inputs, RowStats(stats), notes, logprob_grad, entropy_grad, precision)
+        return [*plan, *planned]
 
 
 @plan_backward_op.register_fake
 def _(hidden, weight, bias, targets, temperature, scale, softcap, stats, notes, g, e, grad_tol, uniform):  # type: ignore[no-untyped-def]
-    (rows,) = targets.shape
-    may_be_sparse = uniform is None and can_have_tails(rows, notes[1].shape[1] if len(notes) else 0, grad_tol)
-    row_class, tail_rows = (
-        targets.new_empty(rows, dtype=torch.int8),
-        targets.new_empty(TAIL_ROWS if may_be_sparse else 0),
-    )
-    inverse_prob = stats.new_empty(rows if uniform is not None and grad_tol else 0, dtype=torch.float64)
-    return [row_class, tail_rows, inverse_prob.new_empty(()), inverse_prob]
+    engine = engines.select(hidden.device, hidden.dtype)
+    shapes = engine.plan_shapes(targets.shape[0], notes, Precision(grad_tol, uniform))
+    return [hidden.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
 
 
 @torch.library.custom_op("covgrpo::head_backward", mutates_args=())
@@ -105,6 +104,7 @@ def head_backward_op(
     logprob_grad: Tensor,
     entropy_grad: Tensor | None,
     plan: list[Tensor],
+    grad_scale: Tensor | None,
     min_prob: float,
     needs: list[bool],
     partial_hidden: bool,
@@ -115,7 +115,7 @@ def head_backward_op(
     with engines.on_device(hidden.device):
         engine = engines.select(hidden.device, hidden.dtype)
         return engine.backward(
-            inputs, RowStats(stats), notes, logprob_grad, entropy_grad, BackwardPlan(*plan),
+            inputs, RowStats(stats), notes, logprob_grad, entropy_grad, *Planned.of(plan), grad_scale,
             min_prob=min_prob, needs=Needs(*needs), partial_hidden=partial_hidden,
         )  # fmt: skip
 
@@ -170,10 +170,88 @@ def covariance_weights_op(
 @covariance_weights_op.register_fake
 def _(logprobs, advantages, valid, scope, *rest):  # type: ignore[no-untyped-def]
     per_token = (torch.empty_like(logprobs, dtype=torch.float64) for _ in range(3))
-    return *per_token, logprobs.new_empty(len(scope[1]) - 1, dtype=torch.float64)
+    return *per_token, logprobs.new_empty(scope[1].shape[0] - 1, dtype=torch.float64)
+
+
+@torch.library.custom_op("covgrpo::covariance_weights_grad", mutates_args=())
+def covariance_weights_grad_op(
+    weights_grad: Tensor,  # [N]
+    stats: list[Tensor],  # `CovarianceStats`
+    valid: Tensor,  # [N] bool
+    scope: list[Tensor],  # Segments.tensors() of the scopes
+    sequence: list[Tensor],  # and of the sequences; empty where there are none
+    centering: str,
+    bandwidth_eps: float,
+) -> Tensor:
+    """[N] float64, the gradient of the weights in the log-probs."""
+    weighting = CovarianceWeighting(centering=centering, bandwidth_eps=bandwidth_eps)  # type: ignore[arg-type]
+    sequences = Segments.of_tensors(sequence) if sequence else None
+    with engines.on_device(valid.device):
+        compute = kernels.select(valid.device).covariance_weights_grad
+        return compute(weights_grad, CovarianceStats(*stats), valid, Segments.of_tensors(scope), sequences, weighting)
+
+
+@covariance_weights_grad_op.register_fake
+def _(weights_grad, stats, *rest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(stats[0])
+
+
+@torch.library.custom_op("covgrpo::token_terms", mutates_args=())
+def token_terms_op(
+    logprobs: Tensor,
+    entropy: Tensor,
+    advantages: Tensor,
+    valid: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    weights: Tensor | None,
+    penalised: Tensor | None,
+    covariance: Tensor | None,
+    segment: Tensor | None,
+    lengths: Tensor | None,
+    mean_log_ratio: Tensor | None,
+    total: Tensor,
+    cispo: bool,
+    ratio_low: float | None,
+    ratio_high: float | None,
+    dual_clip: float | None,
+    penalty: float,
+    beta: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    share_grad: bool,
+    differentiate_weights: bool,
+    metrics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`TokenTerms` of N tokens; the arguments are the fields of `TokenInputs` and `TermOptions`."""
+    inputs = TokenInputs(
+        logprobs, entropy, advantages, valid, old, ref, rollout, weights, penalised, covariance,
+        segment, lengths, mean_log_ratio, total,
+    )  # fmt: skip
+    options = TermOptions(
+        cispo, ratio_low, ratio_high, dual_clip, penalty, beta, kl_estimator, entropy_coef,
+        share_grad, differentiate_weights, metrics,
+    )  # fmt: skip
+    with engines.on_device(logprobs.device):
+        return tuple(kernels.select(logprobs.device).token_terms(inputs, options))
+
+
+@token_terms_op.register_fake
+def _(logprobs, *rest):  # type: ignore[no-untyped-def]
+    options = TermOptions(*rest[-len(TermOptions._fields) :])
+    per_token = (True, options.share_grad, options.differentiate_weights, options.entropy_coef != 0)
+    vectors = (logprobs.new_empty(logprobs.shape[0] if wanted else 0) for wanted in per_token)
+    return logprobs.new_empty(()), *vectors, logprobs.new_empty(len(METRICS) if options.metrics else 0)
 
 
 # ----------------------------------------------------------------------------------------- with structured arguments
+
+
+def reads_values(hidden: Tensor) -> bool:
+    """Whether values may be read, so that wrong ones can raise: on a CPU, where nothing waits for it. On a GPU a wrong
+    value gives NaN."""
+    return engines.select(hidden.device, hidden.dtype).reads_values(hidden.device)
 
 
 def covariance_weights(
@@ -190,6 +268,41 @@ def covariance_weights(
         weighting.centering, weighting.advantage_centering, weighting.normalizer, weighting.bandwidth_eps,
     )  # fmt: skip
     return CovarianceStats(*stats)
+
+
+class Planned(NamedTuple):
+    """What the operator of the plan gives."""
+
+    plan: BackwardPlan
+    planned: list[Tensor]  # the engine's
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> Planned:
+        fields = len(BackwardPlan._fields)
+        return cls(BackwardPlan(*tensors[:fields]), tensors[fields:])
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.plan, *self.planned]
+
+
+def covariance_weights_grad(
+    weights_grad: Tensor,  # [N] dL/dW
+    stats: CovarianceStats,
+    valid: Tensor,  # [N] bool
+    scopes: Segments,
+    sequences: Segments | None,
+    weighting: CovarianceWeighting,
+) -> Tensor:  # [N] float64, dL/dlogprobs
+    """`covariance.covariance_weights_grad` by the kernels of the device."""
+    return covariance_weights_grad_op(
+        weights_grad, list(stats), valid, scopes.tensors(), [] if sequences is None else sequences.tensors(),
+        weighting.centering, weighting.bandwidth_eps,
+    )  # fmt: skip
+
+
+def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:
+    """`token_terms.token_terms` by the kernels of the device."""
+    return TokenTerms(*token_terms_op(*inputs, *options))
 
 
 class Scored(NamedTuple):
@@ -216,7 +329,8 @@ def forward(
     min_prob = min_probability(precision.grad_tol) if may_be_sparse else 0.0
     targets = inputs.targets
     if vocab_slice is not None:
-        check_values(targets, None, vocab_slice.total, ignore_index)
+        if reads_values(inputs.hidden):
+            check_values(targets, None, vocab_slice.total, ignore_index)
         is_here = valid & (vocab_slice.local_targets(targets, len(inputs.weight)) >= 0)
         # A row whose target is elsewhere gets any target: what else there is to know of the row does not depend on it.
         some = (targets - vocab_slice.first).where(is_here, 0)
@@ -234,54 +348,42 @@ def forward(
     return Scored(stats, notes)
 
 
-def check_values(targets: Tensor, temperature: Tensor | None, vocab: int, ignore_index: int) -> None:
-    """On a CPU. On a GPU nothing is read back: what is wrong there gives NaN in its row."""
-    if targets.device.type != "cpu":
-        return
-    valid = targets != ignore_index
-    bad = valid & ((targets < 0) | (targets >= vocab))
-    if bad.any():
-        raise ValueError(f"targets must be in [0, {vocab}) or {ignore_index}, got {targets[bad][0].item()}")
-    if temperature is not None:
-        bad = valid & ~((temperature > 0) & temperature.isfinite())
-        if bad.any():
-            raise ValueError(f"temperature must be positive and finite, got {temperature[bad][0].item()}")
-
-
 def plan(
     inputs: HeadInputs,
     scored: Scored,
     logprob_grad: Tensor,  # [N]
     entropy_grad: Tensor | None,  # [N]
     precision: Precision,
-) -> BackwardPlan:
+) -> Planned:
     """What the backward does with each row."""
     planned = plan_backward_op(
         inputs.hidden, inputs.weight, inputs.bias, inputs.targets, inputs.temperature, *inputs.transform,
         scored.stats.packed, scored.notes, logprob_grad, entropy_grad, precision.grad_tol, precision.uniform,
     )  # fmt: skip
-    return BackwardPlan(*planned)
+    return Planned.of(planned)
 
 
 def backward(
     inputs: HeadInputs,
     scored: Scored,
-    logprob_grad: Tensor,  # [N]
+    logprob_grad: Tensor,  # [N], as planned, like the next
     entropy_grad: Tensor | None,  # [N]
-    plan: BackwardPlan,
+    planned: Planned,
     *,
     precision: Precision,
     needs: Sequence[bool],  # of hidden, weight and bias
     vocab_slice: VocabSlice | None,
+    grad_scale: Tensor | None = None,  # [] what gradients are multiplied by
 ) -> tuple[Tensor | None, ...]:  # [N, D], [V, D], [V]; None where not needed
     """Gradients of this rank's slice of the head, and the whole gradient of the hidden states, which all ranks have."""
-    e = None if entropy_grad is None else plan.weigh(entropy_grad)
+    plan = planned.plan
     targets = inputs.targets
     if vocab_slice is not None:
         targets = vocab_slice.local_targets(targets, len(inputs.weight))
     hidden_grad, *head_grads = head_backward_op(
         inputs.hidden, inputs.weight, inputs.bias, targets, inputs.temperature, *inputs.transform,
-        scored.stats.packed, scored.notes, plan.weigh(logprob_grad), e, list(plan),
+        scored.stats.packed, scored.notes, plan.weigh(logprob_grad),
+        None if entropy_grad is None else plan.weigh(entropy_grad), planned.tensors(), grad_scale,
         min_probability(precision.grad_tol), list(needs), vocab_slice is not None,
     )  # fmt: skip
     if vocab_slice is not None and needs[0]:

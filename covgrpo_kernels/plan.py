@@ -74,6 +74,18 @@ def can_have_tails(rows: int, capacity: int, grad_tol: float) -> bool:
     return capacity > 0 and rows > TAIL_ROWS and min_probability(grad_tol) > 0
 
 
+def backward_plan_shapes(rows: int, capacity: int, precision: Precision) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Of the fields of the plan."""
+    unbiased = precision.uniform is not None
+    tails = TAIL_ROWS if not unbiased and can_have_tails(rows, capacity, precision.grad_tol) else 0
+    return [
+        ((rows,), torch.int8),
+        ((tails,), torch.int64),
+        ((), torch.float64),
+        ((rows if unbiased and precision.grad_tol else 0,), torch.float64),
+    ]
+
+
 def plan_backward(
     inputs: HeadInputs,  # N rows
     stats: RowStats,

@@ -11,8 +11,9 @@ from torch import Tensor
 from . import operators
 from .checks import check_flag, check_floating, check_type
 from .config import ClipCov, CovarianceWeighting, KLCov
-from .covariance import CovarianceStats, ScopeMoments, covariance_weights_grad, weights_from_moments
+from .covariance import CovarianceStats, ScopeMoments, weights_from_moments
 from .covariance import covariance_weights as covariance_weights_in_torch
+from .covariance import covariance_weights_grad as covariance_weights_grad_in_torch
 from .group_moments import GroupMoments
 from .inputs import Tokens, accumulator_dtype, flatten, flatten_tokens, valid_tokens
 from .segments import Segments
@@ -23,16 +24,27 @@ class CovarianceWeights(NamedTuple):
     covariance: Tensor  # likewise, c_t in nats times advantage; without a gradient
 
 
-def weighting_scopes(tokens: Tokens, weighting: CovarianceWeighting) -> Segments:
-    """The segments that a weighting's statistics are taken over. Raises ValueError where an id is missing."""
+def check_ids(tokens: Tokens, weighting: CovarianceWeighting) -> None:
+    """Raises ValueError where an id that the weighting needs is missing."""
     needs_sequences = weighting.centering == "sequence" or weighting.advantage_centering == "response"
     if needs_sequences and tokens.sequences is None:
         raise ValueError("sequence_ids must be given for packed tokens with this weighting, got None")
+    if weighting.scope == "group" and tokens.groups is None:
+        raise ValueError("group_ids or group_size must be given for a weighting of scope 'group', got neither")
+
+
+def weighting_scopes(tokens: Tokens, weighting: CovarianceWeighting) -> Segments:
+    """The segments that a weighting's statistics are taken over. Raises ValueError where an id is missing."""
+    check_ids(tokens, weighting)
     if weighting.scope == "batch":
         return Segments.whole(len(tokens.valid), tokens.valid.device, tokens.process_group)
-    if tokens.groups is None:
-        raise ValueError("group_ids or group_size must be given for a weighting of scope 'group', got neither")
+    assert tokens.groups is not None
     return tokens.groups
+
+
+def _in_process(*partitions: Segments | None) -> bool:
+    """Whether kernels can compute statistics of these partitions: they take part in no collectives."""
+    return all(partition is None or partition.process_group is None for partition in partitions)
 
 
 def covariance_stats(
@@ -47,9 +59,23 @@ def covariance_stats(
     batch = (logprobs, tokens.advantages, tokens.valid, scopes, tokens.sequences, weighting)
     if moments is not None:
         return weights_from_moments(*batch, moments), scopes
-    if any(part is not None and part.process_group is not None for part in (scopes, tokens.sequences)):
-        return covariance_weights_in_torch(*batch), scopes  # the kernels take no part in collectives
+    if not _in_process(scopes, tokens.sequences):
+        return covariance_weights_in_torch(*batch), scopes
     return operators.covariance_weights(*batch), scopes
+
+
+def covariance_weights_grad(
+    weights_grad: Tensor,  # [N] dL/dW
+    stats: CovarianceStats,
+    scopes: Segments,
+    tokens: Tokens,
+    weighting: CovarianceWeighting,
+) -> Tensor:  # [N] dL/dlogprobs, in the dtype of ``weights_grad``
+    """The exact gradient of what `covariance_stats` gives."""
+    in_process = _in_process(scopes, tokens.sequences)
+    compute = operators.covariance_weights_grad if in_process else covariance_weights_grad_in_torch
+    grad = compute(weights_grad, stats, tokens.valid, scopes, tokens.sequences, weighting)
+    return grad.to(weights_grad.dtype)
 
 
 def with_moments(
@@ -134,9 +160,9 @@ class _CovarianceWeights(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, weights_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        stats, tokens = CovarianceStats(*ctx.saved_tensors), ctx.tokens
-        grad = covariance_weights_grad(weights_grad, stats, tokens.valid, ctx.scopes, tokens.sequences, ctx.weighting)
-        return grad.to(weights_grad.dtype), None, None, None
+        stats = CovarianceStats(*ctx.saved_tensors)
+        grad = covariance_weights_grad(weights_grad, stats, ctx.scopes, ctx.tokens, ctx.weighting)
+        return grad, None, None, None
 
 
 @overload

@@ -95,11 +95,56 @@ for kernel, names in (
         arguments = dict.fromkeys(names, row) | dict(tile=tile, out=tile, targets=targets)
         arguments |= dict(bias=None, temperature=row, n_rows=rows, width=width, first=first, SCALE=1.0, CAP=None)
         arguments |= dict(min_logits=row, found=found, vocab_ids=found, logits=row, CAPACITY=64)
-        arguments |= dict(ENTROPY=True, B_R=1, B_C=1024)
+        arguments |= dict(rows=targets, log_min_prob=0.0, TAILS=0, ENTROPY=True, B_R=1, B_C=1024)
         return bind(**{n: arguments[n] for n in kernel.arg_names})[1]
 
     assert key(1, 1, 1) == key(17, 1024, 3) == key(4096, 0, 0), kernel
     assert key(1, 1, 1) != key(1, 1, 1, width=77), "the key tells nothing"
+"""
+    result = outside_the_interpreter(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_batch_compiles_no_kernel_of_the_forward_anew() -> None:
+    """Whatever its number of tokens, of scored rows and of chunks, and wherever its tensors start."""
+    code = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from covgrpo_kernels.tiles.triton.collect import (
+    count_kernel, ends_kernel, limits_kernel, list_kernel, products_kernel,
+)
+from covgrpo_kernels.tiles.triton.forward import forward_kernel, merge_kernel
+from covgrpo_kernels.tiles.triton.select_rows import gather_rows_kernel, select_rows_kernel
+
+backend = make_backend(GPUTarget("cuda", 90, 32))
+of_the_batch = dict.fromkeys(("n_tokens", "first", "room", "splits"))
+of_the_model = dict(
+    depth=4096, vocab=128256, tiles=501, padded=4096, hidden_stride=4096, weight_stride=4096, row_stride=4096,
+    column_stride=1, ignore_index=-100,
+)
+matrices = ("hidden", "weight", "out", "vocab_ids", "logits")
+for kernel in (
+    select_rows_kernel, gather_rows_kernel, forward_kernel, merge_kernel, limits_kernel, count_kernel, ends_kernel,
+    list_kernel, products_kernel,
+):
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+
+    def key(number, offset, **model):
+        arguments = dict.fromkeys(of_the_batch, number) | of_the_model | model
+        for parameter in kernel.params:
+            if parameter.name == "bias":
+                arguments["bias"] = None
+            elif parameter.name in matrices:
+                arguments[parameter.name] = torch.empty(64, 64)
+            elif parameter.name not in arguments:
+                arguments[parameter.name] = 1 if parameter.is_constexpr else torch.empty(64)[offset:]
+        return bind(**{name: arguments[name] for name in kernel.arg_names})[1]
+
+    assert key(1, 1) == key(17, 3) == key(4096, 0) == key(0, 0), kernel
+    if "depth" in kernel.arg_names:
+        assert key(1, 1) != key(1, 1, depth=77), "the key tells nothing"
 """
     result = outside_the_interpreter(code)
     assert result.returncode == 0, result.stderr

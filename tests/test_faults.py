@@ -21,10 +21,12 @@ import pytest
 import test_logprob
 import test_loss
 import test_plan
+import test_token_terms
 import test_weights
 import torch
+from torch.autograd.gradcheck import GradcheckError
 
-from covgrpo_kernels import covariance, engines, inputs, kernels, objective, plan, segments, sparse
+from covgrpo_kernels import covariance, engines, inputs, kernels, objective, plan, segments, sparse, token_terms
 from covgrpo_kernels.engines import chunked, collecting, streaming, tiling
 from covgrpo_kernels.kernels import eager
 from covgrpo_kernels.kernels.interface import VOCAB_BLOCK
@@ -150,11 +152,12 @@ FAULTS = {
     "KL under the mask": (
         losses,
         Fault(inputs.flatten_floats, ".where(valid, 0)", ""),
-        Fault(objective.policy_objective, "config.beta * total(share * kl)", "config.beta * (share.amax() * kl).sum()"),
+        Fault(token_terms._token_shares, "(1 / (lengths * total)).where(valid, 0)", "1 / (lengths * total)"),
+        Fault(token_terms.token_terms, "*means]).where(valid, 0).sum(1)", "*means]).sum(1)"),
     ),
     "KL weighted": (
         losses,
-        Fault(objective.policy_objective, "share * config.beta * kl_grad", "share * weights * config.beta * kl_grad"),
+        Fault(token_terms.token_terms, "share * options.beta * kl_grad", "share * weights * options.beta * kl_grad"),
     ),
     "weights from the wrong group": (
         weights,
@@ -168,7 +171,7 @@ FAULTS = {
     ),
     "normaliser counts padding": (
         losses,
-        Fault(objective._token_shares, "lengths = _count(valid, ", "lengths = _count(torch.ones_like(valid), "),
+        Fault(objective.policy_objective, "sequences.sum(valid)", "sequences.sum(torch.ones_like(valid))"),
     ),
     "empty sequences counted": (
         losses, Fault(inputs.Tokens.count_sequences, "> 0).sum()", ">= 0).sum()")
@@ -180,9 +183,9 @@ FAULTS = {
             "kernel * scopes.gather(moments.normalizer))",)
     ),
     "clip on the wrong side": (
-        losses, Fault(objective.policy_objective, "within * a < policy_ratio * a", "within * a > policy_ratio * a")
+        losses, Fault(token_terms.token_terms, "within * a < policy_ratio * a", "within * a > policy_ratio * a")
     ),
-    "KL-Cov without its penalty's sign": (kl_cov, Fault(objective.policy_objective, "gap.sign()", "gap.sign().abs()")),
+    "KL-Cov without its penalty's sign": (kl_cov, Fault(token_terms.token_terms, "gap.sign()", "gap.sign().abs()")),
     "bandwidth taken for a constant": (
         differentiated,
         Fault(covariance.covariance_weights_grad,
@@ -234,30 +237,119 @@ def sequences(patch):
     test_weights.test_equals_the_reference("author")
 
 
+def gradient(patch, name="paper"):
+    try:
+        test_weights.test_gradient_of_the_weights(name)
+    except GradcheckError as error:
+        raise AssertionError("the gradient is another one") from error
+
+
+def sequence_gradient(patch):
+    gradient(patch, "author")
+
+
+def terms(patch):
+    test_token_terms.use_small_blocks(patch)
+    test_token_terms.test_every_option("all", torch.float64)
+
+
+def cispo(patch):
+    test_token_terms.test_every_option("cispo", torch.float64)
+
+
+def penalty(patch):
+    test_token_terms.test_every_option("penalty", torch.float64)
+
+
+def few_tokens(patch):
+    test_token_terms.use_small_blocks(patch)
+    test_token_terms.test_any_number_of_tokens(32)
+
+
+def zero_advantage(patch):
+    test_token_terms.test_a_zero_advantage_has_no_policy_term(float("inf"))
+
+
+def nan_weight(patch):
+    test_token_terms.test_what_is_not_finite("all", "weights", float("nan"))
+
+
+def masked_covariance(patch):
+    test_token_terms.test_what_is_not_finite("all", "covariance", float("inf"))
+
+
+def partitions(patch):
+    test_token_terms.use_small_blocks(patch)
+    test_token_terms.test_segments(torch.int64)
+
+
 KERNEL_FAULTS = {
+    "segment of the next id": (partitions, KernelFault("segments", "end - 1, mask", "end, mask")),
+    "segments end where they begin": (partitions, KernelFault("segments", "tl.where(m_p, begin,", "tl.where(m_p, end,")),
+    "bisection one step short": (partitions, KernelFault("segments", "range(steps)", "range(steps - 1)")),
+    "last token of a segment lost": (partitions, KernelFault("segment_sums", "i_t < end", "i_t < end - 1")),
+    "sums of the first value": (partitions, KernelFault("segment_sums", "i_m * row_stride", "0 * row_stride")),
+    "clip on the wrong side": (
+        terms, KernelFault("token_terms", "within * a < policy_ratio * a", "within * a > policy_ratio * a")
+    ),
+    "clipped tokens have a gradient": (
+        terms, KernelFault("token_terms", "tl.where(clipped | dual_clipped, 0.0", "tl.where(dual_clipped, 0.0")
+    ),
+    "no upper bound": (terms, KernelFault("token_terms", "(within > RATIO_HIGH)", "(within < 0.0)")),
+    "dual clip of positive advantages": (terms, KernelFault("token_terms", "(a < 0.0) & (slope", "(a > 0.0) & (slope")),
+    "share without the length": (terms, KernelFault("token_terms", "denominator *= tl.load", "tl.load")),
+    "ratio of the token instead of its sequence": (
+        terms, KernelFault("token_terms", "log_ratio = tl.load", "gap = tl.load")
+    ),
+    "KL weighted": (terms, KernelFault("token_terms", "g += share * kl_grad", "g += w * share * kl_grad")),
+    "KL by subtraction": (terms, KernelFault("token_terms", "kl_grad = -_expm1(d)", "kl_grad = -(tl.exp(d.to(tl.float32)) - 1.0)")),
+    "rollout weights lost": (terms, KernelFault("token_terms", "policy_share = share * tl.load(rollout", "tl.load(rollout")),
+    "entropy bonus of the wrong sign": (terms, KernelFault("token_terms", "-entropy_coef * share", "entropy_coef * share")),
+    "blocks' means taken for the mean": (terms, KernelFault("token_terms", " + n * shift * shift", "")),
+    "last block lost": (terms, KernelFault("token_terms", "sums += tl.load(partial + row * n_blocks + i_b, mask=i_b < n_blocks", "sums += tl.load(partial + row * n_blocks + i_b, mask=i_b < n_blocks - 1")),
+    "quantiles rounded down": (terms, KernelFault("token_terms", "tl.floor(place + 0.5)", "tl.floor(place)")),
+    "CISPO's bound forgotten": (cispo, KernelFault("token_terms", "zero + RATIO_HIGH, policy_ratio)\n        policy_x", "policy_ratio, policy_ratio)\n        policy_x")),
+    "penalty without its sign": (penalty, KernelFault("token_terms", "sign * PENALTY", "tl.abs(sign) * PENALTY")),
+    "penalty of every token": (penalty, KernelFault("token_terms", "m_p = tl.load(penalised + i_t, mask=m_v, other=0) != 0", "m_p = m_v")),
+    "last token lost": (few_tokens, KernelFault("token_terms", "m_t = i_t < n_tokens", "m_t = i_t < n_tokens - 1")),
+    "a zero advantage has a ratio": (
+        zero_advantage, KernelFault("token_terms", "policy_ratio = tl.where(has_term, ratio, 1.0)", "policy_ratio = ratio")
+    ),
+    "NaN lost in a maximum": (nan_weight, KernelFault("token_terms", "(x != x)", "(x < x)")),
+    "masked covariances counted": (
+        masked_covariance, KernelFault("token_terms", "covariance + i_t, mask=m_v", "covariance + i_t, mask=m_t")
+    ),
+    "gradient without the bandwidth's": (gradient, KernelFault("covariance_weights_grad", "+ dvariance * 2.0", "+ 0.0 * dvariance")),
+    "gradient of the mean lost": (
+        gradient, KernelFault("covariance_weights_grad", "other=0.0) - mean, 0.0)", "other=0.0), 0.0)")
+    ),
+    "gradient of the normaliser lost": (gradient, KernelFault("covariance_weights_grad", "w * (u - mean_u)", "w * u")),
+    "gradient centred in nothing": (
+        sequence_gradient, KernelFault("covariance_weights_grad", "tl.sum(n_b, 0), tl.sum(ddx_b, 0), B_T)", "tl.sum(n_b, 0), 0.0 * tl.sum(ddx_b, 0), B_T)")
+    ),
     "ties dropped": (uniform, KernelFault("numerics", " + tl.maximum(ties, 0.0)", "")),
     "running sum not rescaled": (many_tiles, KernelFault("numerics", "return top, w * s +", "return top, s +")),
     "lesser maximum forgotten": (many_tiles, KernelFault("numerics", "wb * sb + lesser, u", "wb * sb, u")),
     "maximum kept in the sum": (sure, KernelFault("numerics", "tl.where(at_max, 0.0, tl.exp(d))", "tl.exp(d) + 0.0")),
-    "last column lost": (many_tiles, KernelFault("fold", "m_c = i_c < width", "m_c = i_c < width - 1")),
-    "target of the column beside": (many_tiles, KernelFault("fold", "other=-1) - first", "other=-1) - first - 1")),
-    "bias of the first column": (many_tiles, KernelFault("fold", "tl.load(bias + column", "tl.load(bias + 0 * column")),
+    "last column lost": (many_tiles, KernelFault("online_softmax", "m_c = i_c < width", "m_c = i_c < width - 1")),
+    "target of the column beside": (many_tiles, KernelFault("online_softmax", "other=-1) - first", "other=-1) - first - 1")),
+    "bias of the first column": (many_tiles, KernelFault("online_softmax", "tl.load(bias + column", "tl.load(bias + 0 * column")),
     "tanh near zero": (many_tiles, KernelFault("numerics", "17325.0", "17235.0")),
-    "-1 at the target lost": (many_tiles, KernelFault("grad", "y, dz) * slope", "dz, dz) * slope")),
-    "entropy gradient without H": (many_tiles, KernelFault("grad", "(log_p + h)", "log_p")),
-    "softcap's slope lost": (many_tiles, KernelFault("grad", "y, dz) * slope", "y, dz)")),
+    "-1 at the target lost": (many_tiles, KernelFault("dlogits", "y, dz) * slope", "dz, dz) * slope")),
+    "entropy gradient without H": (many_tiles, KernelFault("dlogits", "(log_p + h)", "log_p")),
+    "softcap's slope lost": (many_tiles, KernelFault("dlogits", "y, dz) * slope", "y, dz)")),
     "temperature lost in the slope": (many_tiles, KernelFault("numerics", "slope *= per_temperature", "pass")),
-    "last row lost": (many_tiles, KernelFault("grad", "i_r < n_rows", "i_r < n_rows - 1")),
-    "variance about zero": (weights, KernelFault("group_weights", "tl.where(m_v, c - mean_c, 0.0)", "c")),
-    "noise taken for variance": (no_variance, KernelFault("group_weights", "<= floor * floor", "< 0")),
+    "last row lost": (many_tiles, KernelFault("dlogits", "i_o < n_rows", "i_o < n_rows - 1")),
+    "variance about zero": (weights, KernelFault("covariance_weights", "tl.where(m_v, c - mean_c, 0.0)", "c")),
+    "noise taken for variance": (no_variance, KernelFault("covariance_weights", "<= floor * floor", "< 0")),
     "masked tokens weighed": (
-        poisoned, KernelFault("group_weights", "w = tl.where(m_v, tl.exp", "w = tl.where(m_t, tl.exp")
+        poisoned, KernelFault("covariance_weights", "w = tl.where(m_v, tl.exp", "w = tl.where(m_t, tl.exp")
     ),
     "normaliser counts padding": (
-        weights, KernelFault("group_weights", "to(tl.float64) if NUMEL else n", "to(tl.float64) if NUMEL else n + 1")
+        weights, KernelFault("covariance_weights", "to(tl.float64) if NUMEL else n", "to(tl.float64) if NUMEL else n + 1")
     ),
     "sequence of the first token": (
-        sequences, KernelFault("group_weights", "means + tl.load(segment + i_t", "means + tl.load(segment + 0 * i_t")
+        sequences, KernelFault("covariance_weights", "means + tl.load(segment + i_t", "means + tl.load(segment + 0 * i_t")
     ),
 }  # fmt: skip
 

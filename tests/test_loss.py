@@ -227,5 +227,6 @@ def test_sums_over_long_segments_keep_their_digits():
     ids = torch.zeros(1_000_000, dtype=torch.long)
     ids[::1000] = 5
     values = torch.full((len(ids),), 0.1)
-    sums = Segments.of_ids(ids).sum(values)[:2]
+    sums = Segments.of_ids(ids).sum(values)
+    sums = sums[sums != 0].float()
     assert sums.tolist() == [(n * values[0].double()).float().item() for n in (999_000, 1000)]

@@ -868,6 +868,7 @@ def test_metrics_against_the_reference(estimator: str, packed: bool) -> None:
         "kl": kl.mean(),
         "ratio/mean": r.mean(),
         "ratio/max": r.max(),
+        "ratio/non_finite": torch.zeros((), dtype=torch.float64),
         "weight/mean": w.mean(),
         "weight/min": w.min(),
         "weight/max": w.max(),
@@ -882,6 +883,7 @@ def test_metrics_against_the_reference(estimator: str, packed: bool) -> None:
         "rows/dense_fraction": torch.ones((), dtype=torch.float64),
         "rows/grad_error_bound": torch.zeros((), dtype=torch.float64),
         "rows/invalid_targets": torch.zeros((), dtype=torch.float64),
+        "rows/invalid_advantages": torch.zeros((), dtype=torch.float64),
     }
     for name in ("clip/low", "clip/high", "clip/dual", "loss/kl"):
         assert expected[name] != 0, f"the batch does not exercise {name}"
@@ -901,9 +903,9 @@ def test_live_fraction_and_error_bound() -> None:
     a = batch["advantages"].unsqueeze(1).expand_as(valid)
     r = (out.logprobs - batch["old_logprobs"]).exp()
     clipped = ((a > 0) & (r > 1.2)) | ((a < 0) & (r < 0.8))
-    expected = (valid & ~clipped).sum() / valid.sum()
+    expected = (valid & ~clipped).sum().double() / valid.sum()
     assert 0 < expected < 1
-    assert_rounding(out.metrics, {"rows/live_fraction": expected.double()}, "rows/live_fraction")
+    assert_rounding(out.metrics, {"rows/live_fraction": expected}, "rows/live_fraction")
     loose = covgrpo_loss(**batch, config=kind, grad_tol=0.2).metrics
     assert loose["rows/live_fraction"] < expected
     assert 0 < loose["rows/grad_error_bound"] <= 0.2

@@ -10,6 +10,7 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -370,6 +371,26 @@ def test_a_copy_by_pickle_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
         assert twin.forward.model is twin
 
 
+def marked_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Such as Liger puts in place of a model's own."""
+    out = type(self).forward(self, *args, **kwargs)
+    out.past_key_values = "marked"
+    return out
+
+
+def test_a_copy_of_a_model_with_another_forward() -> None:
+    model, inputs = new_model(), batch()
+    model.forward = MethodType(marked_forward, model)
+    patch_model(model)
+    want = model(**inputs, return_logprobs=True).logprobs
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert twin(inputs["input_ids"]).past_key_values == "marked"
+        with torch.no_grad():
+            twin.lm_head.weight.neg_()
+        assert_equal(dict(x=twin(**inputs, return_logprobs=True).logprobs), dict(x=own_logprob(twin, inputs)[0]))
+    assert torch.equal(model(**inputs, return_logprobs=True).logprobs, want)
+
+
 def test_a_pickled_model_with_a_trained_head() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
@@ -704,7 +725,15 @@ def test_accelerate_mixed_precision() -> None:
     assert torch.equal(out.logprobs, want)
     assert not torch.equal(out.logprobs, plain)
     unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-    assert torch.equal(unwrapped(**inputs, return_logprobs=True).logprobs, plain)
+    twin = copy.deepcopy(unwrapped)
+    with torch.no_grad():
+        unwrapped.lm_head.weight.neg_()
+    assert torch.equal(twin(**inputs, return_logprobs=True).logprobs, plain)
+    assert not torch.equal(unwrapped(**inputs, return_logprobs=True).logprobs, plain)
+    with pytest.raises(AttributeError, match="patched again before it is pickled"):
+        pickle.dumps(twin)
+    twin = pickle.loads(pickle.dumps(patch_model(twin)))
+    assert torch.equal(twin(**inputs, return_logprobs=True).logprobs, plain)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 

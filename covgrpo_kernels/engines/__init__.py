@@ -9,9 +9,10 @@ import torch
 
 from .. import kernels
 from .chunked import Chunked
+from .fused_gpu import FusedGpu
 from .interface import Engine
 
-__all__ = ["Chunked", "Engine", "on_device", "select", "use"]
+__all__ = ["Chunked", "Engine", "FusedGpu", "on_device", "select", "use"]
 
 _chosen: list[Engine | tuple[int, int]] = []
 
@@ -26,6 +27,8 @@ def select(device: torch.device, dtype: torch.dtype) -> Engine:
         from .fused_cpu import FusedCpu
 
         return FusedCpu(choice)
+    if of_device.__name__.endswith(".triton") and dtype in (torch.bfloat16, torch.float16) and choice is None:
+        return FusedGpu(dtype)
     return Chunked(of_device, choice)
 
 

@@ -13,6 +13,7 @@ from ..kernels.interface import OnlineSoftmax, Tile
 from ..sparse import Tails, WeightRows
 from .collecting import CandidateCollector
 from .interface import HeadGrads, Needs
+from .products import multiply_
 from .rows import LoadedBlocks, Rows
 from .streaming import DenseRows, StreamingEngine
 from .tiling import TileShape, chunked_tile, largest_tile, vocab_slices
@@ -30,13 +31,7 @@ class Chunked(StreamingEngine):
         return rows.dtype if rows.device.type == "cuda" else accumulator_dtype(rows.dtype)
 
     def multiply_(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-        """out = a @ b, or out += a @ b, with the sum in the dtype of ``out``."""
-        if a.dtype == out.dtype:
-            torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-        elif add:
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        else:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        multiply_(a, b, out, add=add)
 
     def _tile_shape(self, rows: Rows, count: int) -> TileShape:
         vocab, depth = rows.weight.shape

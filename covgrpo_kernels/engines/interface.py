@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..inputs import HeadInputs, Precision
+from ..inputs import HeadInputs, Precision, accumulator_dtype
 from ..kernels.interface import RowStats
 from ..plan import BackwardPlan
 
@@ -31,7 +31,15 @@ class HeadGrads(NamedTuple):
     bias: Tensor  # [V]
 
 
+# Shapes and dtypes of tensors, for the fakes of the operators.
+Shapes = list[tuple[tuple[int, ...], torch.dtype]]
+
+
 class Engine(Protocol):
+    def reads_values(self, device: torch.device) -> bool:
+        """Whether the host may look at values."""
+        ...
+
     def forward(
         self, inputs: HeadInputs, *, entropy: bool, ignore_index: int, min_prob: float
     ) -> tuple[RowStats, list[Tensor]]:
@@ -39,10 +47,8 @@ class Engine(Protocol):
         keeps of vocabulary ids that may be more probable than ``min_prob`` (0: nothing)."""
         ...
 
-    def note_shapes(
-        self, rows: int, vocab: int, dtype: torch.dtype, min_prob: float
-    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shapes and dtypes of these notes."""
+    def note_shapes(self, rows: int, vocab: int, dtype: torch.dtype, min_prob: float) -> Shapes:
+        """Of these notes."""
         ...
 
     def plan(
@@ -53,8 +59,12 @@ class Engine(Protocol):
         logprob_grad: Tensor,  # [N]
         entropy_grad: Tensor | None,  # [N]
         precision: Precision,
-    ) -> BackwardPlan:
-        """What the backward does with each row."""
+    ) -> tuple[BackwardPlan, list[Tensor]]:
+        """What the backward does with each row, and what else this engine's backward takes."""
+        ...
+
+    def plan_shapes(self, rows: int, notes: list[Tensor], precision: Precision) -> Shapes:
+        """Of the fields of the plan, and of the rest."""
         ...
 
     def backward(
@@ -65,10 +75,28 @@ class Engine(Protocol):
         logprob_grad: Tensor,  # [N]
         entropy_grad: Tensor | None,  # [N]
         plan: BackwardPlan,
+        planned: list[Tensor],
+        grad_scale: Tensor | None,  # []
         *,
         min_prob: float,
         needs: Needs,
         partial_hidden: bool,
     ) -> HeadGrads:
-        """With ``partial_hidden`` the gradient of hidden is a part of a sum over ranks: it is not rounded yet."""
+        """Gradients of the coefficients that were planned, times ``grad_scale``. With ``partial_hidden`` the gradient
+        of hidden is a part of a sum over ranks: it is not rounded yet."""
         ...
+
+
+def empty_grads(inputs: HeadInputs, needs: Needs, partial_hidden: bool) -> HeadGrads:
+    hidden_dtype = accumulator_dtype(inputs.hidden.dtype) if partial_hidden else inputs.hidden.dtype
+
+    def like(value: Tensor | None, needed: bool, dtype: torch.dtype) -> Tensor:
+        if value is None or not needed:
+            return inputs.hidden.new_empty(0, dtype=dtype)
+        return torch.empty_like(value, dtype=dtype, memory_format=torch.contiguous_format)
+
+    return HeadGrads(
+        like(inputs.hidden, needs.hidden, hidden_dtype),
+        like(inputs.weight, needs.weight, inputs.weight.dtype),
+        like(inputs.bias, needs.bias, inputs.weight.dtype),
+    )

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..inputs import HeadInputs, Precision, accumulator_dtype
 from ..kernels.interface import MAX_CANDIDATES, Candidates, Coefficients, OnlineSoftmax, RowStats
-from ..plan import BackwardPlan, plan_backward
+from ..plan import BackwardPlan, backward_plan_shapes, plan_backward
 from ..sparse import SparseGradient
 from .collecting import CandidateCollector
-from .interface import HeadGrads, Needs
+from .interface import HeadGrads, Needs, Shapes, empty_grads
 from .rows import Rows
+from .scaling import to_unit_scale
 
 
 class DenseRows(NamedTuple):
@@ -27,11 +28,14 @@ class DenseRows(NamedTuple):
     rows: Rows  # R of them, those with a tail first
     coefficients: Coefficients  # of these
     sparse: SparseGradient  # its tails come before the rows, its weight rows are added to the products
-    scale: Tensor  # [] the power of two that gradients are to be multiplied by
+    scale: Tensor  # [] what gradients are to be multiplied by
 
 
 class StreamingEngine(ABC):
     kernels: ModuleType
+
+    def reads_values(self, device: torch.device) -> bool:
+        return device.type == "cpu"
 
     @abstractmethod
     def online_softmax(
@@ -59,9 +63,7 @@ class StreamingEngine(ABC):
             packed = packed.where(valid, 0)
         return RowStats(packed), [rows.scatter(value) for value in candidates.by_vocab_id()]
 
-    def note_shapes(
-        self, rows: int, vocab: int, dtype: torch.dtype, min_prob: float
-    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def note_shapes(self, rows: int, vocab: int, dtype: torch.dtype, min_prob: float) -> Shapes:
         shape = (rows, MAX_CANDIDATES if min_prob else 0)
         return [((rows,), torch.int32), (shape, torch.int32), (shape, accumulator_dtype(dtype))]
 
@@ -73,8 +75,11 @@ class StreamingEngine(ABC):
         logprob_grad: Tensor,  # [N]
         entropy_grad: Tensor | None,  # [N]
         precision: Precision,
-    ) -> BackwardPlan:
-        return plan_backward(inputs, stats, Candidates(*notes), logprob_grad, entropy_grad, precision)
+    ) -> tuple[BackwardPlan, list[Tensor]]:
+        return plan_backward(inputs, stats, Candidates(*notes), logprob_grad, entropy_grad, precision), []
+
+    def plan_shapes(self, rows: int, notes: list[Tensor], precision: Precision) -> Shapes:
+        return backward_plan_shapes(rows, notes[1].shape[1], precision)
 
     def backward(
         self,
@@ -84,14 +89,17 @@ class StreamingEngine(ABC):
         logprob_grad: Tensor,  # [N]
         entropy_grad: Tensor | None,  # [N]
         plan: BackwardPlan,
+        planned: list[Tensor],
+        grad_scale: Tensor | None,  # []
         *,
         min_prob: float,
         needs: Needs,
         partial_hidden: bool,
     ) -> HeadGrads:
         needs = needs._replace(bias=needs.bias and inputs.bias is not None)
-        grads = _empty_grads(inputs, needs, partial_hidden)
-        scale, g, e = _to_unit_scale(logprob_grad, entropy_grad)
+        grads = empty_grads(inputs, needs, partial_hidden)
+        scale, g, e = to_unit_scale(logprob_grad, entropy_grad)
+        scale = scale if grad_scale is None else scale * grad_scale
         sparse = SparseGradient(plan, inputs, stats, Candidates(*notes), g, e, min_prob, self.kernels)
         rows = Rows(inputs, _dense_index(plan, sparse))
         if not len(rows) or not len(inputs.weight):
@@ -105,32 +113,6 @@ class StreamingEngine(ABC):
         if hidden_sum is not None:
             _write_hidden(grads.hidden, hidden_sum, rows, sparse, scale)
         return grads
-
-
-def _empty_grads(inputs: HeadInputs, needs: Needs, partial_hidden: bool) -> HeadGrads:
-    hidden_dtype = accumulator_dtype(inputs.hidden.dtype) if partial_hidden else inputs.hidden.dtype
-
-    def like(value: Tensor | None, needed: bool, dtype: torch.dtype) -> Tensor:
-        if value is None or not needed:
-            return inputs.hidden.new_empty(0, dtype=dtype)
-        return torch.empty_like(value, dtype=dtype, memory_format=torch.contiguous_format)
-
-    return HeadGrads(
-        like(inputs.hidden, needs.hidden, hidden_dtype),
-        like(inputs.weight, needs.weight, inputs.weight.dtype),
-        like(inputs.bias, needs.bias, inputs.weight.dtype),
-    )
-
-
-def _to_unit_scale(g: Tensor, e: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(power of two, coefficients divided by it): the largest is in [1/2, 1), since float16 would lose the small
-    entries of a loss that is averaged over many tokens. The division is exact. Undone at the end."""
-    sizes = g.abs() if e is None else torch.maximum(g.abs(), e.abs())
-    largest = sizes.where(sizes.isfinite(), 0).amax() if len(g) else g.new_zeros(())
-    # 2^100 and its inverse are float32 numbers.
-    exponent = torch.frexp(largest).exponent.clamp(-100, 100)
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
-    return scale, torch.ldexp(g, -exponent), None if e is None else torch.ldexp(e, -exponent)
 
 
 def _dense_index(plan: BackwardPlan, sparse: SparseGradient) -> Tensor | None:  # [R]

@@ -111,7 +111,9 @@ def patch_model(model: nn.Module, **defaults: Any) -> nn.Module:
             _release_head(patched)
         raise
     if is_new:
-        patched.forward = patched._patched_forward = _PatchedForward(patched)
+        patched._patched_forward = _PatchedForward(patched)
+    if is_new or isinstance(getattr(patched.forward, "__func__", None), _PatchedForward):  # rebound by Accelerate
+        patched.forward = patched._patched_forward
     patched._patched_forward.defaults = defaults
     return model
 
@@ -190,13 +192,20 @@ class _PatchedForward:
         self.defaults: dict[str, Any] = {}
 
     @property
+    def __name__(self) -> str:  # which pickle looks for where Accelerate has bound this object
+        raise AttributeError(
+            "the model has to be patched again before it is pickled: Accelerate has rebound its forward"
+        )
+
+    @property
     def __signature__(self) -> inspect.Signature:  # for generate and trainers, which look at the names
         signature = inspect.signature(type(self.model).forward)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def __call__(self, *args: Any, return_logprobs: bool = False, head: Any = None, **kwargs: Any) -> Any:
-        if args and args[0] is self.model:  # Accelerate's unwrap_model binds whatever it finds to the model
-            args = args[1:]
+        if args and isinstance(args[0], nn.Module):  # Accelerate's unwrap_model binds whatever it finds to the model
+            model: Any = args[0]  # or a copy of it
+            return model._patched_forward(*args[1:], return_logprobs=return_logprobs, head=head, **kwargs)
         if not return_logprobs and head is None:
             return self.own_forward(*args, **kwargs)
         if return_logprobs and head is not None:

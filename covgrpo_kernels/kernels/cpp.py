@@ -13,6 +13,10 @@ from ..config import CovarianceWeighting
 from ..covariance import CovarianceStats
 from ..segments import Segments
 from . import eager
+from .eager import covariance_weights_grad as covariance_weights_grad
+from .eager import segment_sums as segment_sums
+from .eager import segments_of_ids as segments_of_ids
+from .eager import token_terms as token_terms
 from .interface import Coefficients, Collecting, OnlineSoftmax, Tile
 
 TILE_BUFFERS = 0

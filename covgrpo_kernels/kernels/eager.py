@@ -5,13 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..covariance import covariance_weights
+from ..covariance import covariance_weights, covariance_weights_grad
+from ..segments import segment_sums, segments_of_ids
+from ..token_terms import token_terms
 from .interface import LOG_ZERO, NO_MAX, VOCAB_BLOCK, Coefficients, Collecting, OnlineSoftmax, Tile
 
 # Exponentials and masks.
 TILE_BUFFERS = 2
 
-__all__ = ["TILE_BUFFERS", "covariance_weights", "dlogits", "online_softmax_", "sparse_product", "tail_probabilities"]
+__all__ = [
+    "TILE_BUFFERS",
+    "covariance_weights",
+    "covariance_weights_grad",
+    "dlogits",
+    "online_softmax_",
+    "segment_sums",
+    "segments_of_ids",
+    "sparse_product",
+    "tail_probabilities",
+    "token_terms",
+]
 
 
 def _target_column(tile: Tile, width: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,282 @@
+"""The GPU engine as a whole, under Triton's interpreter: against the general engine and float64, its launches and its
+waits."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton.runtime import interpreter
+
+from covgrpo_kernels import engines, kernels, linear_logprob, reference
+from covgrpo_kernels.testing import ErrorBook, random_head, rl_head, rms, run_logprob
+
+if torch.cuda.is_available():
+    pytest.skip("the kernels are compiled here", allow_module_level=True)
+
+DTYPES = [torch.bfloat16, torch.float16]
+OPTIONS = {
+    "plain": {},
+    "all": dict(softcap=20.0, logit_scale=1.5, temperature=torch.linspace(0.5, 2.0, 160)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch):
+    monkeypatch.setenv(kernels.VARIABLE, "triton")
+
+
+def run(head, dtype, **options):
+    return run_logprob(linear_logprob, **head, dtype=dtype, **options)
+
+
+def policy(seed, bias=False, entropy=False):
+    """160 tokens of a policy of whom some are ignored and some have no coefficient."""
+    head = rl_head(seed, 160, 40, 1100)
+    keep = {n: head[n] for n in ("hidden", "weight", "targets", "logprob_grad")}
+    keep["hidden"], keep["weight"] = keep["hidden"] / 64, keep["weight"] * 64  # within float16's range
+    keep["bias"] = torch.linspace(-0.5, 0.5, 1100) if bias else None
+    keep["entropy_grad"] = 10 * head["entropy_grad"] if entropy else None
+    return keep
+
+
+def test_is_chosen_for_16_bit_operands():
+    cpu = torch.device("cpu")
+    for dtype in DTYPES:
+        assert isinstance(engines.select(cpu, dtype), engines.FusedGpu)
+    for dtype in (torch.float32, torch.float64):
+        assert isinstance(engines.select(cpu, dtype), engines.Chunked)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grad_tol", [0.0, 5e-3])
+def test_equals_float64_as_well_as_eager_does(name, dtype, grad_tol):
+    """With bias, entropies and rows of every class."""
+    head = policy(1, bias=True, entropy=name == "all")
+    rounded = {n: v.to(dtype).double() if torch.is_tensor(v) and n in ("hidden", "weight", "bias") else v
+               for n, v in head.items()}  # fmt: skip
+    options = OPTIONS[name]
+    exact = run_logprob(reference.linear_logprob, **rounded, dtype=torch.float64, **options)
+    eager = run_logprob(reference.linear_logprob, **head, dtype=dtype, **options)
+    ours = run(head, dtype, grad_tol=grad_tol, entropy=head["entropy_grad"] is not None, **options)
+    exact = {n: v for n, v in exact.items() if n in ours}
+    book = ErrorBook()
+    book.add(ours, eager, exact)
+    ratios = book.ratios()
+    assert ratios["logprob"] <= 0.1
+    for quantity in ("dhidden", "dweight", "dbias"):
+        within_tolerance = grad_tol * exact[quantity].norm() / exact[quantity].numel() ** 0.5
+        assert rms(ours[quantity].double() - exact[quantity]) <= 1.1 * rms(
+            eager[quantity].double() - exact[quantity]
+        ) + float(within_tolerance), f"{quantity}: {ratios}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_has_sparse_rows_as_the_general_engine_does(dtype):
+    """The plans of the two engines agree but for rows at the edge of the budget."""
+    head = policy(2)
+    classes = []
+    for engine in (engines.FusedGpu(dtype), engines.Chunked(kernels.eager)):
+        hidden, weight = (head[n].to(dtype) for n in ("hidden", "weight"))
+        from covgrpo_kernels import operators
+        from covgrpo_kernels.inputs import HeadInputs, Precision
+        from covgrpo_kernels.kernels.interface import LogitTransform
+
+        inputs = HeadInputs(hidden, weight, None, head["targets"], None, LogitTransform())
+        precision = Precision(5e-3, None)
+        with engines.use(engine):
+            scored = operators.forward(
+                inputs, entropy=False, ignore_index=-100, precision=precision, needs_grad=True, vocab_slice=None
+            )
+            planned = operators.plan(inputs, scored, head["logprob_grad"], None, precision)
+        classes.append(planned.plan.row_class)
+        assert planned.plan.error_bound <= 5e-3
+        assert planned.plan.sparse.sum() > 50
+    assert (classes[0] != classes[1]).sum() <= 3
+
+
+@pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("bias",), ("hidden", "weight", "bias")])
+@pytest.mark.parametrize("grad_tol", [0.0, 5e-3])
+def test_a_gradient_has_the_same_bits_whichever_others_are_wanted(needs, grad_tol):
+    head = policy(3, bias=True)
+
+    def gradients(wanted):
+        inputs = {n: head[n].bfloat16().requires_grad_(n in wanted) for n in ("hidden", "weight", "bias")}
+        x = linear_logprob(
+            inputs["hidden"], inputs["weight"], head["targets"], bias=inputs["bias"], grad_tol=grad_tol
+        ).logprob
+        grads = torch.autograd.grad(x, [inputs[n] for n in wanted], head["logprob_grad"])
+        return dict(zip(wanted, grads, strict=True))
+
+    everything = gradients(("hidden", "weight", "bias"))
+    for name, value in gradients(needs).items():
+        assert torch.equal(value, everything[name]), name
+
+
+def test_same_bits_every_run():
+    head = policy(4)
+    first = run(head, torch.bfloat16, grad_tol=5e-3)
+    again = run(head, torch.bfloat16, grad_tol=5e-3)
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+
+
+def test_a_row_alone_is_the_row_in_its_batch():
+    """Training and scoring agree to the bit, whatever shares the batch. (Inputs whose products are exact, so that this
+    is a statement about our kernel.)"""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randint(-4, 5, (70, 16), generator=g).bfloat16()
+    weight = torch.randint(-2, 3, (900, 16), generator=g).bfloat16()
+    targets = torch.randint(0, 900, (70,), generator=g)
+    together = linear_logprob(hidden, weight, targets).logprob
+    for i in (0, 33, 69):
+        assert linear_logprob(hidden[i : i + 1], weight, targets[i : i + 1]).logprob[0] == together[i]
+
+
+@pytest.mark.parametrize(("tokens", "vocab", "depth"), [(0, 50, 8), (3, 50, 8), (1, 1, 1), (17, 257, 3)])
+def test_small_shapes(tokens, vocab, depth):
+    head = random_head(5, tokens, depth, vocab, bias=True)
+    ours = run(head, torch.bfloat16, grad_tol=5e-3, entropy=True)
+    eager = run_logprob(reference.linear_logprob, **head, dtype=torch.float64)
+    for name, exact in eager.items():
+        assert ours[name].shape == exact.shape
+        assert (ours[name] - exact).abs().max() <= 0.1 * (1 + exact.abs().max()) if exact.numel() else True
+
+
+def test_targets_outside_the_vocabulary_are_nan_and_nothing_waits():
+    head = policy(6)
+    targets = head["targets"].clone()
+    targets[[2, 5]] = torch.tensor([1100, -3])
+    x = linear_logprob(head["hidden"].bfloat16(), head["weight"].bfloat16(), targets).logprob
+    assert x[[2, 5]].isnan().all()
+    assert x.isnan().sum() == 2
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_is_dense(value):
+    head = policy(7)
+    head["logprob_grad"] = head["logprob_grad"].clone()
+    token = int(head["logprob_grad"].abs().argmax())
+    head["logprob_grad"][token] = value
+    ours, exact = run(head, torch.bfloat16, grad_tol=5e-3), run(head, torch.bfloat16, grad_tol=0.0)
+    assert not ours["dhidden"][token].isfinite().any()
+    assert not ours["dweight"].isfinite().any()
+    assert torch.equal(ours["dhidden"].isfinite(), exact["dhidden"].isfinite())
+
+
+def test_unbiased_mode():
+    """The dice are those of the general engine: the same rows, so nearly the same gradients."""
+    head = policy(8, entropy=True)
+    results = []
+    for engine in (engines.FusedGpu(torch.bfloat16), engines.Chunked(kernels.eager)):
+        with engines.use(engine):
+            options = dict(grad_mode="unbiased", generator=torch.Generator().manual_seed(3), grad_tol=0.1, entropy=True)
+            results.append(run(head, torch.bfloat16, **options))
+    for name in ("dhidden", "dweight"):
+        ours, theirs = (r[name].double() for r in results)
+        assert (ours - theirs).norm() <= 2 * torch.finfo(torch.bfloat16).eps * theirs.norm()
+        assert torch.equal((ours != 0).any(1), (theirs != 0).any(1))
+
+
+def test_layouts():
+    """A transposed head and strided hidden states cost a copy, and change no bit."""
+    head = policy(9)
+    plain = run(head, torch.bfloat16, grad_tol=5e-3)
+
+    def laid_out(hidden, weight, *rest, **options):
+        wide = torch.cat([hidden, hidden], 1).T.contiguous().T[:, : hidden.shape[1]]
+        return linear_logprob(wide, weight.T.contiguous().T, *rest, **options)
+
+    changed = run_logprob(laid_out, **head, dtype=torch.bfloat16, grad_tol=5e-3)
+    for name, value in plain.items():
+        assert torch.equal(value, changed[name]), name
+
+
+def test_slabs_of_the_vocabulary(monkeypatch):
+    """Several slabs give what one gives, up to the order of float32 sums."""
+    from covgrpo_kernels.engines import fused_gpu
+
+    head = policy(10, bias=True)
+    whole = run(head, torch.bfloat16, grad_tol=5e-3)
+    monkeypatch.setitem(fused_gpu.WORKSPACE_BYTES, "cuda", 1)
+    slabs = run(head, torch.bfloat16, grad_tol=5e-3)
+    for name, value in whole.items():
+        off = (value.double() - slabs[name]).abs().max()
+        assert off <= torch.finfo(torch.bfloat16).eps * value.abs().max(), name
+
+
+class _Counted(torch.utils._python_dispatch.TorchDispatchMode):
+    """Operators that would start a kernel on a GPU, and those that would wait for it."""
+
+    FREE = ("view", "as_strided", "select", "slice", "expand", "detach", "alias", "t", "transpose", "unsqueeze", "squeeze",
+            "permute", "split", "unbind", "empty", "set_", "promote_types", "to", "_to_copy", "resolve_conj", "resolve_neg", "new_empty", "empty_like", "_reshape_alias", "reshape")  # fmt: skip
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.launches, self.waits, self.in_kernel = [], [], False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        namespace, name = function._schema.name.split("::")
+        if namespace == "aten" and not self.in_kernel:
+            if name in self.WAITS:
+                self.waits.append(name)
+            elif name not in self.FREE:
+                self.launches.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("grad_tol", "limits"), [("auto", (4, 26)), (0.0, (4, 6 + 4))], ids=["default", "exact"])
+def test_launches_and_waits(grad_tol, limits, monkeypatch):
+    """Kernels are counted where the interpreter is entered, operators by a dispatch mode. On a CPU the products cast
+    their operands first, which is not counted. One slab of the vocabulary; without sparse rows it takes four launches."""
+    kernels_run, operators_run = [], _Counted()
+    original, tolist = interpreter.InterpretedFunction.__getitem__, torch.Tensor.tolist
+
+    def entered(self, grid):
+        def launch(*arguments, **options):
+            kernels_run.append(self.fn.__name__)
+            operators_run.in_kernel = True
+            try:
+                return original(self, grid)(*arguments, **options)
+            finally:
+                operators_run.in_kernel = False
+
+        return launch
+
+    def read(tensor):
+        operators_run.waits.append("tolist")
+        return tolist(tensor)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__getitem__", entered)
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
+
+    class Counting(engines.FusedGpu):  # a mode does not see into custom operators by itself
+        def forward(self, *a, **k):
+            with operators_run:
+                return super().forward(*a, **k)
+
+        def plan(self, *a, **k):
+            with operators_run:
+                return super().plan(*a, **k)
+
+        def backward(self, *a, **k):
+            with operators_run:
+                return super().backward(*a, **k)
+
+    head = rl_head(0, 256, 64, 2000)
+    hidden, weight = (head[n].bfloat16().requires_grad_() for n in ("hidden", "weight"))
+    counts, x = [], None
+    with engines.use(Counting(torch.bfloat16)):
+        for step in ("forward", "backward"):
+            kernels_run.clear()
+            operators_run.launches, operators_run.waits = [], []
+            if step == "forward":
+                x = linear_logprob(hidden, weight, head["targets"], grad_tol=grad_tol).logprob
+            else:
+                x.backward(head["logprob_grad"])
+            counts.append((len(kernels_run) + len(operators_run.launches), len(operators_run.waits)))
+    assert counts[0][0] <= limits[0], counts
+    assert counts[0][1] == 0
+    assert counts[1][0] <= limits[1], counts
+    assert counts[1][1] <= 1
