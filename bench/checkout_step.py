@@ -161,7 +161,8 @@ _WAITS = (
 # Operators that start no kernel, beside views: allocations, questions, and reads that are waits.
 _FREE = (
     "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "resize_", "set_", "result_type",
-    "_local_scalar_dense", "lift_fresh", "is_nonzero", "item", "detach_", "squeeze_", "unsqueeze_", "t_", "transpose_",
+    "_local_scalar_dense", "lift_fresh", "is_nonzero", "item",
+    "_unsafe_view", "detach_", "squeeze_", "unsqueeze_", "t_", "transpose_",
 )  # fmt: skip
 
 

@@ -91,18 +91,18 @@ class Ours(Contender):
 def certificates() -> Iterator[list[dict[str, Any]]]:
     """What ours said of what they left out, and how many rows they treat how: when this closes, one entry for each
     backward."""
-    plans: list[Any] = []
+    planned: list[operators.Planned] = []
     found: list[dict[str, Any]] = []
     make_plan = operators.plan
 
-    def spy(*arguments: Any, **options: Any) -> Any:
-        plans.append(make_plan(*arguments, **options))
-        return plans[-1]
+    def spy(*arguments: Any, **options: Any) -> operators.Planned:
+        planned.append(make_plan(*arguments, **options))
+        return planned[-1]
 
     with mock.patch.object(operators, "plan", spy):
         yield found
     # Not before: it waits for the device.
-    for plan in plans:
+    for plan, _ in planned:
         rows = {name: getattr(plan, name).double().mean().item() for name in ("dense", "sparse")}
         found.append(dict(error_bound=plan.error_bound.item(), rows=rows))
 
