@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     folders = checkouts.named(arguments.against)
     size = TOY if arguments.toy else SIZE
-    seconds = (5 if arguments.toy else 25) * arguments.turns * len(folders)
+    seconds = (8 if arguments.toy else 60) * arguments.turns * len(folders)
     print(f"{arguments.turns} processes for each of {len(folders)} checkouts: some {seconds} s", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.pt"

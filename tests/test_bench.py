@@ -456,7 +456,7 @@ def test_a_process_that_dies_is_an_error():
 
 @pytest.fixture(scope="module")
 def of_host(tmp_path_factory):
-    """The command at toy size; this checkout is the other one as well."""
+    """The command at toy size with the chunked engine, against this checkout as it is."""
     pytest.importorskip("triton")
     file = tmp_path_factory.mktemp("host") / "host.json"
     here = str(Path(__file__).parent.parent)
@@ -477,12 +477,15 @@ def test_the_host_is_measured(of_host):
             assert 0 < step[part]["seconds"] < 1
             assert step[part]["kernels"] > 0
             assert step[part]["operators"] > 0
-    # Metrics are operators on what is there; counts are those of the same code.
+    # Metrics are operators on what is there.
     loss, with_metrics = (made["now"]["steps"][name]["forward"] for name in ("covgrpo_loss", "covgrpo_loss, metrics"))
-    assert with_metrics["operators"] > loss["operators"] + 20
-    for name, step in made["before"]["steps"].items():
-        for part in ("forward", "backward"):
-            assert all(step[part][n] == made["now"]["steps"][name][part][n] for n in ("operators", "kernels", "waits"))
+    assert with_metrics["operators"] > loss["operators"] + 5
+    # The other engine is what a GPU would get.
+    chunked, fused = (made[name]["steps"]["linear_logprob"] for name in ("now", "before"))
+    assert fused["forward"]["waits"] == 0
+    for part in ("forward", "backward"):
+        launches = [engine[part]["operators"] + engine[part]["kernels"] for engine in (chunked, fused)]
+        assert launches[0] > 3 * launches[1]
     assert "covgrpo_loss, metrics, before" in output
     assert len(host.rows(made)) == 8
 
