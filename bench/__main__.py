@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from . import compiled, record, report, run, tune
+from . import against, compiled, host, record, report, run, tune, warm
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     run.add_arguments(parser)
     commands = parser.add_subparsers(dest="command")
-    for module in (record, report, compiled, tune):
+    for module in (record, report, against, host, compiled, tune, warm):
         name = module.__name__.rpartition(".")[2]
         assert module.__doc__ is not None
         module.add_arguments(commands.add_parser(name, help=module.__doc__.partition("\n\n")[0]))

@@ -18,6 +18,11 @@ Size = tuple[int, int, int]  # N, D, V
 HEADLINE: dict[str, Size] = {"cpu": (1024, 896, 151936), "cuda": (8192, 4096, 128256)}
 SMOKE: Size = (96, 48, 2500)
 
+# Where a step is short and its launches count, and where the head is shallow, so that the softmax counts beside the
+# products.
+SMALL: dict[str, Size] = {"cpu": (64, 896, 151936), "cuda": (2048, 2048, 151936)}
+SHALLOW: dict[str, Size] = {"cpu": (512, 256, 151936), "cuda": (16384, 896, 151936)}
+
 # Hidden size, vocabulary, softcap.
 HEADS: dict[str, tuple[int, int, float | None]] = {
     "Qwen2.5-0.5B": (896, 151936, None),
@@ -48,7 +53,7 @@ class Point:
         return 3 * 8 * v * d + 5 * 4 * n * v
 
     def problem(self, dtype: torch.dtype, device: torch.device) -> Problem:
-        return Problem.of(self.head(0, *self.size, **self.inputs), dtype, device, **self.options)
+        return Problem.of(self.head(0, *self.size, **self.inputs, device=device), dtype, device, **self.options)
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,8 @@ class Case:
 def _scaled(factor: float) -> Callable[..., dict[str, Any]]:
     """All logits nearly equal, or far apart."""
 
-    def head(*arguments: Any) -> dict[str, Any]:
-        like_rl = testing.rl_head(*arguments)
+    def head(*arguments: Any, **options: Any) -> dict[str, Any]:
+        like_rl = testing.rl_head(*arguments, **options)
         return like_rl | dict(hidden=like_rl["hidden"] * factor)
 
     return head
@@ -94,6 +99,8 @@ def all_cases(kind: str, smoke: bool = False) -> list[Case]:
         Case("headline", "forward and backward on RL-like inputs", [one("RL-like")], both_dtypes=True, memory=True),
         Case("forward", "log-probs alone", [Point("no gradient", headline, options=dict(backward=False))]),
         Case("frozen", "no gradient for the head", [Point("frozen head", headline, options=dict(frozen=True))]),
+        Case("small", "few tokens", [Point("RL-like", SMOKE if smoke else SMALL[kind])]),
+        Case("shallow", "a small hidden size", [Point("RL-like", SMOKE if smoke else SHALLOW[kind])]),
         Case("entropy", "with a gradient for entropies", [Point("entropy", headline, options=dict(entropy=True))]),
         Case(
             "advantage", "as more groups have no advantage",

@@ -13,7 +13,7 @@ import torch
 from covgrpo_kernels.testing import Results, check_draw, rms
 
 from .contenders import EAGER, Contender, certificates
-from .measure import Bare, Problem, can_measure_memory, errors, exact, peak_mib, rounding, step, warm
+from .measure import Bare, Problem, can_measure_memory, errors, exact, peak_mib, rounding, slow_products, step, warm
 
 # A peer's error may be this many times eager's; beyond that, and beyond what rounding explains, it is wrong.
 PEER_CLASS = 4
@@ -28,9 +28,11 @@ def compare(
     *,
     memory: Callable[[Contender], bool] = lambda contender: True,
     say: Callable[[str], None] = lambda text: None,
+    keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Raises AssertionError, naming the quantity, where ours is wrong: then there is no report at all. A peer that is
-    wrong, and what does not run, is listed with the reason and has no timing."""
+    wrong, and what does not run, is listed with the reason and has no timing. ``keep`` is given the report after each
+    turn, with what there is by then."""
     torch._dynamo.reset()  # or it stops compiling after a few shapes
     say("exact results in float64")
     truth = exact(problem)
@@ -41,7 +43,7 @@ def compare(
         size=problem.size,
         mean_entropy=truth["entropy"].sum().item() / max((problem.targets >= 0).sum().item(), 1),
         coefficients=(problem.logprob_grad != 0).double().mean().item(),  # share of the rows that have one
-        contenders={}, wrong={}, missing={},
+        slow_products=slow_products(problem), contenders={}, wrong={}, missing={},
     )  # fmt: skip
     running: list[Contender] = []
     for contender in contenders:
@@ -58,6 +60,7 @@ def compare(
             report["missing"][contender.name] = reason
 
     bare = Bare(problem)
+    report["bare"] = dict(forward=bare.forward, backward=bare.backward)
     for turn in range(repeats):
         bare.step()
         # So that nobody always follows the same neighbour.
@@ -94,7 +97,7 @@ def compare(
             report["contenders"][contender.name]["forward"].append(forward)
             report["contenders"][contender.name]["backward"].append(backward)
             del results
-    report["bare"] = dict(forward=bare.forward, backward=bare.backward)
+        keep(report)
     del truth, bare
 
     if can_measure_memory(problem.hidden.device):
@@ -209,6 +212,11 @@ def bare_step(point: dict[str, Any]) -> float:
 def noise(point: dict[str, Any]) -> list[str]:
     """What can't be told apart on this machine today."""
     found = []
+    if ratio := point.get("slow_products"):
+        found.append(
+            f"PyTorch's products in this dtype take {ratio:.1f} times as long as its float32 ones, since the processor "
+            'has no instructions for them: "of the limit", and the times of peers, tell of that first'
+        )
     for part, seconds in point["bare"].items():
         spread = (max(seconds) - min(seconds)) / statistics.median(seconds) if seconds else 0.0
         if spread > STEADY:

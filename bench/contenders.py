@@ -91,39 +91,20 @@ class Ours(Contender):
 def certificates() -> Iterator[list[dict[str, Any]]]:
     """What ours said of what they left out, and how many rows they treat how: when this closes, one entry for each
     backward."""
-    plans: list[Any] = []
+    planned: list[operators.Planned] = []
     found: list[dict[str, Any]] = []
     make_plan = operators.plan
 
-    def spy(*arguments: Any, **options: Any) -> Any:
-        plans.append(make_plan(*arguments, **options))
-        return plans[-1]
+    def spy(*arguments: Any, **options: Any) -> operators.Planned:
+        planned.append(make_plan(*arguments, **options))
+        return planned[-1]
 
     with mock.patch.object(operators, "plan", spy):
         yield found
     # Not before: it waits for the device.
-    for plan in plans:
+    for plan, _ in planned:
         rows = {name: getattr(plan, name).double().mean().item() for name in ("dense", "sparse")}
         found.append(dict(error_bound=plan.error_bound.item(), rows=rows))
-
-
-class SingleKernel(Contender):
-    """The forward that writes no logits tile; it has no backward."""
-
-    name = "ours (single kernel)"
-    ours = softcap = True
-
-    def why_not(self, problem: Problem) -> str | None:
-        triton = kernels._usable("triton", problem.hidden.device)
-        if isinstance(triton, str):
-            return triton
-        return "has no backward" if problem.backward else None
-
-    def forward(self, hidden: Tensor, weight: Tensor, problem: Problem) -> Outputs:
-        from covgrpo_kernels.kernels.triton.forward import forward
-
-        settings: dict[str, Any] = dict(scale=1.0, softcap=problem.softcap, entropy=False)
-        return Outputs(forward(hidden, weight, None, problem.labels, None, **settings)[0][0])
 
 
 # ----------------------------------------------------------------------------------------------------------- peers
@@ -229,16 +210,19 @@ class Verl(Contender):
 
 
 class VerlTriton(Contender):
+    """`linear_cross_entropy`, verl's Triton kernel."""
+
     name = "verl (Triton)"
     entropy = True
 
     def why_not(self, problem: Problem) -> str | None:
         return "needs a GPU" if problem.hidden.device.type != "cuda" else super().why_not(problem)
 
+    def around(self) -> AbstractContextManager[Any]:
+        return _verl_kernels()
+
     def forward(self, hidden: Tensor, weight: Tensor, problem: Problem) -> Outputs:
-        with _verl_device():
-            verl_module("utils/kernel/kernels")
-            function = verl_module("utils/kernel/linear_cross_entropy").linear_cross_entropy
+        function = verl_module("utils/kernel/linear_cross_entropy").linear_cross_entropy
         return Outputs(*function(hidden, weight, problem.labels, 1.0, "none", None))
 
 
@@ -260,8 +244,10 @@ def verl_module(path: str) -> Any:
 
 
 @contextmanager
-def _verl_device() -> Iterator[None]:
-    """What its kernels ask of the package: which device there is. Its relative imports find the other file."""
+def _verl_kernels() -> Iterator[None]:
+    """Its forward and its backward import the file of kernels from the package, and that one asks the package which
+    device there is. The package itself can't be imported without ray: while this is open, modules with these two files
+    alone stand in its place."""
     device = types.ModuleType("verl.utils.device")
     device.is_cuda_available = True  # type: ignore[attr-defined]
     device.get_device_name = lambda: "cuda"  # type: ignore[attr-defined]
@@ -271,6 +257,9 @@ def _verl_device() -> Iterator[None]:
     for package in packages.values():
         package.__path__ = []
     with mock.patch.dict(sys.modules, packages | {"verl.utils.device": device}):
+        kernels = verl_module("utils/kernel/kernels")
+        sys.modules["verl.utils.kernel.kernels"] = kernels
+        packages["verl.utils.kernel"].kernels = kernels  # type: ignore[attr-defined]
         yield
 
 
@@ -296,8 +285,7 @@ EAGER = Eager()
 CONTENDERS: list[Contender] = [
     Ours(),
     Ours("ours (exact)", grad_tol=0.0),
-    Ours("ours (eager tiles)", backend="eager"),
-    SingleKernel(),
+    Ours("ours (PyTorch kernels)", backend="eager"),
     EAGER,
     CompiledEager(),
     TRL(),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -148,6 +149,28 @@ class Bare:
             self.backward.append(timed(products, device)[0])
 
 
+def product_seconds(problem: Problem, dtype: torch.dtype) -> float:
+    """Of the products of a step, forward and both gradients, on a cut-out of the problem's operands that takes no time:
+    the smaller of two."""
+    hidden, weight = (x[:rows].to(dtype) for x, rows in ((problem.hidden, 256), (problem.weight, 4096)))
+    logits = hidden @ weight.t()
+
+    def products() -> Any:
+        return torch.mm(hidden, weight.t(), out=logits), logits @ weight, logits.t() @ hidden
+
+    return min(timed(products, hidden.device)[0] for _ in range(2))
+
+
+def slow_products(problem: Problem) -> float | None:
+    """How many times as long as float32's the products take in the problem's dtype, on a processor that has no
+    instructions for it. None where they are faster, as they should be."""
+    dtype = problem.hidden.dtype
+    if problem.hidden.device.type != "cpu" or dtype.itemsize >= 4:
+        return None
+    ratio = product_seconds(problem, dtype) / product_seconds(problem, torch.float32)
+    return ratio if ratio > 1 else None
+
+
 # ----------------------------------------------------------------------------------------------------- numbers
 
 
@@ -257,6 +280,32 @@ def _peak_in_this_process(contender: Contender, path: str, value: Any) -> None:
     value.value = (_resident_kib("VmHWM:") - before) / 1024 - _gradient_bytes(results) / 2**20
 
 
+# ------------------------------------------------------------------------------------------------ the GPU's profile
+
+
+def gpu_profile(contender: Contender, problem: Problem) -> tuple[dict[str, float], str]:
+    """A step's kernels and copies, how long the GPU was busy with them and how long it took from the first to the last,
+    in seconds; and a table of them by name."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    warm(contender, problem)
+    step(contender, problem)
+    on_gpu = problem.hidden.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities) as result:
+        step(contender, problem)
+    spans = sorted((e.time_range.start, e.time_range.end) for e in result.events() if e.device_type == DeviceType.CUDA)
+    busy, last = 0.0, -math.inf
+    for begin, end in spans:  # those of several streams may overlap
+        busy += max(0.0, end - max(begin, last))
+        last = max(last, end)
+    whole = last - spans[0][0] if spans else 0.0
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    table = result.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=60)
+    return dict(kernels=len(spans), busy=busy / 1e6, whole=whole / 1e6), table
+
+
 # ------------------------------------------------------------------------------------- where, and files of results
 
 PEERS = ("trl", "liger-kernel", "verl", "cut-cross-entropy")
@@ -266,11 +315,11 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Where and with what a measurement was made."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     where: dict[str, Any] = dict(torch=torch.__version__, python=platform.python_version())
-    where |= dict(commit=commit.stdout.strip(), peers={name: _version(name) for name in PEERS})
+    where |= dict(commit=commit.stdout.strip(), peers={name: version(name) for name in PEERS})
     if device is None or device.type != "cuda":
         backend = kernels.describe(torch.device("cpu"))
         capability = torch.backends.cpu.get_cpu_capability()
-        cpu = dict(cpu=_cpu_model(), threads=torch.get_num_threads(), cpu_capability=capability)
+        cpu = dict(cpu=cpu_model(), threads=torch.get_num_threads(), cpu_capability=capability)
         return where | cpu | dict(backend=backend)
     import triton
 
@@ -281,14 +330,14 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     about = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)", about.read_text(), re.M) if about.exists() else []
     return names[0] if names else platform.processor()

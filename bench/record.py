@@ -88,6 +88,6 @@ def save(recording: dict[str, Any], path: Path) -> None:
     write_atomically(path, lambda file: torch.save(whole, file))
 
 
-def load(path: Path, *_: Any) -> dict[str, Any]:
-    """A recording, in the form of the generators of `covgrpo_kernels.testing`, whose arguments it ignores."""
-    return torch.load(path, weights_only=True)
+def load(path: Path, *_: Any, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """A recording, in the form of the generators of `covgrpo_kernels.testing`, whose sizes it ignores."""
+    return torch.load(path, weights_only=True, map_location=device)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from . import host
 from .cases import all_cases
 from .compare import Line, bare_step, lines, noise
 
@@ -29,10 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(_: argparse.Namespace) -> None:
-    reports = read(RESULTS)
-    for path in plot(reports, RESULTS):
+    for path in plot(read(RESULTS), RESULTS):
         print(path)
-    for document, figures in documents(reports).items():
+    for document, figures in documents(RESULTS).items():
         document.write_text(updated(document.read_text(), figures))
         print(document)
 
@@ -47,9 +47,18 @@ def read(folder: Path) -> list[Report]:
     )
 
 
-def documents(reports: list[Report]) -> dict[Path, str]:
-    """The figures of each."""
-    return {ROOT / "README.md": summary(reports), ROOT / "bench" / "README.md": everything(reports)}
+def documents(folder: Path) -> dict[Path, str]:
+    """The figures of each, from a folder of results."""
+    reports, of_host = read(folder), folder / host.RESULT.name
+    parts = [everything(reports)]
+    if of_host.exists():
+        parts.append(_host(json.loads(of_host.read_text())))
+    return {ROOT / "README.md": summary(reports), ROOT / "bench" / "README.md": "\n\n".join(parts)}
+
+
+def _host(report: Report) -> str:
+    command = "python -m bench host" + (" --against FOLDER" if "before" in report else "")
+    return f"### host\n\n`{command}`. {host.describe(report)}.\n\n{table(host.HEADER, host.rows(report))}"
 
 
 def updated(text: str, figures: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from rich.table import Table
 from .cases import Case, Point, all_cases
 from .compare import compare, lines, noise
 from .contenders import CONTENDERS, Contender
-from .measure import environment, free_bytes, step, write_json
+from .measure import Problem, environment, free_bytes, gpu_profile, timed, write_json
 from .record import load
 from .report import HEADER, RESULTS, cells, certificate
 
@@ -33,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="toy sizes, one turn; nothing is written unless --out is given"
     )
-    parser.add_argument("--profile", action="store_true", help="print where a step of ours spends the device's time")
+    parser.add_argument(
+        "--profile", action="store_true", help="print, and write as text, where steps of ours spend time"
+    )
     parser.add_argument(
         "--out", type=Path, help=f"folder of the results; default: {RESULTS.parent.name}/{RESULTS.name}"
     )
@@ -43,24 +47,88 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     device = torch.device(arguments.device)
-    for case in _cases(arguments, device.type):
+    cases = _cases(arguments, device.type)
+    if not arguments.smoke:
+        console.print(f"this takes some {_minutes(_expected_seconds(cases, arguments, device))}")
+    for case in cases:
         for dtype in _dtypes(arguments, case, device.type):
-            report: dict[str, Any] = dict(
-                case=case.name, what=case.what, dtype=dtype, device=device.type,
-                environment=environment(device), points=[],
-            )  # fmt: skip
+            _run_case(case, dtype, device, arguments, console)
+
+
+def _run_case(case: Case, dtype: str, device: torch.device, arguments: argparse.Namespace, console: Console) -> None:
+    report: dict[str, Any] = dict(
+        case=case.name, what=case.what, dtype=dtype, device=device.type, environment=environment(device), points=[]
+    )
+    files = _Files(report, _out(arguments))
+    for point in case.points:
+        free = free_bytes(device)
+        if free is not None and free < point.needed_bytes:
+            gib = f"{point.needed_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+            console.print(f"{case.name}, {point.label}: left out, since it needs {gib}")
+            continue
+        try:
+            made = _measure(point, case, getattr(torch, dtype), device, arguments, console, files.keep)
+        except AssertionError:
+            files.drop()
+            raise
+        files.add(made)
+        _show(console, report, made)
+
+
+def _out(arguments: argparse.Namespace) -> Path | None:
+    return arguments.out or (None if arguments.smoke else RESULTS)
+
+
+class _Files:
+    """Where a report goes, if there is a folder: one file of whole points, and while a point is measured another one
+    with what there is by then, which stays if the run is cut off."""
+
+    def __init__(self, report: dict[str, Any], folder: Path | None) -> None:
+        self.report = report
+        name = f"{report['device']}_{report['case']}_{report['dtype']}"
+        self._whole, self._unfinished = (folder and folder / f"{name}{suffix}" for suffix in (".json", ".unfinished"))
+
+    def keep(self, point: dict[str, Any]) -> None:
+        if self._unfinished:
+            write_json(self._unfinished, self.report | dict(points=[*self.report["points"], point]))
+
+    def add(self, point: dict[str, Any]) -> None:
+        self.report["points"].append(point)
+        if self._whole:
+            write_json(self._whole, self.report)
+        self.drop()
+
+    def drop(self) -> None:
+        if self._unfinished:
+            self._unfinished.unlink(missing_ok=True)
+
+
+# What a step of a contender takes, in bare forward products of the same size, and what else takes time: a process that
+# measures memory on a CPU, and compilers. Medians of the results that are committed.
+STEP_UNITS, PROCESS_SECONDS, COMPILE_SECONDS = 6, 7, 15
+
+
+def _expected_seconds(cases: list[Case], arguments: argparse.Namespace, device: torch.device) -> float:
+    """From the speed of a product now."""
+    total = 0.0
+    for case in cases:
+        for dtype in (getattr(torch, name) for name in _dtypes(arguments, case, device.type)):
+            field = _contenders(arguments, case, dtype)
+            in_process = device.type == "cpu" and case.memory
             for point in case.points:
-                free = free_bytes(device)
-                if free is not None and free < point.needed_bytes:
-                    gib = f"{point.needed_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
-                    console.print(f"{case.name}, {point.label}: left out, since it needs {gib}")
-                    continue
-                made = _measure(point, case, getattr(torch, dtype), device, arguments, console)
-                report["points"].append(dict(label=point.label) | made)
-                _show(console, report, report["points"][-1])
-                out = arguments.out or (None if arguments.smoke else RESULTS)
-                if out is not None:
-                    write_json(out / f"{device.type}_{case.name}_{dtype}.json", report)
+                n, d, v = point.size
+                hidden, weight = (torch.ones(rows, max(d, 1), dtype=dtype, device=device) for rows in (256, 4096))
+                product = min(timed(partial(torch.mm, hidden, weight.t()), device)[0] for _ in range(3))
+                unit = product * (n / len(hidden)) * (v / len(weight))
+                # The inputs and the exact results take as much as a contender or two.
+                total += STEP_UNITS * unit * (len(field) * (arguments.repeats + in_process) + 2)
+                total += PROCESS_SECONDS * len(field) * in_process
+                total += COMPILE_SECONDS * sum(device.type == "cuda" or c.compiles for c in field)
+    return total
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
 def _cases(arguments: argparse.Namespace, kind: str) -> list[Case]:
@@ -100,8 +168,9 @@ def _contenders(arguments: argparse.Namespace, case: Case, dtype: torch.dtype) -
 
 
 def _measure(
-    point: Point, case: Case, dtype: torch.dtype, device: torch.device, arguments: argparse.Namespace, console: Console
-) -> dict[str, Any]:
+    point: Point, case: Case, dtype: torch.dtype, device: torch.device, arguments: argparse.Namespace, console: Console,
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:  # fmt: skip
     start = time.monotonic()
     problem = point.problem(dtype, device)
     contenders = _contenders(arguments, case, dtype)
@@ -116,21 +185,32 @@ def _measure(
         if not (console.is_terminal or arguments.smoke):
             print(f"{time.monotonic() - start:6.1f} s {text}", file=sys.stderr, flush=True)
 
+    def whole(made: dict[str, Any]) -> dict[str, Any]:
+        return dict(label=point.label) | made | dict(seconds=time.monotonic() - start)
+
+    repeats = 1 if arguments.smoke else arguments.repeats
     with console.status("inputs") as status:
-        made = compare(problem, contenders, 1 if arguments.smoke else arguments.repeats, memory=memory, say=say)
+        made = compare(problem, contenders, repeats, memory=memory, say=say, keep=lambda made: keep(whole(made)))
     if arguments.profile:
-        _profile(contenders[0], problem)
-    return made | dict(seconds=time.monotonic() - start)
+        made["profiles"] = _profile([c for c in contenders if c.ours], problem, case, arguments)
+    return whole(made)
 
 
-def _profile(contender: Contender, problem: Any) -> None:
-    from torch.profiler import ProfilerActivity, profile
-
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with profile(activities=kinds) as result:
-        step(contender, problem)
-    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    print(result.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
+def _profile(
+    contenders: list[Contender], problem: Problem, case: Case, arguments: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Of each; the tables are written as text beside the results."""
+    profiles = {}
+    for contender in contenders:
+        profiles[contender.name], table = gpu_profile(contender, problem)
+        about = "{kernels} kernels, the GPU busy for {busy:.4f} s of {whole:.4f}".format(**profiles[contender.name])
+        if problem.hidden.device.type == "cpu":
+            about = "on a CPU"
+        print(f"{contender.name}: {about}\n{table}")
+        if (out := _out(arguments)) is not None:
+            name = re.sub(r"\W+", "-", contender.name).strip("-")
+            (out / f"{problem.hidden.device.type}_{case.name}_{name}.txt").write_text(f"{about}\n{table}")
+    return profiles
 
 
 def _show(console: Console, report: dict[str, Any], point: dict[str, Any]) -> None:

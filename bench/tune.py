@@ -1,4 +1,4 @@
-"""Which cut of the kernels and which tile shape are fastest on the device at hand; prints, and changes no setting."""
+"""Which cuts of the kernels, and which tile of the chunked engine, are fastest here; prints, and changes no setting."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ from covgrpo_kernels.testing import policy_head
 from .contenders import Ours
 from .measure import Problem, environment, step, timed, write_json
 
-SIZES = [dict(tokens=8192, depth=4096, vocab=131072), dict(tokens=16384, depth=896, vocab=151936)]
+SIZES = [dict(tokens=8192, depth=4096, vocab=128256), dict(tokens=16384, depth=896, vocab=151936)]
 TOY = [dict(tokens=48, depth=32, vocab=2100)]
+# (rows, vocabulary ids, hidden sizes at a time, warps, stages) of the forward's products.
+CUTS = [
+    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (256, 128, 64, 8, 4)
+]  # fmt: skip
 SHAPES = [(rows, columns) for rows in (1024, 2048, 4096, 8192) for columns in (1024, 2048, 4096, 8192)]
 
 
@@ -77,12 +81,32 @@ def tune_kernels(device: torch.device, shape: tuple[int, int], repeats: int) -> 
             )
 
 
+def tune_forward(device: torch.device, size: dict[str, int], repeats: int) -> Iterator[dict[str, Any]]:
+    """Of the fused engine: the time of its forward, with what it leaves for a backward."""
+    from covgrpo_kernels.kernels.triton.configs import FORWARD, architecture, forward_blocks
+
+    name, dtype = architecture(device), torch.bfloat16
+    problem, ours = Problem.of(policy_head(0, **size), dtype, device), Ours()
+    current = forward_blocks(name, dtype.itemsize, size["depth"])
+    keys = ("B_R", "B_V", "B_D", "num_warps", "num_stages")
+    cuts = [current | dict(zip(keys, cut, strict=True)) for cut in CUTS] if device.type == "cuda" else []
+    for cut in [current, *(cut for cut in cuts if cut != current)]:
+        with mock.patch.dict(FORWARD, {name: FORWARD[name] | {dtype.itemsize: {0: cut}}}):
+            try:
+                step(ours, problem)  # compiles
+            except Exception as error:  # a cut that does not fit the device
+                print(f"{cut}: {type(error).__name__}: {error}".splitlines()[0])
+                continue
+            forward = statistics.median(step(ours, problem).forward for _ in range(repeats))
+        yield dict(size=size, cut=cut, current=cut == current, forward=forward)
+
+
 def tune_tiles(device: torch.device, size: dict[str, int], repeats: int) -> Iterator[dict[str, Any]]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     problem, ours = Problem.of(policy_head(0, **size), dtype, device), Ours(grad_tol=0.0)
     current = largest_tile(size["depth"], device)
     for shape in dict.fromkeys([current, *SHAPES]):
-        with engines.use(shape):
+        with engines.use(engines.Chunked(kernels.select(device), shape)):
             step(ours, problem)  # compiles
             turns = [step(ours, problem) for _ in range(repeats)]
         forward, backward = ([getattr(turn, part) for turn in turns] for part in ("forward", "backward"))
@@ -94,7 +118,7 @@ def tune_tiles(device: torch.device, size: dict[str, int], repeats: int) -> Iter
 
 def run(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
-    report: dict[str, Any] = dict(environment=environment(device), kernels=[], tiles=[])
+    report: dict[str, Any] = dict(environment=environment(device), kernels=[], forward=[], tiles=[])
     shape = (32, 2 * VOCAB_BLOCK) if arguments.toy else largest_tile(4096, device)
 
     def keep(kind: str, results: Iterator[dict[str, Any]], cells: Callable[[dict[str, Any]], str]) -> None:
@@ -109,6 +133,11 @@ def run(arguments: argparse.Namespace) -> None:
         lambda r: f"{r['kernel']} {r['config']}: {r['seconds'] * 1e6:.1f} us, {r['gb_per_s']:.0f} GB/s",
     )  # fmt: skip
     for size in TOY if arguments.toy else SIZES:
+        if isinstance(engines.select(device, torch.bfloat16), engines.FusedGpu):
+            keep(
+                "forward", tune_forward(device, size, arguments.repeats),
+                lambda r: f"{r['size']} cut {r['cut']}: {r['forward'] * 1e3:.2f} ms",
+            )  # fmt: skip
         keep(
             "tiles", tune_tiles(device, size, arguments.repeats),
             lambda r: f"{r['size']} tile {r['shape']}: {r['forward'] * 1e3:.2f} + {r['backward'] * 1e3:.2f} ms",

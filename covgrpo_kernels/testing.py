@@ -213,6 +213,7 @@ def rl_head(
     mean_entropy: float = 0.2,
     zero_advantage: float = 0.3,
     padding: float = 0.1,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """A step of GRPO on a reasoning policy, as its head sees it. All float32 but the integers.
 
@@ -223,10 +224,12 @@ def rl_head(
     in the share ``zero_advantage`` of the groups all rewards are equal. The share ``padding`` of the tokens is padding:
     target -100, hidden states like any. Old log-probs are of a slightly older policy, so that some tokens are clipped.
 
+    Everything is made on ``device``: other numbers on a GPU than on a CPU, from the same distribution.
+
     Returns hidden [N, D], weight [V, D], targets, advantages, old_logprobs, group_ids, sequence_ids [N], and the
     coefficients logprob_grad and entropy_grad [N] of CW-GRPO's loss with an entropy bonus of 1e-3.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
     hidden, weight = _policy_states(g, tokens, depth, vocab, mean_entropy)
     targets, logprobs, entropies = _sample(g, hidden, weight)
     return dict(hidden=hidden, weight=weight, **_grpo_step(g, targets, logprobs, entropies, zero_advantage, padding))
@@ -235,27 +238,28 @@ def rl_head(
 def _policy_states(
     g: torch.Generator, tokens: int, depth: int, vocab: int, mean_entropy: float
 ) -> tuple[Tensor, Tensor]:  # [N, D], [V, D]
-    """Hidden states and embeddings of `rl_head`."""
+    """Hidden states and embeddings of `rl_head`, on the generator's device."""
+    device = g.device
 
     def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(tokens, generator=g)
+        return low + (high - low) * torch.rand(tokens, generator=g, device=device)
 
     # Embeddings: one part of their own, one in common, one along which the prior lies; the size is that of real heads.
     size, log_vocab = 0.02, math.log(max(vocab, 2))
-    common, along = torch.randn(2, depth, generator=g)
-    prior = -torch.arange(1, vocab + 1, dtype=torch.float32).log()
+    common, along = torch.randn(2, depth, generator=g, device=device)
+    prior = -torch.arange(1, vocab + 1, dtype=torch.float32, device=device).log()
     shared = 0.5 * common + (prior / (2 * log_vocab)).unsqueeze(1) * along
-    weight = torch.randn(vocab, depth, generator=g).add_(shared).mul_(size)
-    noise = torch.randn(tokens, depth, generator=g) * (1.5 / (size * math.sqrt(depth)))
+    weight = torch.randn(vocab, depth, generator=g, device=device).add_(shared).mul_(size)
+    noise = torch.randn(tokens, depth, generator=g, device=device) * (1.5 / (size * math.sqrt(depth)))
     to_prior = along * (2 * log_vocab / (size * along.square().sum()))
 
     # Candidates from the prior, each once, gaps between their logits, and how far the best is above the tail.
-    is_fork = torch.rand(tokens, generator=g) < max(0.2, mean_entropy / 1.6)
+    is_fork = torch.rand(tokens, generator=g, device=device) < max(0.2, mean_entropy / 1.6)
     frequency = prior.exp().cumsum(0)
-    draws = torch.rand(tokens, 12, generator=g) * frequency[-1]
+    draws = torch.rand(tokens, 12, generator=g, device=device) * frequency[-1]
     candidates = torch.searchsorted(frequency, draws).clamp(max=vocab - 1)
     again = (candidates.unsqueeze(2) == candidates.unsqueeze(1)).tril(-1).any(2)
-    steps = torch.empty(tokens, 12).exponential_(generator=g)
+    steps = torch.empty(tokens, 12, device=device).exponential_(generator=g)
     steps[:, 0] = 0
     sure_gap = uniform(4, 14).unsqueeze(1) * (steps > 0)
     margin = torch.where(is_fork, uniform(4, 9), uniform(7, 14)).unsqueeze(1)
@@ -287,10 +291,10 @@ def _policy_states(
 def _sample(
     g: torch.Generator, hidden: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N] targets, log-probs, entropies
-    tokens = len(hidden)
-    targets = torch.zeros(tokens, dtype=torch.int64)
-    logprobs, entropies = torch.zeros(2, tokens)
-    for block in torch.arange(tokens).split(128):
+    tokens, device = len(hidden), hidden.device
+    targets = torch.zeros(tokens, dtype=torch.int64, device=device)
+    logprobs, entropies = torch.zeros(2, tokens, device=device)
+    for block in torch.arange(tokens, device=device).split(128):
         log_p = (hidden[block] @ weight.T).log_softmax(1)
         p = log_p.exp()
         targets[block] = torch.multinomial(p, 1, generator=g).squeeze(1)
@@ -308,18 +312,20 @@ def _grpo_step(
     padding: float,
 ) -> dict[str, Tensor]:
     """Groups, masked targets, advantages, old log-probs, and the coefficients of the loss."""
-    tokens = len(targets)
-    sequence = torch.arange(tokens) * 64 // max(tokens, 1)
+    tokens, device = len(targets), targets.device
+    sequence = torch.arange(tokens, device=device) * 64 // max(tokens, 1)
     group = sequence // 4
-    place = torch.arange(tokens) - torch.searchsorted(sequence, sequence)
+    place = torch.arange(tokens, device=device) - torch.searchsorted(sequence, sequence)
     length = torch.bincount(sequence, minlength=64)[sequence]
-    valid = place < length * (1 - padding * 2 * torch.rand(64, generator=g)[sequence])
-    rewards = torch.stack([torch.randperm(4, generator=g) < n for n in torch.randint(1, 4, (16,), generator=g)]).float()
+    valid = place < length * (1 - padding * 2 * torch.rand(64, generator=g, device=device)[sequence])
+    right = torch.randint(1, 4, (16,), generator=g, device=device)
+    orders = (torch.randperm(4, generator=g, device=device) for _ in right)
+    rewards = torch.stack([order < n for order, n in zip(orders, right, strict=True)]).float()
     advantages = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)
-    advantages[torch.randperm(16, generator=g)[: round(16 * zero_advantage)]] = 0
+    advantages[torch.randperm(16, generator=g, device=device)[: round(16 * zero_advantage)]] = 0
     advantages = advantages.flatten()[sequence]
     targets = targets.where(valid, IGNORE_INDEX)
-    old = logprobs - 0.15 * entropies.sqrt() * torch.randn(tokens, generator=g)
+    old = logprobs - 0.15 * entropies.sqrt() * torch.randn(tokens, generator=g, device=device)
     flat = flatten_tokens(
         targets, advantages, valid, dtype=torch.float32, group_ids=group, group_size=None, sequence_ids=sequence
     )

@@ -1,20 +1,23 @@
 """The benchmark: it sees what is slow and what is wrong, and writes whole files."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from bench import compare, contenders, measure, record, report, run
+from bench import cases, checkout_step, checkouts, compare, contenders, host, measure, record, report, run, warm
 from bench.contenders import EAGER, Eager, Ours
 from bench.measure import Problem
-from covgrpo_kernels import reference
+from covgrpo_kernels import reference, testing
 from covgrpo_kernels.testing import policy_head, rms, run_logprob
 
 CPU = torch.device("cpu")
@@ -174,6 +177,41 @@ class Tires(Eager):
         return super().forward(hidden, weight if self.steps < 3 else 1.01 * weight, problem)
 
 
+def test_a_refused_run_leaves_no_file(monkeypatch, tmp_path):
+    """Although what the turns before had measured was kept."""
+
+    class TiresOfOurs(Tires):
+        ours = True
+
+    monkeypatch.setattr(run, "CONTENDERS", [TiresOfOurs()])
+    kept = []
+    write = run.write_json
+    monkeypatch.setattr(run, "write_json", lambda path, value: kept.append(path.name) or write(path, value))
+    size = ("--size", "64,32,1100", "--device", "cpu", "--dtype", "float32", "--repeats", "3")
+    with pytest.raises(AssertionError, match="tires is wrong"):
+        run.run(arguments(*size, "--out", str(tmp_path)))
+    assert kept == ["cpu_custom_float32.unfinished"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_measured(monkeypatch, tmp_path):
+    class CutOff(Tires):
+        def forward(self, hidden, weight, problem):
+            if self.steps == 3:
+                raise KeyboardInterrupt
+            return super().forward(hidden, weight, problem)
+
+    monkeypatch.setattr(run, "CONTENDERS", [Ours(), CutOff()])
+    size = ("--size", "64,32,1100", "--device", "cpu", "--dtype", "float32", "--repeats", "4")
+    with pytest.raises(KeyboardInterrupt):
+        run.run(arguments(*size, "--out", str(tmp_path)))
+    [file] = tmp_path.iterdir()
+    assert file.name == "cpu_custom_float32.unfinished"
+    [point] = json.loads(file.read_text())["points"]
+    assert len(point["contenders"]["ours"]["forward"]) == 2
+    assert compare.lines(point)[0].name in ("ours", "tires")
+
+
 def test_later_turns_are_checked_too():
     """Their times count as much."""
     point = measured(Ours(), Tires(), repeats=2)
@@ -265,6 +303,70 @@ def test_verl_is_not_imported(monkeypatch):
     assert "pip install --no-deps verl" in measured(contenders.Verl())["missing"]["verl"]
 
 
+def test_the_triton_kernels_of_verl_need_no_ray(monkeypatch):
+    """They import their other file in the forward and in the backward, and that one asks the package for the device."""
+    pytest.importorskip("triton")
+    if not has_verl():
+        pytest.skip("verl is not installed")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "verl", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(torch.cuda.nvtx, "range", lambda text: contextlib.nullcontext())
+    contenders.verl_module.cache_clear()
+    contender = contenders.VerlTriton()
+    monkeypatch.setattr(contender, "why_not", lambda problem: None)
+    called = []
+
+    def forward(hidden, weight, labels, *rest):
+        called.append("forward")
+        logprob, entropy = measure.eager_logprob(hidden, weight, labels, entropy=True)
+        return logprob, entropy, hidden, hidden, hidden
+
+    def backward(dlogprobs, dentropy, hidden, weight, *rest):
+        called.append("backward")
+        return torch.zeros_like(hidden), torch.zeros_like(weight)
+
+    with contender.around():
+        module = contenders.verl_module("utils/kernel/kernels")
+    monkeypatch.setattr(module, "efficient_entropy_forward", forward)
+    monkeypatch.setattr(module, "efficient_entropy_backward", backward)
+    measure.step(contender, toy())
+    contenders.verl_module.cache_clear()
+    assert called == ["forward", "backward"]
+
+
+def has_verl():
+    try:
+        return contenders.importlib.metadata.distribution("verl") is not None
+    except contenders.importlib.metadata.PackageNotFoundError:
+        return False
+
+
+class SaysWhere(TorchFunctionMode):
+    """Refuses to make a tensor without being told on which device."""
+
+    FACTORIES = (torch.arange, torch.empty, torch.rand, torch.randint, torch.randn, torch.randperm, torch.zeros)
+    made = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self.FACTORIES:
+            assert "device" in kwargs, f"{function.__name__} is not told on which device"
+            self.made += 1
+        return function(*args, **kwargs)
+
+
+def test_inputs_are_made_where_they_are_used(monkeypatch):
+    """Point -> generator of the inputs -> generator of random numbers, whose device everything is made on."""
+    given, create = [], torch.Generator
+    monkeypatch.setattr(testing.torch, "Generator", lambda device: given.append(device) or create(device))
+    [point] = next(case for case in cases.all_cases("cuda", smoke=True) if case.name == "small").points
+    with SaysWhere() as mode:
+        point.problem(torch.bfloat16, CPU)
+    assert given == [CPU]
+    assert mode.made > 15
+
+
 @pytest.mark.parametrize("options", [{}, dict(softcap=3.0, entropy=True)], ids=["plain", "all"])
 def test_the_oracle_is_the_reference(options):
     """A block of rows at a time, with a last block that is not full, is the whole batch in float64."""
@@ -276,6 +378,46 @@ def test_the_oracle_is_the_reference(options):
     whole = run_logprob(reference.linear_logprob, **inputs, dtype=torch.float64, softcap=problem.softcap)
     for name, value in measure.exact(problem, rows=7).items():
         assert rms(value - whole[name]) <= 64 * torch.finfo(torch.float64).eps * rms(whole[name]), name
+
+
+def test_slow_products_are_said_to_be_slow(monkeypatch):
+    """As on a processor that has no instructions for bfloat16, where a step may take a fraction of "the limit"."""
+    seconds = {torch.bfloat16: 0.5, torch.float32: 0.1}
+    monkeypatch.setattr(measure, "product_seconds", lambda problem, dtype: seconds[dtype])
+    assert measure.slow_products(toy()) is None
+    point = measured(EAGER, problem=toy(torch.bfloat16))
+    assert any("5.0 times as long as its float32 ones" in warning for warning in compare.noise(point))
+    seconds[torch.float32] = 1.0
+    point = measured(EAGER, problem=toy(torch.bfloat16))
+    assert not any("float32" in warning for warning in compare.noise(point))
+
+
+def test_products_are_timed_in_the_dtype(clock, monkeypatch):
+    mm, cost = torch.mm, {torch.bfloat16: 3.0, torch.float32: 1.0}
+
+    def slow(a, b, **options):
+        clock.now += cost[a.dtype]
+        return mm(a, b, **options)
+
+    monkeypatch.setattr(torch, "mm", slow)
+    assert measure.slow_products(toy(torch.bfloat16)) == pytest.approx(3, rel=0.01)
+
+
+def test_it_says_how_long_it_takes(monkeypatch, tmp_path, capsys):
+    """Before anything is measured. Twice the turns take about twice the time."""
+
+    def refuse(*_):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(run, "_measure", refuse)
+    monkeypatch.setattr(run, "timed", lambda function, device: (1e-2, None))
+    expected = []
+    for turns in ("10", "20"):
+        with pytest.raises(AssertionError, match="measured"):
+            run.run(arguments("--size", "1024,64,8192", "--dtype", "bfloat16", "--repeats", turns, "--device", "cpu"))
+        [said] = re.findall(r"this takes some (\d+) (?:s|minutes)", capsys.readouterr().out)
+        expected.append(int(said))
+    assert 1.3 < expected[1] / expected[0] < 2
 
 
 # --------------------------------------------------------------------------------------------------------- memory
@@ -307,6 +449,157 @@ class Dies(Eager):
 def test_a_process_that_dies_is_an_error():
     with pytest.raises(RuntimeError, match="dies failed with exit status 3"):
         measure.peak_mib(Dies(), toy())
+
+
+# ------------------------------------------------------------------------------------------------ the host, compilers
+
+
+@pytest.fixture(scope="module")
+def of_host(tmp_path_factory):
+    """The command at toy size with the chunked engine, against this checkout as it is."""
+    pytest.importorskip("triton")
+    file = tmp_path_factory.mktemp("host") / "host.json"
+    here = str(Path(__file__).parent.parent)
+    words = ["--toy", "--turns", "1", "--repeats", "2", "--against", here, "--engine", "chunked", "--out", str(file)]
+    command = [sys.executable, "-m", "bench", "host", *words]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return output, json.loads(file.read_text())
+
+
+def test_the_host_is_measured(of_host):
+    output, made = of_host
+    assert {"now", "before"} < set(made)
+    assert set(made["now"]["steps"]) == {
+        "linear_logprob", "linear_logprob, exact", "covgrpo_loss", "covgrpo_loss, metrics"
+    }  # fmt: skip
+    for step in made["now"]["steps"].values():
+        for part in ("forward", "backward"):
+            assert 0 < step[part]["seconds"] < 1
+            assert step[part]["kernels"] > 0
+            assert step[part]["operators"] > 0
+    # Metrics are operators on what is there.
+    loss, with_metrics = (made["now"]["steps"][name]["forward"] for name in ("covgrpo_loss", "covgrpo_loss, metrics"))
+    assert with_metrics["operators"] > loss["operators"] + 5
+    # The other engine is what a GPU would get.
+    chunked, fused = (made[name]["steps"]["linear_logprob"] for name in ("now", "before"))
+    assert fused["forward"]["waits"] == 0
+    for part in ("forward", "backward"):
+        launches = [engine[part]["operators"] + engine[part]["kernels"] for engine in (chunked, fused)]
+        assert launches[0] > 3 * launches[1]
+    assert "covgrpo_loss, metrics, before" in output
+    assert len(host.rows(made)) == 8
+
+
+def test_two_checkouts_take_turns(tmp_path):
+    """Steps are timed in each, and shown with their ratio in each turn."""
+    here, file = str(Path(__file__).parent.parent), tmp_path / "against.json"
+    words = ["--size", "48,16,1100", "--turns", "2", "--repeats", "2", "--dtype", "float32", "--device", "cpu"]
+    command = [sys.executable, "-m", "bench", "against", here, *words, "--out", str(file)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    made = json.loads(file.read_text())
+    for name in ("now", "before"):
+        for turn in made[name]["turns"]:
+            assert {step: len(seconds) for step, seconds in turn.items()} == {
+                "float32, default": 2, "float32, exact": 2
+            }  # fmt: skip
+    assert len(made["now"]["turns"]) == 2
+    a, b = ([statistics.median(turn["float32, exact"]) for turn in made[n]["turns"]] for n in ("now", "before"))
+    assert ", ".join(f"{x / y:.3f}" for x, y in zip(a, b, strict=True)) in output
+
+
+def test_who_comes_first_changes(monkeypatch):
+    order = []
+
+    def run(command, cwd, **options):
+        order.append(cwd.name)
+        return subprocess.CompletedProcess(command, 0, stdout="of a library\n1\n", stderr="")
+
+    monkeypatch.setattr(checkouts.subprocess, "run", run)
+    words = {"now": ["time"], "before": ["time"]}
+    assert checkouts.in_turns({"now": Path("a"), "before": Path("b")}, 3, words) == dict(now=[1] * 3, before=[1] * 3)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="must be a checkout"):
+        checkouts.named(tmp_path)
+    (tmp_path / "covgrpo_kernels").mkdir()
+    (tmp_path / "covgrpo_kernels" / "__init__.py").write_text("raise ImportError('too old')")
+    with pytest.raises(SystemExit, match="too old"):
+        checkouts.in_turns({"before": tmp_path}, 1, {"before": ["time", "inputs.pt", "1", "float32"]})
+
+
+def test_launches_and_waits_are_counted():
+    """Operators inside of others, views, allocations, and reads in every form."""
+    x = torch.arange(6.0)
+
+    def of(function):
+        return checkout_step.count(function, checkout_step.Launches([]))
+
+    assert of(lambda: x.exp().add_(1)) == dict(operators=2, kernels=0, waits=0)
+    assert of(lambda: x.view(2, 3).t()[0].unsqueeze(0)) == dict(operators=0, kernels=0, waits=0)
+    assert of(lambda: torch.empty(3).expand(2, 3)) == dict(operators=0, kernels=0, waits=0)
+    assert of(lambda: torch.nn.functional.silu(x).sum())["operators"] == 2
+    for read in (
+        lambda: x[0].item(), lambda: bool(x[0] > 1), lambda: x.tolist(), lambda: x.bool().nonzero(), lambda: x.unique(),
+        lambda: x[x > 2], lambda: torch.equal(x, x + 1), lambda: torch.unique_consecutive(x),
+    ):  # fmt: skip
+        assert of(read)["waits"] == 1, read
+
+
+def test_launches_are_replaced_by_what_they_left():
+    """A replayed step gives the same bits, and takes none of the time of the launch."""
+    a, b = torch.randn(2, 64, 64)
+    launches, out = checkout_step.Launches([a, b]), []
+    with checkout_step.replaced(launches):
+        for recording in (True, False):
+            launches.start(recording)
+            out.append((torch.mm(a, b), torch.addmm(a, a, b, beta=0.5)))
+        a.zero_()  # not looked at any more
+        launches.start(False)
+        out.append((torch.mm(a, b), torch.addmm(a, a, b, beta=0.5)))
+        launches.start(False)
+        with pytest.raises(RuntimeError, match="was mm and is addmm now"):
+            torch.addmm(a, a, b)
+    assert all(torch.equal(x, y) for later in out[1:] for x, y in zip(out[0], later, strict=True))
+    assert torch.equal(torch.mm(a, b), torch.zeros(64, 64))  # products are products again
+
+
+def test_only_the_host_is_timed(clock, monkeypatch):
+    """What stands for the device's work takes 100 seconds here, and the host one before and two after it."""
+    monkeypatch.setattr(checkout_step.time, "thread_time", clock)
+    get_bytes = checkout_step._bytes
+
+    def slow(x):
+        clock.now += 100
+        return get_bytes(x)
+
+    monkeypatch.setattr(checkout_step, "_bytes", slow)
+    launches = checkout_step.Launches([])
+
+    class Step:
+        def forward(self):
+            clock.now += 1
+            launches("kernel", [torch.zeros(3)], lambda: None)
+            clock.now += 2
+
+        def backward(self):
+            clock.now += 5
+
+    made = checkout_step.measure(Step(), launches, 3)
+    assert made["forward"]["seconds"] == pytest.approx(3, abs=1e-3)
+    assert made["backward"]["seconds"] == pytest.approx(5, abs=1e-3)
+
+
+def test_compilation_is_no_comparison(capsys):
+    """A contender that can't run is a line, not an error; what compiles for every shape is left out."""
+    parser = argparse.ArgumentParser()
+    warm.add_arguments(parser)
+    words = ["--toy", "--device", "cpu", "--workers", "1", "--cases", "frozen"]
+    warm.run(parser.parse_args([*words, "--contenders", "ours,verl (Triton),eager (compiled)"]))
+    said = sorted(capsys.readouterr().out.splitlines())
+    assert re.fullmatch(r"frozen, ours: [\d.]+ s", said[0])
+    assert said[1:] == ["frozen, verl (Triton): needs a GPU"]
 
 
 # -------------------------------------------------------------------------------------------- files and documents
@@ -367,7 +660,7 @@ def test_report_says_the_same_twice(results):
     plots = {path.name for path in report.plot(reports, results)}
     assert plots == {"cpu_pareto.png", "cpu_limit.png", "cpu_growth.png"}
     text = f"# Before\n\n{report.BEGIN}\nold figures\n{report.END}\n\nAfter.\n"
-    for figures in report.documents(reports).values():
+    for figures in report.documents(results).values():
         once = report.updated(text, figures)
         assert report.updated(once, figures) == once
         assert once.startswith("# Before")
@@ -384,13 +677,13 @@ def test_figures_are_those_of_the_file(results):
         (a + b)
         for a, b in zip(*(made["points"][0]["contenders"]["ours"][p] for p in ("forward", "backward")), strict=True)
     ]
-    for figures in report.documents(report.read(results)).values():
+    for figures in report.documents(results).values():
         [row, *_] = [line for line in figures.splitlines() if line.startswith("| ours |")]
         assert report.seconds(x) in row
 
 
 def test_without_results_the_documents_say_so(tmp_path):
-    assert set(report.documents(report.read(tmp_path)).values()) == {report.NOTHING}
+    assert set(report.documents(tmp_path).values()) == {report.NOTHING}
 
 
 # ------------------------------------------------------------------------------------------------------ recordings

@@ -290,5 +290,5 @@ def test_layers_import_only_what_is_below() -> None:
 
 def test_figures_are_those_of_the_benchmark() -> None:
     """None is typed by hand: the documents are what `python -m bench report` makes of the results."""
-    for document, figures in report.documents(report.read(report.RESULTS)).items():
+    for document, figures in report.documents(report.RESULTS).items():
         assert document.read_text() == report.updated(document.read_text(), figures), document
