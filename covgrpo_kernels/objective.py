@@ -50,11 +50,11 @@ def _token_shares(
         total = tokens.count_sequences().clamp(min=1) if normalizer is None else normalizer
         if config.loss_type == "grpo":
             lengths = _count(valid, sequences, dtype)
-            return torch.where(valid, 1 / (sequences.gather(lengths.clamp(min=1)) * total), 0)
+            # One division after the other: the product of a length and a large normalizer may overflow.
+            return torch.where(valid, 1 / sequences.gather(lengths.clamp(min=1)) / total, 0)
         assert config.max_completion_length is not None
-        total = total * config.max_completion_length
-    else:
-        total = tokens.count_valid().clamp(min=1) if normalizer is None else normalizer
+        return valid.to(dtype) / config.max_completion_length / total
+    total = tokens.count_valid().clamp(min=1) if normalizer is None else normalizer
     return valid.to(dtype) / total
 
 
@@ -110,8 +110,8 @@ def policy_objective(
         covariance = batch_covariance(x, tokens)
         penalised = kl_cov_choice(covariance, valid, kind)
 
-    # The policy term is -slope * a (times x for CISPO); dx and da are its derivatives in x and in a. A zero advantage
-    # has none, whatever it would be multiplied with.
+    # The policy term is -slope * a (times x for CISPO); dx and da are its derivatives in x and in a. A token of zero
+    # advantage has no such term, whatever its ratio.
     has_term = a0 != 0
     a = (weights * a0).where(has_term, 0)
     policy_ratio, within = ratio.where(has_term, 1), within.where(has_term, 1)
@@ -130,7 +130,11 @@ def policy_objective(
         policy, da = -slope * a, -slope
         dx = (-policy_ratio * a).masked_fill(clipped | bounded, 0)
 
-    policy_share = share if rollout is None else share * rollout
+    policy_share = share
+    if rollout is not None:
+        # Where there is no term to multiply, an infinite weight must not make one.
+        counts = has_term if penalised is None else has_term | penalised
+        policy_share = share * rollout.where(counts, 1)
     g = policy_share * dx
     if lengths is not None and config.loss_type != "cispo":
         # The ratio is its sequence's: each of its log-probs moves the loss of all its tokens.
@@ -161,7 +165,7 @@ def policy_objective(
 
     policy_loss = total(policy_share * policy)
     kl_loss = config.beta * total(share * kl) if config.beta != 0 else zero.sum()
-    entropy_loss = -config.entropy_coef * total(share * entropy)
+    entropy_loss = -config.entropy_coef * total(share * entropy)  # NaN for a NaN, whatever the coefficient: it shows
     results = {}
     if metrics:
         results = {
