@@ -66,12 +66,12 @@ _TERMS: Arguments = dict(
     weights="*fp32", penalised=None, covariance=None, segment="*i64", lengths="*fp64", mean_log_ratio=None,
     total="*i64", logprob_grad="*fp32", shared_grad=None, weights_grad=None, entropy_grad=None, to_sort=None,
     partial="*fp64", n_tokens="i32", **_COUNTS, CISPO=False, RATIO_LOW=0.8, RATIO_HIGH=1.2, DUAL_CLIP=None,
-    PENALTY=0.0, KL_ESTIMATOR=3, KL_LOSS=False, METRICS=False,
+    PENALTY=0.0, MAX_LENGTH=None, KL_ESTIMATOR=3, KL_LOSS=False, METRICS=False,
 )  # fmt: skip
 _TERMS_ALL: Arguments = {
     **_TERMS, "ref": "*fp32", "rollout": "*fp32", "penalised": "*i1", "covariance": "*fp64", "mean_log_ratio": "*fp64",
     "shared_grad": "*fp32", "weights_grad": "*fp32", "entropy_grad": "*fp32", "to_sort": "*fp64", "DUAL_CLIP": 3.0,
-    "PENALTY": 1.0, "KL_LOSS": True, "METRICS": True,
+    "PENALTY": 1.0, "MAX_LENGTH": 512, "KL_LOSS": True, "METRICS": True,
 }  # fmt: skip
 _CISPO: Arguments = dict(CISPO=True, DUAL_CLIP=None, shared_grad=None)
 _TOTALS: Arguments = dict(

@@ -60,9 +60,12 @@ def check_one_of(name: str, value: object, options: Sequence[str]) -> None:
 
 
 def check_tensor(name: str, value: object, like: Tensor | None = None) -> Tensor:
-    """A tensor, on the device of ``like`` where that is given."""
+    """A dense tensor, on the device of ``like`` where that is given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {_got(value)}")
+    if value.is_nested or value.layout is not torch.strided:
+        kind = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {value.device}")
     return value

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .checks import (
     check_floating,
@@ -91,6 +93,8 @@ def prepare_head(
     """
     _check_plain(hidden=hidden, weight=weight, bias=bias)
     check_floating("hidden", hidden)
+    if hidden.is_meta:
+        raise ValueError("hidden must be on a device that holds values, got meta")
     check_floating("weight", weight, hidden)
     check_integer("targets", targets, hidden)
     if weight.ndim != 2 or hidden.ndim < 1 or weight.shape[1] != hidden.shape[-1]:
@@ -130,6 +134,15 @@ def prepare_head(
     return PreparedHead(inputs, Precision(tolerance, uniform), vocab_slice)
 
 
+def is_plain(value: object) -> bool:
+    """Whether a tensor's values are the ones that products are made of. Those of a subclass need not be: a quantized
+    weight may compute with others in an ``F.linear`` of its own, which nothing here calls. What compilers and
+    collectives put in the place of a tensor is as good as it."""
+    if type(value) in (Tensor, nn.Parameter) or isinstance(value, (FakeTensor, FunctionalTensor)):
+        return True
+    return isinstance(value, Tensor) and type(value).__name__ == "AsyncCollectiveTensor"
+
+
 def _check_plain(**values: object) -> None:
     for name, value in values.items():
         if hasattr(value, "full_tensor"):  # a DTensor; importing the class takes half a second
@@ -137,6 +150,11 @@ def _check_plain(**values: object) -> None:
                 f"{name} must be a plain tensor, got a DTensor: run the loss within the forward of the wrapped model "
                 "(covgrpo_kernels.integrations.transformers.patch_model), or pass value.to_local() of a head that is "
                 "sharded over its vocabulary, and the group of its mesh as vocab_group"
+            )
+        if isinstance(value, Tensor) and not is_plain(value):
+            raise TypeError(
+                f"{name} must be a plain tensor, got a {type(value).__name__}: pass the values that it stands for, "
+                "of a quantized weight the dequantized ones"
             )
 
 

@@ -54,7 +54,8 @@ def policy_objective(
     valid, sequences, kind = tokens.valid, tokens.sequences, config.token_weighting
     by_sequence = config.importance_level == "sequence"
     lengths = None
-    if by_sequence or config.loss_type in ("grpo", "dr_grpo"):
+    averages_sequences = config.loss_type in ("grpo", "dr_grpo")
+    if by_sequence or averages_sequences:
         assert sequences is not None
         lengths = sequences.sum(valid)
     mean_log_ratio = None  # NaN of a sequence without a valid token, which nobody reads
@@ -78,6 +79,7 @@ def policy_objective(
     needs_segments = divides_by_length or mean_log_ratio is not None
     options = TermOptions(
         config.loss_type == "cispo", low, high, config.dual_clip, kind.coef if isinstance(kind, KLCov) else 0.0,
+        config.max_completion_length if config.loss_type == "dr_grpo" else None,
         config.beta, config.kl_estimator, config.entropy_coef,
         share_grad=by_sequence and config.loss_type != "cispo",
         differentiate_weights=isinstance(kind, CovarianceWeighting) and kind.differentiate_weights,
@@ -88,7 +90,7 @@ def policy_objective(
             x, entropy, tokens.advantages, valid, old,
             ref if metrics or config.beta != 0 else None, rollout, chosen.weights, chosen.penalised, covariance,
             sequences.segment if sequences is not None and needs_segments else None,
-            lengths if divides_by_length else None, mean_log_ratio, _total(tokens, lengths, config, normalizer),
+            lengths if divides_by_length else None, mean_log_ratio, _total(tokens, lengths if averages_sequences else None, normalizer),
         ),
         options,
     )  # fmt: skip
@@ -122,23 +124,15 @@ def _ratio_bounds(config: CovGRPOConfig) -> tuple[float | None, float | None]:
     return None if low is None else 1 - low, None if high is None else 1 + high
 
 
-def _total(
-    tokens: Tokens, lengths: Tensor | None, config: CovGRPOConfig, normalizer: float | Tensor | None
-) -> Tensor:  # []
+def _total(tokens: Tokens, lengths: Tensor | None, normalizer: float | Tensor | None) -> Tensor:  # []
     """What the sum of the token losses over the batch is divided by."""
     if isinstance(normalizer, Tensor):
-        total = normalizer
-    elif normalizer is not None:
-        total = torch.full((), normalizer, dtype=torch.float64, device=tokens.valid.device)
-    elif config.loss_type in ("grpo", "dr_grpo"):
-        assert lengths is not None
-        total = tokens.count_sequences(lengths).clamp(min=1)
-    else:
-        total = tokens.count_valid().clamp(min=1)
-    if config.loss_type == "dr_grpo":
-        assert config.max_completion_length is not None
-        total = total * config.max_completion_length
-    return total
+        return normalizer
+    if normalizer is not None:
+        return torch.full((), normalizer, dtype=torch.float64, device=tokens.valid.device)
+    if lengths is not None:
+        return tokens.count_sequences(lengths).clamp(min=1)
+    return tokens.count_valid().clamp(min=1)
 
 
 def _token_weights(

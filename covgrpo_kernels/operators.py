@@ -242,6 +242,7 @@ def token_terms_op(
     ratio_high: float | None,
     dual_clip: float | None,
     penalty: float,
+    max_length: int | None,
     beta: float,
     kl_estimator: str,
     entropy_coef: float,
@@ -255,7 +256,7 @@ def token_terms_op(
         segment, lengths, mean_log_ratio, total,
     )  # fmt: skip
     options = TermOptions(
-        cispo, ratio_low, ratio_high, dual_clip, penalty, beta, kl_estimator, entropy_coef,
+        cispo, ratio_low, ratio_high, dual_clip, penalty, max_length, beta, kl_estimator, entropy_coef,
         share_grad, differentiate_weights, metrics,
     )  # fmt: skip
     with engines.on_device(logprobs.device):

@@ -172,8 +172,7 @@ def covgrpo_loss(
         chosen = draw.where(candidate, 2.0).argsort()[: max(int(kind.ratio * n), 1)]
         W = W.index_fill(0, chosen[candidate[chosen]], 0.0)
 
-    policy = _policy_term(x, old, A, W, cov, r, clipped, high, config)
-    token_loss = policy if tis is None else policy * tis
+    token_loss = _policy_term(x, old, A, W, cov, r, clipped, high, tis, config)
     if config.beta != 0:
         d = ref.to(x.dtype) - x
         kl = {"k1": -d, "k2": d.square() / 2, "k3": d.exp() - d - 1}[config.kl_estimator]
@@ -198,7 +197,7 @@ def _ratios(
 
 
 def _policy_term(
-    x: Tensor,  # [n] of the valid tokens, as the next six
+    x: Tensor,  # [n] of the valid tokens, as the next six and tis
     old: Tensor,
     A: Tensor,
     W: Tensor,
@@ -206,12 +205,15 @@ def _policy_term(
     r: Tensor,
     clipped: Tensor,
     high: float | None,
+    tis: Tensor | None,
     config: CovGRPOConfig,
 ) -> Tensor:
-    """Minus the surrogate. A zero advantage has none, whatever its ratio."""
+    """Minus the surrogate, times the rollout weight. A zero advantage has none, whatever its ratio and weight, unless
+    its log-prob is NaN: that must reach the loss."""
     kind = config.token_weighting
-    a = torch.where(A != 0, W * A, 0)
-    r, clipped = r.where(A != 0, 1), clipped.where(A != 0, 1)
+    has_term = (A != 0) | x.isnan()
+    a = torch.where(has_term, W * A, 0)
+    r, clipped = r.where(has_term, 1), clipped.where(has_term, 1)
     if config.loss_type == "cispo":
         policy = -(r if high is None else r.clamp(max=high)).detach() * a * x.where(A != 0, 0)
     else:
@@ -222,7 +224,8 @@ def _policy_term(
     if isinstance(kind, KLCov):
         top = cov.argsort(descending=True, stable=True)[: max(int(kind.fraction * len(x)), 1)]
         policy = policy + kind.coef * (x - old).abs() * torch.zeros_like(x).index_fill(0, top, 1.0)
-    return policy
+        has_term = has_term.index_fill(0, top, True)
+    return policy if tis is None else policy * tis.where(has_term, 1)
 
 
 def _aggregate(token_loss: Tensor, seq: Any, config: CovGRPOConfig, normalizer: float | Tensor | None) -> Tensor:

@@ -49,6 +49,7 @@ class TermOptions(NamedTuple):
     ratio_high: float | None
     dual_clip: float | None
     penalty: float  # of KL-Cov
+    max_length: int | None  # what token losses are divided by beside the total; None: nothing
     beta: float
     kl_estimator: str
     entropy_coef: float
@@ -76,7 +77,8 @@ def importance_ratio(
     if mean_log_ratio is not None:
         assert segment is not None
         return mean_log_ratio.to(logprobs.dtype)[segment].exp()
-    return torch.ones_like(logprobs) if old is None else (logprobs - old).exp()
+    # Without old log-probs one, but NaN where the log-prob is not finite, as autograd's ratio.
+    return (logprobs - (logprobs if old is None else old)).exp()
 
 
 def clip_ratio(ratio: Tensor, low: float | None, high: float | None) -> Tensor:
@@ -86,13 +88,13 @@ def clip_ratio(ratio: Tensor, low: float | None, high: float | None) -> Tensor:
 def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:
     """Loss, closed-form gradients and metrics. A token that is not valid has no influence on any of them."""
     x, a0, valid = inputs.logprobs, inputs.advantages, inputs.valid
-    share = _token_shares(inputs)
+    share = _token_shares(inputs, options)
     ratio = importance_ratio(x, inputs.old, inputs.segment, inputs.mean_log_ratio)
     weights = valid.to(x.dtype) if inputs.weights is None else inputs.weights
 
     # The policy term is -slope * a (times x for CISPO); dx and da are its derivatives in x and in a. A zero advantage
-    # has none, whatever it would be multiplied with.
-    has_term = a0 != 0
+    # has none, whatever it would be multiplied with; but a log-prob that is NaN must reach the loss.
+    has_term = (a0 != 0) | x.isnan()
     a = (weights * a0).where(has_term, 0)
     policy_ratio = ratio.where(has_term, 1)
     dual_clipped = torch.zeros_like(valid)
@@ -111,7 +113,11 @@ def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:
         policy, da = -slope * a, -slope
         dx = (-policy_ratio * a).masked_fill(clipped | dual_clipped, 0)
 
-    policy_share = share if inputs.rollout is None else share * inputs.rollout
+    policy_share = share
+    if inputs.rollout is not None:
+        # Where there is no term to multiply, an infinite weight must not make one.
+        counts = has_term if inputs.penalised is None else has_term | inputs.penalised
+        policy_share = share * inputs.rollout.where(counts, 1)
     g, shared = policy_share * dx, x.new_empty(0)
     if options.share_grad:
         g, shared = torch.zeros_like(x), g.where(valid, 0)
@@ -165,14 +171,16 @@ def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:
     )
 
 
-def _token_shares(inputs: TokenInputs) -> Tensor:  # [N]
+def _token_shares(inputs: TokenInputs, options: TermOptions) -> Tensor:  # [N]
     """What a token's loss is multiplied by before the sum over all tokens."""
-    valid, total = inputs.valid, inputs.total.to(inputs.logprobs.dtype)
-    if inputs.lengths is None:
-        return valid.to(inputs.logprobs.dtype) / total
-    assert inputs.segment is not None
-    lengths = inputs.lengths.to(inputs.logprobs.dtype).clamp(min=1)[inputs.segment]
-    return (1 / (lengths * total)).where(valid, 0)
+    # One division after the other, because the product with a large total may overflow.
+    share = 1 / inputs.total.to(inputs.logprobs.dtype)
+    if options.max_length is not None:
+        share = share / options.max_length
+    if inputs.lengths is not None:
+        assert inputs.segment is not None
+        share = share / inputs.lengths.to(share.dtype).clamp(min=1)[inputs.segment]
+    return share.where(inputs.valid, 0)
 
 
 def _kl_divergence(d: Tensor, estimator: str) -> tuple[Tensor, Tensor]:

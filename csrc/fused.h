@@ -132,7 +132,8 @@ COVGRPO_AVX512BF16 __attribute__((noinline)) void online_softmax_block(const Sli
     top = larger(z, top);
   }
   if (out.candidates.min_logits) {
-    const F32 min_logits = lanes.load(out.candidates.min_logits, INFINITY);
+    // NaN, which nothing reaches: a bias of infinity is in the lanes without a token too.
+    const F32 min_logits = lanes.load(out.candidates.min_logits, NAN);
     if (reaches(top, min_logits)) add_candidates(s.first + row, rows, lanes, products, min_logits, out.candidates);
   }
   BlockSums<F32> sums;

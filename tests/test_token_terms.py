@@ -22,8 +22,8 @@ pytestmark = [
 NAN, INF = float("nan"), float("inf")
 DEVICE = torch.device("cpu")  # the fixture names the GPU where the tests run there
 PLAIN = dict(
-    cispo=False, ratio_low=0.8, ratio_high=1.2, dual_clip=None, penalty=0.0, beta=0.0, kl_estimator="k3",
-    entropy_coef=0.0, share_grad=False, differentiate_weights=False, metrics=True,
+    cispo=False, ratio_low=0.8, ratio_high=1.2, dual_clip=None, penalty=0.0, max_length=None, beta=0.0,
+    kl_estimator="k3", entropy_coef=0.0, share_grad=False, differentiate_weights=False, metrics=True,
 )  # fmt: skip
 SETTINGS = {
     "plain": {},
@@ -31,7 +31,7 @@ SETTINGS = {
     "low bound": dict(ratio_high=None, differentiate_weights=True),
     "all": dict(dual_clip=1.3, beta=0.1, entropy_coef=0.05, differentiate_weights=True),
     "k1": dict(beta=0.1, kl_estimator="k1", ratio_low=None),
-    "k2": dict(beta=0.2, kl_estimator="k2", entropy_coef=-0.1),
+    "k2": dict(max_length=512, beta=0.2, kl_estimator="k2", entropy_coef=-0.1),
     "penalty": dict(penalty=0.7, ratio_low=None, ratio_high=None),
     "cispo": dict(cispo=True, differentiate_weights=True),
     "cispo without bound": dict(cispo=True, ratio_high=None, beta=0.1),

@@ -77,6 +77,7 @@ def token_terms_kernel(  # type: ignore[no-untyped-def]
     RATIO_HIGH: tl.constexpr,
     DUAL_CLIP: tl.constexpr,
     PENALTY: tl.constexpr,
+    MAX_LENGTH: tl.constexpr,  # or None
     KL_ESTIMATOR: tl.constexpr,  # 1, 2 or 3
     KL_LOSS: tl.constexpr,  # beta is not zero
     METRICS: tl.constexpr,
@@ -89,7 +90,7 @@ def token_terms_kernel(  # type: ignore[no-untyped-def]
     zero = tl.zeros([B_T], tl.float64)
     x = tl.load(logprobs + i_t, mask=m_v, other=0.0).to(tl.float64)
     a0 = tl.load(advantages + i_t, mask=m_v, other=0.0).to(tl.float64)
-    gap = zero
+    gap = x - x  # NaN where the log-prob is not finite
     if old is not None:
         gap = x - tl.load(old + i_t, mask=m_v, other=0.0).to(tl.float64)
     w = m_v.to(tl.float64)
@@ -100,10 +101,11 @@ def token_terms_kernel(  # type: ignore[no-untyped-def]
         i_s = tl.load(segment + i_t, mask=m_v, other=0)
 
     # What a token's loss is multiplied by before the sum over all tokens.
-    denominator = zero + tl.load(total).to(tl.float64)
+    share = tl.where(m_v, 1.0 / (zero + tl.load(total).to(tl.float64)), 0.0)
+    if MAX_LENGTH is not None:
+        share /= MAX_LENGTH
     if lengths is not None:
-        denominator *= tl.load(lengths + i_s, mask=m_v, other=1.0)
-    share = tl.where(m_v, 1.0 / denominator, 0.0)
+        share /= tl.load(lengths + i_s, mask=m_v, other=1.0)
 
     log_ratio = gap
     if mean_log_ratio is not None:
@@ -111,8 +113,8 @@ def token_terms_kernel(  # type: ignore[no-untyped-def]
     dtype = logprobs.dtype.element_ty
     ratio = tl.exp(log_ratio).to(dtype).to(tl.float64)
 
-    # A zero advantage has no policy term, whatever it would be multiplied with.
-    has_term = a0 != 0.0
+    # A zero advantage has no policy term, whatever it would be multiplied with; but a NaN must reach the loss.
+    has_term = (a0 != 0.0) | (x != x)
     a = tl.where(has_term, w * a0, 0.0)
     policy_ratio = tl.where(has_term, ratio, 1.0)
     dual_clipped = zero > 0.0
@@ -139,9 +141,14 @@ def token_terms_kernel(  # type: ignore[no-untyped-def]
         policy, da = -slope * a, -slope
         dx = tl.where(clipped | dual_clipped, 0.0, -policy_ratio * a)
 
+    m_p = m_v & False
+    if penalised is not None:
+        m_p = tl.load(penalised + i_t, mask=m_v, other=0) != 0
     policy_share = share
     if rollout is not None:
-        policy_share = share * tl.load(rollout + i_t, mask=m_v, other=0.0).to(tl.float64)
+        # Where there is no term to multiply, an infinite weight must not make one.
+        rollout_weight = tl.load(rollout + i_t, mask=m_v & (has_term | m_p), other=1.0)
+        policy_share = share * rollout_weight.to(tl.float64)
     g = policy_share * dx
     if shared_grad is not None:
         tl.store(shared_grad + i_t, tl.where(m_v, g, 0.0), mask=m_t)
@@ -151,7 +158,6 @@ def token_terms_kernel(  # type: ignore[no-untyped-def]
     if entropy_grad is not None:
         tl.store(entropy_grad + i_t, -entropy_coef * share, mask=m_t)
     if penalised is not None:
-        m_p = tl.load(penalised + i_t, mask=m_v, other=0) != 0
         sign = tl.where(gap > 0.0, 1.0, tl.where(gap < 0.0, -1.0, gap))
         policy += tl.where(m_p, tl.abs(gap) * PENALTY, 0.0)
         g += policy_share * tl.where(m_p, sign * PENALTY, 0.0)
@@ -316,6 +322,7 @@ def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:
             logprob_grad=g, shared_grad=shared, weights_grad=du, entropy_grad=e, to_sort=to_sort, partial=partial,
             n_tokens=tokens, n_blocks=blocks, **coefficients, CISPO=options.cispo, RATIO_LOW=options.ratio_low,
             RATIO_HIGH=options.ratio_high, DUAL_CLIP=options.dual_clip, PENALTY=options.penalty,
+            MAX_LENGTH=options.max_length,
             KL_ESTIMATOR=int(options.kl_estimator[1]), KL_LOSS=options.beta != 0, METRICS=metrics, **cut,
         )  # fmt: skip
     totals_kernel[(1,)](
