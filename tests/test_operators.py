@@ -315,6 +315,7 @@ def test_saved_input_changed_in_place() -> None:
             loss.backward()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_inputs_are_never_written(name: str) -> None:
     batch = random_batch(5, dtype=torch.bfloat16, bias=True)
@@ -342,6 +343,7 @@ def strided(x: Tensor, how: str) -> Tensor:
     return torch.cat([torch.full_like(x[:1], 2), x])[1:]  # an offset
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("how", ["every second", "transposed", "offset"])
 @pytest.mark.parametrize("name", ["hidden", "weight", "bias", "targets", "temperature", "logprob_grad"])
 def test_strides_linear_logprob(name: str, how: str) -> None:
@@ -373,6 +375,7 @@ def test_expanded_inputs_and_gradients() -> None:
         assert_rounding(step(expanded), expected, *expected)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("how", ["every second", "transposed", "offset"])
 @pytest.mark.parametrize("name", ["hidden", "weight", "targets", "mask", "old_logprobs", "ref_logprobs"])
 def test_strides_covgrpo_loss(name: str, how: str) -> None:
@@ -537,6 +540,7 @@ def test_backward_in_another_thread() -> None:
     assert same_bits(h.grad, expected)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_module_copies_and_pickles(name: str) -> None:
     module = CovGRPOLoss(CONFIGS[name], temperature=0.7, softcap=9.0, grad_tol=0.0)
@@ -563,6 +567,7 @@ def test_module_copies_and_pickles(name: str) -> None:
 # ------------------------------------------------------------------------------------------- accumulation
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -615,6 +620,7 @@ WEIGHTINGS = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_without_metrics_the_loss_is_the_same(name: str, packed: bool) -> None:
@@ -633,6 +639,7 @@ def test_without_metrics_the_loss_is_the_same(name: str, packed: bool) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_without_metrics_and_advantages(name: str) -> None:
     """KL-Cov's penalty |x - old| does not go away with the advantages: its rows influence the loss."""
