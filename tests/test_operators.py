@@ -174,7 +174,7 @@ def test_only_the_needed_products(which: str, needs: tuple[bool, bool], dtype: t
 @pytest.mark.parametrize("which", ["linear_logprob", "covgrpo_loss"])
 def test_bias_alone(which: str, products: Shapes) -> None:
     """Everything frozen but the bias: its gradient needs no product but the recomputed logits, and is the same."""
-    batch = random_batch(1, keep=1.0, bias=True)
+    batch = random_batch(1, keep=1.0, bias=True, dtype=torch.float32)
     grads = []
     for frozen in (False, True):
         h, w = (batch[n].detach().clone().requires_grad_(not frozen) for n in ("hidden", "weight"))
@@ -665,10 +665,10 @@ def test_without_metrics_and_advantages(name: str) -> None:
 )
 def test_without_metrics_idle_rows_are_not_scored(name: str, scored: str, products: Shapes) -> None:
     """Exactly the rows that influence something enter a product: the group's, the sequence's, the token's own."""
-    batch = random_batch(13, groups=3, length=6)
+    batch = random_batch(13, groups=3, length=6, dtype=torch.float32)
     mask = batch["mask"]
     mask[3] = True
-    a = torch.zeros(mask.shape, dtype=torch.float64)
+    a = torch.zeros(mask.shape)
     a[3, 2], a[7] = 1.5, -0.5
     batch["advantages"] = a
     wanted = {
