@@ -174,7 +174,7 @@ def test_only_the_needed_products(which: str, needs: tuple[bool, bool], dtype: t
 @pytest.mark.parametrize("which", ["linear_logprob", "covgrpo_loss"])
 def test_bias_alone(which: str, products: Shapes) -> None:
     """Everything frozen but the bias: its gradient needs no product but the recomputed logits, and is the same."""
-    batch = random_batch(1, keep=1.0, bias=True)
+    batch = random_batch(1, keep=1.0, bias=True, dtype=torch.float32)
     grads = []
     for frozen in (False, True):
         h, w = (batch[n].detach().clone().requires_grad_(not frozen) for n in ("hidden", "weight"))
@@ -315,6 +315,7 @@ def test_saved_input_changed_in_place() -> None:
             loss.backward()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_inputs_are_never_written(name: str) -> None:
     batch = random_batch(5, dtype=torch.bfloat16, bias=True)
@@ -342,6 +343,7 @@ def strided(x: Tensor, how: str) -> Tensor:
     return torch.cat([torch.full_like(x[:1], 2), x])[1:]  # an offset
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("how", ["every second", "transposed", "offset"])
 @pytest.mark.parametrize("name", ["hidden", "weight", "bias", "targets", "temperature", "logprob_grad"])
 def test_strides_linear_logprob(name: str, how: str) -> None:
@@ -373,6 +375,7 @@ def test_expanded_inputs_and_gradients() -> None:
         assert_rounding(step(expanded), expected, *expected)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("how", ["every second", "transposed", "offset"])
 @pytest.mark.parametrize("name", ["hidden", "weight", "targets", "mask", "old_logprobs", "ref_logprobs"])
 def test_strides_covgrpo_loss(name: str, how: str) -> None:
@@ -537,6 +540,7 @@ def test_backward_in_another_thread() -> None:
     assert same_bits(h.grad, expected)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_module_copies_and_pickles(name: str) -> None:
     module = CovGRPOLoss(CONFIGS[name], temperature=0.7, softcap=9.0, grad_tol=0.0)
@@ -563,6 +567,7 @@ def test_module_copies_and_pickles(name: str) -> None:
 # ------------------------------------------------------------------------------------------- accumulation
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -615,6 +620,7 @@ WEIGHTINGS = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_without_metrics_the_loss_is_the_same(name: str, packed: bool) -> None:
@@ -633,6 +639,7 @@ def test_without_metrics_the_loss_is_the_same(name: str, packed: bool) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_without_metrics_and_advantages(name: str) -> None:
     """KL-Cov's penalty |x - old| does not go away with the advantages: its rows influence the loss."""
@@ -658,10 +665,10 @@ def test_without_metrics_and_advantages(name: str) -> None:
 )
 def test_without_metrics_idle_rows_are_not_scored(name: str, scored: str, products: Shapes) -> None:
     """Exactly the rows that influence something enter a product: the group's, the sequence's, the token's own."""
-    batch = random_batch(13, groups=3, length=6)
+    batch = random_batch(13, groups=3, length=6, dtype=torch.float32)
     mask = batch["mask"]
     mask[3] = True
-    a = torch.zeros(mask.shape, dtype=torch.float64)
+    a = torch.zeros(mask.shape)
     a[3, 2], a[7] = 1.5, -0.5
     batch["advantages"] = a
     wanted = {
