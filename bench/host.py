@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from covgrpo_kernels.config import IGNORE_INDEX
 from covgrpo_kernels.testing import rl_head
 
 from . import checkouts
@@ -33,9 +34,9 @@ RESULT = Path(__file__).parent / "results" / "host.json"
 ENGINES = ("chunked", "fused_gpu")
 
 # 30 slices of the vocabulary by the chunked engine on a CPU, as many as a vocabulary of 128,256 has on an H200. Rows
-# are few, so that operators on one number a row take no time; some have no target.
-SIZE: dict[str, Any] = dict(tokens=128, depth=32, vocab=30 * 2048, padding=0.5)
-TOY: dict[str, Any] = dict(tokens=48, depth=16, vocab=2 * 2048, padding=0.5)
+# are few, so that operators on one number a row take no time, and so that the interpreter needs a minute, not ten.
+SIZE = dict(tokens=64, depth=32, vocab=30 * 2048)
+TOY = dict(tokens=48, depth=16, vocab=2 * 2048)
 
 HEADER = ["", "forward", "backward", "step", "launches", "waits"]
 PARTS = ("forward", "backward")
@@ -61,11 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     folders = checkouts.named(arguments.against)
     size = TOY if arguments.toy else SIZE
-    seconds = (8 if arguments.toy else 60) * arguments.turns * len(folders)
+    seconds = (8 if arguments.toy else 40) * arguments.turns * len(folders)
     print(f"{arguments.turns} processes for each of {len(folders)} checkouts: some {seconds} s", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.pt"
-        torch.save(rl_head(0, **size), inputs)
+        torch.save(_inputs(**size), inputs)
         words = {name: ["host", str(inputs), str(arguments.repeats)] for name in folders}
         words["now"] += [arguments.engine] if arguments.engine else []
         found = checkouts.in_turns(
@@ -84,6 +85,14 @@ def run(arguments: argparse.Namespace) -> None:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     print(arguments.out)
+
+
+def _inputs(tokens: int, depth: int, vocab: int) -> dict[str, Any]:
+    """Every eighth row has no target: there are too few rows for `rl_head` to pad responses."""
+    head = rl_head(0, tokens, depth, vocab)
+    head["targets"][::8] = IGNORE_INDEX
+    head["logprob_grad"][::8] = 0
+    return head
 
 
 def _median(turns: list[Counts]) -> Counts:
