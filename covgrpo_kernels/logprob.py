@@ -108,8 +108,9 @@ def linear_logprob(
         entropy: compute entropies too; they are differentiable.
         ignore_index: rows with this target are not computed: zeros out, no gradient, whatever they hold.
         grad_tol: bound on the relative error of dL/dlogits in the Frobenius norm. Within it, the backward may replace
-            the improbable entries of a row by the tail of a similar row, and drop rows. 0.0 is exact; ``"auto"`` is an
-            eighth of the dtype's machine epsilon.
+            the improbable entries of a row by the tails of similar rows, and drop rows. 0.0 is exact; ``"auto"`` is an
+            eighth of the dtype's machine epsilon. The bound is on all rows together: it promises nothing for a single
+            row, the sum over micro-batches, or Adam's steps on rarely used vocabulary (docs/numerics.md).
         grad_mode: ``"bounded"``, or ``"unbiased"``: rows of small gradient are dropped at random and the others
             multiplied so that the expected gradient is exact; ``grad_tol`` then bounds the root mean square of the
             error.

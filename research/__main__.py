@@ -17,6 +17,7 @@ from .study.arms import ALL_ARMS, SEEDS, TASKS
 
 POLICIES = ("transformers", "matplotlib")  # what the commands that train small policies need
 INTERRUPTED = 130
+TRAINING_PHASES = ("scratch", "later", "grpo", "loop", "languages", "own tails")  # of `training.PHASES`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,10 +135,14 @@ def _parser() -> argparse.ArgumentParser:
         "training", _training, (*POLICIES, "rich"),
         "whether training notices what the backward leaves out",
         "Trains the same models with grad_tol exact, auto and ten times auto, and exactly with other rounding, and "
-        "compares where their weights end.",
+        "compares where their weights and policies end.",
     )  # fmt: skip
     training.add_argument("--steps", metavar="INT", type=int, default=45, help="of pretraining, twice (default: 45)")
     training.add_argument("--seeds", metavar="INT", type=int, default=4, help="2 at least (default: 4)")
+    training.add_argument(
+        "--phases", metavar="PHASE", nargs="+", choices=TRAINING_PHASES,
+        help=f"some only, which are not written without --out: {', '.join(TRAINING_PHASES)} (default: all)",
+    )  # fmt: skip
     training.add_argument("--smoke", action="store_true", help="toy sizes; nothing is written unless --out is given")
     training.add_argument("--out", metavar="FOLDER", type=Path, help=f"default: research/{RESULTS.name}")
     return parser

@@ -1,5 +1,6 @@
 """Whether training notices what the backward leaves out: the same runs with `grad_tol` exact, auto and ten times auto,
-and exact ones that differ by rounding alone, which say how far apart runs are that nobody would tell apart.
+and exact ones that differ by rounding alone, among them one by eager PyTorch. These say how far apart runs are that
+nobody would tell apart. Distances are those of weights, and those of policies in nats.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import multiprocessing
 import os
@@ -18,7 +20,7 @@ import sys
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +33,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench.measure import environment, write_json
-from covgrpo_kernels import kernels, linear_logprob
+from covgrpo_kernels import CovGRPOOutput, covgrpo_loss, kernels, linear_logprob, reference
 from covgrpo_kernels.inputs import resolve_grad_tol
 
 from . import RESULTS
+from .languages import OWN_TAILS, SHARED_TAILS, Head, Languages, make_batch
 from .study.summary import six_digits
 
 if TYPE_CHECKING:
@@ -59,13 +62,27 @@ class Variant:
     dtype: torch.dtype = torch.bfloat16  # of products; weights and AdamW's steps are float32
     reorder: bool = False  # the rows of every batch
     backend: str | None = None
+    eager: bool = False  # logits and gradients by PyTorch
 
     @property
     def is_yardstick(self) -> bool:
         return self.grad_tol == 0
 
-    def active(self) -> contextlib.AbstractContextManager[Any]:
-        return mock.patch.dict(os.environ, {kernels.VARIABLE: self.backend} if self.backend else {})
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.dict(os.environ, {kernels.VARIABLE: self.backend} if self.backend else {}))
+            if self.eager:
+                stack.enter_context(mock.patch("covgrpo_kernels.grpo.train.covgrpo_loss", eager_loss))
+            yield
+
+
+def eager_loss(hidden: Tensor, weight: Tensor, **how: Any) -> CovGRPOOutput:
+    """`covgrpo_loss` with the loss, and so the gradients, of the reference."""
+    out = covgrpo_loss(hidden.detach(), weight.detach(), **how)
+    for name in ("grad_tol", "process_group"):  # of one process
+        how.pop(name)
+    return out._replace(loss=reference.covgrpo_loss(hidden, weight, **how).loss)
 
 
 EXACT = Variant("exact")
@@ -82,14 +99,24 @@ def variants() -> list[Variant]:
         Variant("exact, reordered", reorder=True),
         *([] if kernels.describe(CPU) == "eager" else [other]),
         Variant("exact, float32", dtype=torch.float32),
+        Variant("eager", eager=True),
     ]
+
+
+class Tokens(NamedTuple):
+    """What policies are compared on."""
+
+    ids: Tensor  # [B, L]
+    attention: Tensor  # [B, L]
 
 
 class Run:
     """One variant on its way."""
 
-    def __init__(self, variant: Variant, like: Policy, optimizer: torch.optim.Optimizer | None = None) -> None:
-        self.variant = variant
+    def __init__(
+        self, variant: Variant, like: Policy, held_out: Tokens, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        self.variant, self._held_out = variant, held_out
         self.policy = _policy(copy.deepcopy(like.model), like.tokenizer, variant.dtype)
         self.optimizer = self.new_optimizer()
         if optimizer is not None:
@@ -98,12 +125,36 @@ class Run:
     def new_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.policy.model.parameters(), weight_decay=0.0)
 
-    def set_lr(self, lr: float, step: int) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * min(1.0, step / WARMUP)
+    def weights(self) -> Weights:
+        return Weights.of(self.policy)
+
+    @torch.no_grad()
+    def log_policy(self) -> Tensor:  # [n, V] float64, of logits in float32, whatever the run computes in
+        logits = self.policy.model(input_ids=self._held_out.ids, attention_mask=self._held_out.attention).logits
+        return logits[self._held_out.attention != 0].double().log_softmax(1)
+
+
+class HeadRun:
+    """One variant of the head of two languages."""
+
+    def __init__(self, variant: Variant, weight: Tensor, held_out: Tensor) -> None:
+        self.variant = variant
+        self.head = Head(weight, held_out, variant.grad_tol, variant.dtype, variant.eager)
+        self.optimizer = self.head.optimizer
+
+    def weights(self) -> Weights:
+        return Weights([self.head.weight.detach()], [self.head.weight.detach()])
+
+    def log_policy(self) -> Tensor:  # [n, V] float64
+        return self.head.log_policy()
 
 
 WARMUP = 5  # steps
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1.0, step / WARMUP)
 
 
 def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Policy:
@@ -137,11 +188,14 @@ class Sizes:
     prompt_tokens: int = 24
     new_tokens: int = 16
     warm_start: int = 150  # steps at most, of the minimal loop
+    shared_tails: Languages = SHARED_TAILS
+    own_tails: Languages = OWN_TAILS
 
 
 TOY = Sizes(
     vocab=600, files=12, memorised=2000, held_out=2000, hidden=64, layers=1, batch=2, length=16, prompts=4, group=4,
-    prompt_tokens=8, new_tokens=6, warm_start=10,
+    prompt_tokens=8, new_tokens=6, warm_start=10, shared_tails=Languages(128, 32, 300),
+    own_tails=Languages(128, 32, 300, 4, 1.0),
 )  # fmt: skip
 
 
@@ -228,15 +282,16 @@ def pretrain(run: Run, tokens: Tensor, step: int) -> dict[str, float]:  # [B, T 
         tokens = tokens[torch.randperm(len(tokens), generator=_generator("reorder", step))]
     policy, targets = run.policy, tokens[:, 1:]
     batch = Batch(tokens, torch.ones_like(tokens), torch.ones_like(targets, dtype=torch.bool))
-    score = functools.partial(linear_logprob, targets=targets, entropy=True, grad_tol=run.variant.grad_tol)
-    out = batch.apply_head(policy, score)
-    assert out.entropy is not None
-    loss = -out.logprob.mean()
+    score: Callable[..., Any] = functools.partial(reference.linear_logprob, targets=targets)
+    if not run.variant.eager:
+        score = functools.partial(linear_logprob, targets=targets, entropy=True, grad_tol=run.variant.grad_tol)
+    logprob, entropy = batch.apply_head(policy, score)
+    loss = -logprob.mean()
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
     run.optimizer.step()
-    return dict(loss=loss.item(), entropy=out.entropy.detach().mean().item())
+    return dict(loss=loss.item(), entropy=entropy.detach().mean().item())
 
 
 def overlap(response: list[int], truth: list[int]) -> float:
@@ -303,6 +358,8 @@ PHASES = {
     "later": "pretraining of a model that knows its text",
     "grpo": "GRPO with covariance weights, goes on from there",
     "loop": "the package's minimal GRPO loop",
+    "languages": "a head for two languages, each with one tail for all of its rows",
+    "own tails": "a head for two languages whose rows' tails vary",
 }
 
 
@@ -329,21 +386,32 @@ def _distance(a: list[Tensor], b: list[Tensor]) -> float:
     return math.sqrt(apart / sum(y.double().square().sum().item() for y in b))
 
 
+def divergence(a: Tensor, b: Tensor) -> float:  # [n, V] float64 log-probs, both
+    """Mean KL(a || b) in nats."""
+    parts = zip(a.split(64), b.split(64), strict=True)
+    return max(sum((p.exp() * (p - q)).sum().item() for p, q in parts), 0.0) / len(a)
+
+
 def lockstep(
-    runs: list[Run], steps: int, lr: float, advance: Callable[[Run, int], dict[str, float]]
+    runs: Sequence[Run] | Sequence[HeadRun], steps: int, lr: float, advance: Callable[[Any, int], dict[str, float]]
 ) -> dict[str, Curves]:
     """Every run a step further in turn, and how far each is from the first: curves of each variant."""
     curves: dict[str, Curves] = {run.variant.name: {} for run in runs}
-    exact = Weights.of(runs[0].policy)
-    start = exact.copy()
+    exact = runs[0].weights()
+    start, start_policy = exact.copy(), runs[0].log_policy()
+    policy = start_policy
     for step in range(1, steps + 1):
         for run in runs:
-            run.set_lr(lr, step)
+            set_lr(run.optimizer, lr, step)
             with run.variant.active():
                 made = advance(run, step)
-            made |= Weights.of(run.policy).distances(exact)
+            made |= run.weights().distances(exact)
             if run is runs[0]:
+                policy = run.log_policy()
                 made |= {f"{part} moved": far for part, far in start.distances(exact).items()}
+                made |= {"policy": 0.0, "policy moved": divergence(policy, start_policy)}
+            else:
+                made["policy"] = divergence(policy, run.log_policy())
             for curve, value in made.items():
                 curves[run.variant.name].setdefault(curve, []).append(value)
     return curves
@@ -363,11 +431,13 @@ def language_model(
         return pretraining_step
 
     start = new_model(corpus, sizes, seed)
-    runs = [Run(variant, start) for variant in chosen]
+    ids = _windows(corpus.held_out, sizes.prompts, sizes.prompt_tokens + sizes.new_tokens, _generator(seed, "held out"))
+    held_out = Tokens(ids, torch.ones_like(ids))
+    runs = [Run(variant, start, held_out) for variant in chosen]
     yield "scratch", lockstep(runs, steps, 3e-3, advance("scratch"))
     trunk = runs[0]
     lockstep([trunk], 5 * steps, 3e-3, advance("alone"))
-    runs = [Run(variant, trunk.policy, trunk.optimizer) for variant in chosen]
+    runs = [Run(variant, trunk.policy, held_out, trunk.optimizer) for variant in chosen]
     yield "later", lockstep(runs, steps, 1e-3, advance("later"))
     for run in runs:
         run.optimizer = run.new_optimizer()
@@ -385,7 +455,7 @@ def language_model(
 def minimal_loop(seed: int, sizes: Sizes, steps: int, chosen: list[Variant]) -> dict[str, Curves]:
     from covgrpo_kernels.grpo.config import TrainConfig
     from covgrpo_kernels.grpo.policy import new_policy
-    from covgrpo_kernels.grpo.train import make_task, warm_start
+    from covgrpo_kernels.grpo.train import make_task, rollout, warm_start
 
     config = TrainConfig(
         seed=seed, prompts_per_step=2 * sizes.prompts, group_size=sizes.group, max_new_tokens=8,
@@ -394,17 +464,44 @@ def minimal_loop(seed: int, sizes: Sizes, steps: int, chosen: list[Variant]) -> 
     policy = new_policy(64, 2, seed, CPU)
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bar
         warm_start(policy, make_task(config), config)
-    runs = [Run(variant, policy) for variant in chosen]
+    sampled = rollout(0, policy, None, make_task(config), config, _generator(seed, "held out"))[0].batch
+    held_out = Tokens(sampled.tokens, sampled.attention)
+    runs = [Run(variant, policy, held_out) for variant in chosen]
     return lockstep(runs, max(steps // 2, 1), 3e-4, lambda run, step: loop(run, config, step))
 
 
-def train(seed: int, corpus: Corpus, sizes: Sizes, steps: int, chosen: list[Variant]) -> dict[str, dict[str, Curves]]:
-    """All phases."""
+def two_languages(seed: int, sizes: Languages, steps: int, lr: float, chosen: list[Variant]) -> dict[str, Curves]:
+    """Two batches in turn, as one prompt set is gone through again and again: what a gradient lacks adds up."""
+    (first, weight), (second, _), (held_out, _) = (make_batch(3 * seed + i, sizes) for i in range(3))
+
+    def advance(run: HeadRun, step: int) -> dict[str, float]:
+        batch = (first, second)[step % 2]
+        order = torch.randperm(sizes.tokens, generator=_generator("reorder", step)) if run.variant.reorder else None
+        return run.head.step(batch, order)
+
+    return lockstep([HeadRun(variant, weight, held_out.hidden) for variant in chosen], steps, lr, advance)
+
+
+def train(
+    seed: int, corpus: Corpus, sizes: Sizes, steps: int, chosen: list[Variant], names: Sequence[str] = tuple(PHASES)
+) -> dict[str, dict[str, Curves]]:
+    """The phases of these names."""
     start, phases = time.monotonic(), {}
-    for name, curves in language_model(seed, corpus, sizes, steps, chosen):
+
+    def others() -> Iterator[tuple[str, dict[str, Curves]]]:
+        if "loop" in names:
+            yield "loop", minimal_loop(seed, sizes, steps, chosen)
+        if "languages" in names:
+            yield "languages", two_languages(seed, sizes.shared_tails, steps, 3e-4, chosen)
+        if "own tails" in names:
+            yield "own tails", two_languages(seed, sizes.own_tails, steps, 1e-4, chosen)
+
+    of_model = {"scratch", "later", "grpo"} & set(names)
+    found = language_model(seed, corpus, sizes, steps, chosen) if of_model else iter(())
+    for name, curves in itertools.chain(found, others()):
         phases[name] = curves
         print(f"seed {seed}, {name}: done after {time.monotonic() - start:.0f} s", flush=True)
-    return phases | {"loop": minimal_loop(seed, sizes, steps, chosen)}
+    return {name: phases[name] for name in names}
 
 
 # ----------------------------------------------------------------------------------------------------------- verdict
@@ -430,13 +527,13 @@ class Comparison:
         return statistics.mean(factors) > (max(factors) - min(factors) if max(factors) < math.inf else 0)
 
 
-WEIGHTS = ("weights", "head")
+DISTANCES = ("weights", "head", "policy")  # to the exact run's: of weights relative to their size, of policies in nats
 SHOWN = ("loss", "reward", "entropy")
 
 
 def apart(curve: str, run: Curves, exact: Curves) -> float:
-    """Of weights: after the last step. Of what is logged: root mean square over the steps."""
-    if curve in WEIGHTS:
+    """Distances: after the last step. Of what is logged: root mean square over the steps."""
+    if curve in DISTANCES:
         return run[curve][-1]
     return math.sqrt(statistics.mean((a - b) ** 2 for a, b in zip(run[curve], exact[curve], strict=True)))
 
@@ -445,7 +542,7 @@ def compare(seeds: list[dict[str, Curves]], chosen: list[Variant]) -> list[Compa
     """Every tolerance with every yardstick on every curve of one phase; the first variant is what is compared to."""
     exact, *others = chosen
     found = []
-    for curve in [name for name in (*SHOWN, *WEIGHTS) if name in seeds[0][exact.name]]:
+    for curve in [name for name in (*SHOWN, *DISTANCES) if name in seeds[0][exact.name]]:
         far = {v.name: [apart(curve, runs[v.name], runs[exact.name]) for runs in seeds] for v in others}
         for tolerance in others:
             for yardstick in others:
@@ -462,14 +559,14 @@ def beyond(comparisons: list[Comparison], tolerance: str, curve: str) -> tuple[l
 
 
 def verdicts(comparisons: dict[str, list[Comparison]]) -> dict[str, bool]:
-    """Tolerance -> whether it is distinguishable from rounding: in some phase, its weights end further from the exact
-    run's than those of every yardstick."""
+    """Tolerance -> whether it is distinguishable from rounding: in some phase, its weights or its policy end further
+    from the exact run's than those of every yardstick."""
     tolerances = dict.fromkeys(c.tolerance for found in comparisons.values() for c in found)
     return {
         tolerance: any(
             len(names) == count
             for found in comparisons.values()
-            for names, count in (beyond(found, tolerance, curve) for curve in WEIGHTS)
+            for names, count in (beyond(found, tolerance, curve) for curve in DISTANCES)
             if count
         )
         for tolerance in tolerances
@@ -479,12 +576,20 @@ def verdicts(comparisons: dict[str, list[Comparison]]) -> dict[str, bool]:
 # ------------------------------------------------------------------------------------------------------------- output
 
 
-def run(*, steps: int = 45, seeds: int = 4, smoke: bool = False, out: Path | None = None) -> None:
+def run(
+    *,
+    steps: int = 45,
+    seeds: int = 4,
+    phases: Sequence[str] | None = None,
+    smoke: bool = False,
+    out: Path | None = None,
+) -> None:
     """Trains, prints what was found, and writes training.json and training.png.
 
     Args:
         steps: of pretraining, in each of its two phases.
         seeds: as many; each on a core of its own.
+        phases: of `PHASES`; None: all. Some of them only are not written without `out`.
         smoke: toy sizes, to see that all works; `steps` and `seeds` are then 2, and nothing is written without `out`.
         out: folder of the results; None: `RESULTS`.
 
@@ -499,27 +604,32 @@ def run(*, steps: int = 45, seeds: int = 4, smoke: bool = False, out: Path | Non
     # Products this small gain little from a second thread, and lose much where cores are shared: seeds share them.
     torch.set_num_threads(1)
     processes = 1 if smoke else min(seeds, os.cpu_count() or 1)
-    report = measure(sizes, steps, range(seeds), variants(), processes)
+    report = measure(sizes, steps, range(seeds), variants(), processes, tuple(phases or PHASES))
     report["seconds"] = time.monotonic() - start
     show(console, report)
-    out = out or (None if smoke else RESULTS)
+    out = out or (None if smoke or phases else RESULTS)
     if out is not None:
         write_json(out / "training.json", report | dict(phases=six_digits(report["phases"])))
         save_plot(report, out / "training.png")
 
 
 def measure(
-    sizes: Sizes, steps: int, seeds: Iterable[int], chosen: list[Variant], processes: int = 1
+    sizes: Sizes,
+    steps: int,
+    seeds: Iterable[int],
+    chosen: list[Variant],
+    processes: int = 1,
+    names: Sequence[str] = tuple(PHASES),
 ) -> dict[str, Any]:
     corpus = make_corpus(sizes)
-    of_seed = functools.partial(train, corpus=corpus, sizes=sizes, steps=steps, chosen=chosen)
+    of_seed = functools.partial(train, corpus=corpus, sizes=sizes, steps=steps, chosen=chosen, names=names)
     if processes == 1:
         by_seed = list(map(of_seed, seeds))
     else:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, context, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
             by_seed = list(pool.map(of_seed, seeds))
-    by_phase = {name: [made[name] for made in by_seed] for name in PHASES}
+    by_phase = {name: [made[name] for made in by_seed] for name in names}
     comparisons = {name: compare(found, chosen) for name, found in by_phase.items()}
     return dict(
         environment=environment() | dict(processes=processes),
@@ -548,8 +658,8 @@ def show(console: Console, report: dict[str, Any]) -> None:
         grad_tol = report["variants"][tolerance]["grad_tol"]
         console.print(
             f"{tolerance} (grad_tol={grad_tol:.3g}) is [bold]{'' if distinguishable else 'not '}distinguishable[/bold] "
-            f"from rounding: {'in some phase' if distinguishable else 'in no phase'} its weights end further from the "
-            "exact run's than those of every exact run that rounds otherwise, by more than seeds differ"
+            f"from rounding: {'in some phase' if distinguishable else 'in no phase'} its weights or its policy end "
+            "further from the exact run's than those of every exact run that rounds otherwise, by more than seeds do"
         )
     console.print(f"{report['seconds']:.0f} s; {report['parameters']:,} parameters", highlight=False)
 
@@ -560,19 +670,23 @@ def _phase_table(name: str, phase: dict[str, Any]) -> Table:
     shown = [curve for curve in SHOWN if curve in seeds[0][exact]]
     table = Table(
         title=f"{name}: {phase['what']}, {len(seeds[0][exact]['loss'])} steps, {len(seeds)} seeds. Last fifth of the "
-        "steps; distances to the exact run (RMS over steps; of weights after the last one, in % of the way it came)"
+        "steps; distances to the exact run (RMS over steps; of weights after the last one, in % of the way it came, of "
+        "policies in nats)"
     )
     rows = "rows/live_fraction" in seeds[0][exact]
-    for column in ("", *shown, *(f"off in {curve}" for curve in shown), *WEIGHTS, *["live rows"] * rows):
+    for column in ("", *shown, *(f"off in {curve}" for curve in shown), *DISTANCES, *["live rows"] * rows):
         table.add_column(column, justify="left" if column == "" else "right")
     for variant in seeds[0]:
         cells = [f"{statistics.mean(_late(runs[variant][curve]) for runs in seeds):.4f}" for curve in shown]
         for curve in shown:
             far = [apart(curve, runs[variant], runs[exact]) for runs in seeds]
             cells.append(f"{statistics.mean(far):.1e}")
-        for curve in WEIGHTS:
+        for curve in ("weights", "head"):
             shares = [_share(runs[variant][curve][-1], runs[exact][f"{curve} moved"][-1]) for runs in seeds]
             cells.append(f"{statistics.mean(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})")
+        nats = [runs[variant]["policy moved" if variant == exact else "policy"][-1] for runs in seeds]
+        moved = "moved " if variant == exact else ""
+        cells.append(f"{moved}{statistics.mean(nats):.1e} ({min(nats):.1e} to {max(nats):.1e})")
         if rows:
             cells.append(f"{statistics.mean(_late(r[variant]['rows/live_fraction']) for r in seeds):.0%}")
         table.add_row(variant, *cells)
@@ -592,7 +706,7 @@ def _verdict_table(report: dict[str, Any]) -> Table:
     for column in ("", "", *report["phases"]):
         table.add_column(column)
     for tolerance in report["distinguishable"]:
-        for curve in (*SHOWN, *WEIGHTS):
+        for curve in (*SHOWN, *DISTANCES):
             cells = []
             for phase in report["phases"].values():
                 found = [c for c in phase["comparisons"] if (c["tolerance"], c["curve"]) == (tolerance, curve)]
@@ -608,18 +722,18 @@ def save_plot(report: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     phases = report["phases"]
-    figure = Figure(figsize=(19, 3.6 * len(phases)), layout="constrained")
+    figure = Figure(figsize=(22, 3.6 * len(phases)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(phases), 5, squeeze=False)
+    axes = figure.subplots(len(phases), len(SHOWN) + len(DISTANCES), squeeze=False)
     for row, (name, phase) in zip(axes, phases.items(), strict=True):
-        for axis, curve in zip(row, (*SHOWN, *WEIGHTS), strict=True):
+        for axis, curve in zip(row, (*SHOWN, *DISTANCES), strict=True):
             axis.set_visible(any(curve in run for run in phase["seeds"][0].values()))
-            axis.set_title(f"{name}: {curve}" + (", distance to the exact run" if curve in WEIGHTS else ""))
+            axis.set_title(f"{name}: {curve}" + (", distance to the exact run" if curve in DISTANCES else ""))
             axis.set_xlabel("step")
             axis.grid(alpha=0.3)
             for i, variant in enumerate(report["variants"]):
                 _draw(axis, [runs[variant].get(curve) for runs in phase["seeds"]], variant, f"C{i}", curve)
-            if curve in WEIGHTS:
+            if curve in DISTANCES:
                 axis.set_yscale("log")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(report["variants"]))
     figure.savefig(path, dpi=90, metadata={"Software": None})
@@ -628,9 +742,9 @@ def save_plot(report: dict[str, Any], path: Path) -> None:
 def _draw(axis: Any, seeds: list[list[float] | None], label: str, color: str, curve: str) -> None:
     """The mean over seeds, and for distances from the smallest to the largest."""
     by_step = list(zip(*[values for values in seeds if values is not None], strict=True))
-    if not by_step or (curve in WEIGHTS and not any(map(any, by_step))):  # none: a distance that is zero
+    if not by_step or (curve in DISTANCES and not any(map(any, by_step))):  # none: a distance that is zero
         return
     steps = range(1, len(by_step) + 1)
     axis.plot(steps, [statistics.mean(values) for values in by_step], color=color, linewidth=1, label=label)
-    if curve in WEIGHTS:
+    if curve in DISTANCES:
         axis.fill_between(steps, list(map(min, by_step)), list(map(max, by_step)), color=color, alpha=0.15, linewidth=0)

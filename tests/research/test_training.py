@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from covgrpo_kernels import linear_logprob
+from covgrpo_kernels import CovGRPOConfig, linear_logprob, reference
 from covgrpo_kernels.grpo.rollout import Batch
 from covgrpo_kernels.grpo.train import Rollout
+from covgrpo_kernels.testing import random_batch
 from research import training
+from research.languages import Languages, make_batch
 from research.training import EXACT, TOY, Comparison, Variant
 
 AUTO = torch.finfo(torch.bfloat16).eps / 8
@@ -107,6 +110,43 @@ def test_distance_of_weights():
     assert a.everything[0][1] == 0
 
 
+def test_distance_of_policies():
+    a, b = torch.tensor([[0.5, 0.5], [0.5, 0.5]]), torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    expected = (0.5 * math.log(2) + 0.5 * math.log(2 / 3)) / 2
+    assert training.divergence(a.double().log(), b.double().log()) == pytest.approx(expected)
+    assert training.divergence(a.double().log(), a.double().log()) == 0
+
+
+def test_two_languages_share_no_tail():
+    """Hardly any probability is in the other language; the tails of one are alike, or vary, as is asked for."""
+    for own_tail, alike in ((0.1, True), (1.5, False)):
+        sizes = Languages(tokens=128, depth=256, vocab=600, own_tail=own_tail)
+        batch, weight = make_batch(0, sizes)
+        p = (batch.hidden.double() @ weight.double().T).softmax(1)
+        by_language = torch.stack([p[:, 0::2].sum(1), p[:, 1::2].sum(1)], 1)
+        language = by_language.argmax(1)
+        assert by_language.amin(1).max() < 1e-3
+        assert set(language.tolist()) == {0, 1}
+        assert set((batch.targets % 2 == language).tolist()) == {True}
+        tails = p[language == 0][:, 0::2].log()
+        spread = (tails - tails.median(1, keepdim=True).values).std(0).median()
+        assert (spread < 1.3) == alike  # embeddings are not quite orthogonal, which adds some 0.9
+        assert 0 < (batch.logprob_grad == 0).sum() < len(p) / 2
+
+
+def test_the_eager_run_is_the_reference():
+    """Of `covgrpo_loss` only metrics are left in it."""
+    made = random_batch(0, dtype=torch.float64)
+    leaves = {name: made[name].requires_grad_() for name in ("hidden", "weight")}
+    config = CovGRPOConfig(weighting="none")
+    out = training.eager_loss(**made, config=config, grad_tol=0.0, process_group=None)
+    expected = reference.covgrpo_loss(**made, config=config)
+    assert torch.equal(out.loss, expected.loss)
+    assert out.metrics
+    for a, b in zip(*(torch.autograd.grad(x.loss, list(leaves.values())) for x in (out, expected)), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_reordered_rows_stay_in_their_group():
     tokens = torch.arange(12).unsqueeze(1).repeat(1, 3)
     data = Rollout(
@@ -151,7 +191,9 @@ def test_smoke(tmp_path, monkeypatch, capsys):
     for name, phase in made["phases"].items():
         for runs in phase["seeds"]:
             assert set(runs) == set(made["variants"])
-            wanted = {"loss", "entropy", "weights", "head"} | ({"reward"} if name in ("grpo", "loop") else set())
+            wanted = {"loss", "weights", "head", "policy"}
+            wanted |= {"reward"} if name in ("grpo", "loop") else set()
+            wanted |= {"entropy"} if "tails" not in training.PHASES[name] and name != "languages" else set()
             steps = {len(values) for run in runs.values() for values in run.values()}
             assert len(steps) == 1
             assert all(wanted <= set(run) for run in runs.values())
