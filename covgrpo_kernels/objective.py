@@ -90,7 +90,8 @@ def policy_objective(
             x, entropy, tokens.advantages, valid, old,
             ref if metrics or config.beta != 0 else None, rollout, chosen.weights, chosen.penalised, covariance,
             sequences.segment if sequences is not None and needs_segments else None,
-            lengths if divides_by_length else None, mean_log_ratio, _total(tokens, lengths if averages_sequences else None, normalizer),
+            lengths if divides_by_length else None, mean_log_ratio,
+            _total(tokens, lengths if averages_sequences else None, normalizer),
         ),
         options,
     )  # fmt: skip

@@ -147,20 +147,7 @@ def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:
 
     metrics = x.new_empty(0)
     if options.metrics:
-        count = valid.sum().clamp(min=1)
-        entropy, kl_mean, ratio_mean, nonfinite, low, high, dual = sums[len(terms) :]
-        kl_loss = losses[1] if options.beta != 0 else torch.zeros_like(kl_mean)
-        entropy_loss = losses[-1] if options.entropy_coef != 0 else torch.zeros_like(kl_mean)
-        per_token = torch.stack([entropy, kl_mean, ratio_mean, low, high, dual]) / count
-        assert inputs.covariance is not None
-        metrics = torch.cat([
-            torch.stack([losses[0], kl_loss, entropy_loss]),
-            per_token[:3],
-            _extremes(ratio.unsqueeze(0), valid),
-            nonfinite.unsqueeze(0),
-            per_token[3:],
-            weighting_summary(weights, inputs.covariance, valid),
-        ])  # fmt: skip
+        metrics = _summary(inputs, options, losses, sums[len(terms) :], ratio, weights)
     return TokenTerms(
         losses.sum(),
         g.where(valid, 0),
@@ -169,6 +156,30 @@ def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:
         -options.entropy_coef * share if options.entropy_coef != 0 else x.new_empty(0),
         metrics,
     )
+
+
+def _summary(
+    inputs: TokenInputs,
+    options: TermOptions,
+    losses: Tensor,  # the policy's, then the other ones that there are
+    sums: Tensor,  # [7] entropy, KL divergence, ratio; ratios not finite, clipped below, above, dual-clipped
+    ratio: Tensor,  # [N]
+    weights: Tensor,  # [N]
+) -> Tensor:  # [len(METRICS)]
+    assert inputs.covariance is not None
+    zero = torch.zeros_like(losses[0])
+    kl_loss = losses[1] if options.beta != 0 else zero
+    entropy_loss = losses[-1] if options.entropy_coef != 0 else zero
+    entropy, kl, ratio_mean, nonfinite, low, high, dual = sums
+    means = torch.stack([entropy, kl, ratio_mean, low, high, dual]) / inputs.valid.sum().clamp(min=1)
+    return torch.cat([
+        torch.stack([losses[0], kl_loss, entropy_loss]),
+        means[:3],
+        _extremes(ratio.unsqueeze(0), inputs.valid),
+        nonfinite.unsqueeze(0),
+        means[3:],
+        weighting_summary(weights, inputs.covariance, inputs.valid),
+    ])  # fmt: skip
 
 
 def _token_shares(inputs: TokenInputs, options: TermOptions) -> Tensor:  # [N]

@@ -158,7 +158,7 @@ FAULTS = {
     "KL under the mask": (
         losses,
         Fault(inputs.flatten_floats, ".where(valid, 0)", ""),
-        Fault(token_terms._token_shares, "(1 / (lengths * total)).where(valid, 0)", "1 / (lengths * total)"),
+        Fault(token_terms._token_shares, "share.where(inputs.valid, 0)", "share"),
         Fault(token_terms.token_terms, "*means]).where(valid, 0).sum(1)", "*means]).sum(1)"),
     ),
     "KL weighted": (
@@ -319,7 +319,7 @@ KERNEL_FAULTS = {
     ),
     "no upper bound": (terms, KernelFault("token_terms", "(within > RATIO_HIGH)", "(within < 0.0)")),
     "dual clip of positive advantages": (terms, KernelFault("token_terms", "(a < 0.0) & (slope", "(a > 0.0) & (slope")),
-    "share without the length": (terms, KernelFault("token_terms", "denominator *= tl.load", "tl.load")),
+    "share without the length": (terms, KernelFault("token_terms", "share /= tl.load", "tl.load")),
     "ratio of the token instead of its sequence": (
         terms, KernelFault("token_terms", "log_ratio = tl.load", "gap = tl.load")
     ),
@@ -328,7 +328,7 @@ KERNEL_FAULTS = {
         terms, KernelFault("token_terms", "kl_grad = -_expm1(d)", "kl_grad = -(tl.exp(d.to(tl.float32)) - 1.0)")
     ),
     "rollout weights lost": (
-        terms, KernelFault("token_terms", "policy_share = share * tl.load(rollout", "tl.load(rollout")
+        terms, KernelFault("token_terms", "policy_share = share * rollout_weight", "rollout_weight")
     ),
     "entropy bonus of the wrong sign": (
         terms, KernelFault("token_terms", "-entropy_coef * share", "entropy_coef * share")
