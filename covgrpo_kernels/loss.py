@@ -261,8 +261,6 @@ def covgrpo_loss(
         targets, advantages, valid, dtype=dtype, group_ids=group_ids, group_size=group_size,
         sequence_ids=sequence_ids, process_group=process_group, sequence_group=sequence_group,
     )  # fmt: skip
-    if not torch.compiler.is_compiling() and operators.reads_values(head.inputs.hidden):
-        _check_advantages(tokens)
     tokens, group_moments = with_moments(tokens, moments, config.token_weighting, group_ids, targets)
     _check_against_config(config, tokens, ref_logprobs)
     batch = _Batch(
@@ -273,6 +271,8 @@ def covgrpo_loss(
         group_moments,
         None if normalizer is None else _checked_normalizer(normalizer, targets, dtype),
     )
+    if not torch.compiler.is_compiling() and operators.reads_values(head.inputs.hidden):
+        _check_advantages(tokens)
     settings = _Settings(config, generator, metrics, head.vocab_slice)
     loss, logprobs, entropy, weights, values = _CovGRPO.apply(*head.inputs, head.precision, batch, settings)
     return CovGRPOOutput(
