@@ -112,11 +112,11 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-from covgrpo_kernels.tiles.triton.collect import (
+from covgrpo_kernels.kernels.triton.collect import (
     count_kernel, ends_kernel, limits_kernel, list_kernel, products_kernel,
 )
-from covgrpo_kernels.tiles.triton.forward import forward_kernel, merge_kernel
-from covgrpo_kernels.tiles.triton.select_rows import gather_rows_kernel, select_rows_kernel
+from covgrpo_kernels.kernels.triton.forward import forward_kernel, merge_kernel
+from covgrpo_kernels.kernels.triton.select_rows import gather_rows_kernel, select_rows_kernel
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
 of_the_batch = dict.fromkeys(("n_tokens", "first", "room", "splits"))
