@@ -463,6 +463,18 @@ HOOKS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     ),
     "backward": ("backward hook.*scale_gradient", lambda m: m.register_full_backward_hook(scale_gradient)),
     "before backward": ("backward hook.*scale_gradient", lambda m: m.register_full_backward_pre_hook(scale_gradient)),
+    "backward of all modules": (
+        "backward hook.*<lambda>",
+        lambda m: nn.modules.module.register_module_full_backward_hook(
+            lambda *args: scale_gradient(*args) if args[0] is m else None
+        ),
+    ),
+    "before backward of all modules": (
+        "backward hook.*<lambda>",
+        lambda m: nn.modules.module.register_module_full_backward_pre_hook(
+            lambda *args: scale_gradient(*args) if args[0] is m else None
+        ),
+    ),
 }
 
 
@@ -488,6 +500,23 @@ def test_hooks_that_expect_logits_are_refused(name: str) -> None:
     finally:
         handle.remove()
     assert_equal(dict(x=model(**inputs, return_logprobs=True).logprobs), dict(x=want))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_sharding_hook_that_came_later_sees_the_result(compiled: bool) -> None:
+    """FSDP waits for the gradient of what the head returned to its hook."""
+    model, inputs, seen = patch_model(new_model()), batch(), []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(output)
+
+    hook.__module__ = "torch.distributed.fsdp"
+    model.lm_head.register_forward_hook(hook)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="eager") if compiled else model
+    out = run(**inputs, return_logprobs=True).logprobs
+    assert_equal(dict(x=out), dict(x=own_logprob(model, inputs)[0]))
+    assert torch.equal(seen[0][0], out)
 
 
 def test_a_hook_on_the_trained_head_of_peft_is_refused() -> None:

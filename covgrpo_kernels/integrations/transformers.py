@@ -355,8 +355,7 @@ def _put_hook_last(head: nn.Module) -> None:
             if hook is _take_result:
                 head._forward_hooks.move_to_end(key)  # type: ignore[attr-defined]  # an OrderedDict
                 return
-        # A handle among the attributes keeps the hook's key apart from other hooks' where the model is unpickled.
-        head._logprob_hook = head.register_forward_hook(_take_result)  # type: ignore[assignment]
+        head.register_forward_hook(_take_result)
 
 
 def _release_head(model: Any) -> None:
@@ -368,9 +367,9 @@ def _release_head(model: Any) -> None:
             delattr(layer, name)
         else:
             setattr(layer, name, own)
-    head = model.get_output_embeddings()
-    head._logprob_hook.remove()
-    del head._logprob_hook
+    hooks = model.get_output_embeddings()._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is _take_result]:
+        del hooks[key]
 
 
 def _check_hooks(module: nn.Module) -> None:
