@@ -478,6 +478,7 @@ HOOKS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called, module output")
 @pytest.mark.parametrize("name", HOOKS)
 def test_hooks_that_expect_logits_are_refused(name: str) -> None:
     match, register = HOOKS[name]
