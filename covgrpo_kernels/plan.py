@@ -11,7 +11,6 @@ many small entries is small in it."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch

@@ -256,7 +256,8 @@ def plan_rows_kernel(  # type: ignore[no-untyped-def]
         tail_bound = _tail_bound(mass, log_floor, h, g, e, slope)
         # Comparisons with NaN are false: what is not finite is not sparse.
         norm = tl.where(tl.abs(tail) < float("inf"), norm, float("inf"))
-        possible = live & complete & (norm < float("inf")) & (tail_bound < float("inf"))
+        finite = (norm < float("inf")) & (tail_bound < float("inf"))
+        possible = live & complete & finite
         state = tl.where(possible, _SPARSE_POSSIBLE, state)
         tail_weight = tl.where(possible, size * mass * tl.abs(slope), -1.0)
         tl.debug_barrier()  # every thread has read what is written over

@@ -116,8 +116,8 @@ def assign_tails_kernel(  # type: ignore[no-untyped-def]
     tl.store(shares + i_r[:, None] * T + i_t[None, :], size[:, None] * mix * per_tail[None, :], mask=m_r[:, None])
 
     # What stands for the tail is its sum times a mixture of distributions, whose sums of squares are at most their
-    # largest entries, the floors of the heavy rows over their masses. Both have one sign where there is no entropy coefficient, so that their squares add up; with one
-    # twice them.
+    # largest entries, the floors of the heavy rows over their masses. Both have one sign where there is no entropy
+    # coefficient, so that their squares add up; with one twice them.
     largest = tl.minimum(tl.exp(tl.load(log_floor + i_h)) / mass_h, 1.0)
     largest = tl.sum(mix * largest[None, :], 1).to(tl.float64)
     error = tl.load(tail_bound + i_r, mask=m_r, other=0.0) + size.to(tl.float64) * size.to(tl.float64) * largest
