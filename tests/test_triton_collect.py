@@ -13,6 +13,7 @@ from test_triton_forward import DEVICE, DTYPES, EXACT, OPTIONS, Calls, blocks, l
 from torch import Tensor
 
 from covgrpo_kernels.config import IGNORE_INDEX
+from covgrpo_kernels.kernels.interface import Candidates
 from covgrpo_kernels.testing import random_head
 
 pytest.importorskip("triton")
@@ -48,7 +49,7 @@ class Collected(NamedTuple):
 
 
 def collect(
-    hidden, weight, targets, bias=None, temperature=None, logit_scale=1.0, softcap=None, *, min_logits, capacity=8,
+    hidden, weight, targets, bias=None, temperature=None, logit_scale=1.0, softcap=None, *, min_logits, room=8,
     max_tiles=32,
 ) -> Collected:  # fmt: skip
     hidden, weight, targets, bias, temperature, min_logits = (
@@ -59,7 +60,7 @@ def collect(
         hidden, weight, bias, targets, temperature, **options, entropy=False, peaks=True
     )
     found, ids, z, floors = collection.collect(
-        hidden, weight, bias, temperature, rows, place, count, peaks, min_logits, capacity, **options,
+        hidden, weight, bias, temperature, rows, place, count, peaks, min_logits, room, **options,
         max_tiles=max_tiles,
     )  # fmt: skip
     assert found.dtype == ids.dtype == torch.int32
@@ -67,7 +68,7 @@ def collect(
     assert (floors >= min_logits).all()
     in_order: list[list[tuple[int, float]]] = []
     for n, i, x, least in zip(found.tolist(), ids.tolist(), z.tolist(), floors.tolist(), strict=True):
-        in_order.append(sorted(zip(i[:n], x[:n], strict=True)) if n <= capacity else [])
+        in_order.append(sorted(zip(i[:n], x[:n], strict=True)) if n <= room else [])
         assert all(value >= least for _, value in in_order[-1])
     return Collected(
         found.cpu(), floors.cpu(), [[i for i, _ in r] for r in in_order], [[x for _, x in r] for r in in_order]
@@ -116,7 +117,7 @@ def test_exactly_the_entries_that_reach_the_minimum(dtype, options):
     z = logits(hidden, weight, bias, **options)
     least = between(z, torch.arange(45) % 12)
     got = collect(hidden, weight, head["targets"], bias, min_logits=least.to(torch.promote_types(dtype, torch.float32)),
-                  capacity=11, **options)  # fmt: skip
+                  room=11, **options)  # fmt: skip
     ids = expected(z, least, head["targets"])
     assert max(map(len, ids)) == 11, "some row is full"
     assert got.vocab_ids == ids
@@ -140,13 +141,42 @@ def test_rows_that_want_nothing():
     assert collect(**head, min_logits=least).found.tolist() == [*[0] * 4, 1, *[0] * 15]
 
 
+@pytest.mark.parametrize("count", [2, 8])
+def test_the_largest_entries(count):
+    """Those of the specification and its floor, whatever their order; rows that lost some have none."""
+    g = torch.Generator().manual_seed(0)
+    found = torch.tensor([0, 1, count, count + 1, 2 * count, 2 * count + 1, *[2 * count] * 34], dtype=torch.int32)
+    ids = torch.randint(0, 1 << 30, (40, 2 * count), generator=g).int()
+    z = torch.randint(-9, 9, (40, 2 * count), generator=g).float()
+    z[20:] += torch.rand(20, 2 * count, generator=g)
+    z[6] = -0.5
+    z[7, 1:] = torch.tensor(1.0).nextafter(torch.tensor(0.0))
+    z[7, 0] = 1.0
+    least = torch.full((40,), -9.0)
+    exact = Candidates(found, ids, z, torch.full((40,), -torch.inf)).most_probable(least)
+    for _ in range(2):
+        order = (
+            torch.rand(40, 2 * count, generator=g).where(torch.arange(2 * count) < found.unsqueeze(1), 2.0).argsort(1)
+        )
+        given = (x.clone().to(DEVICE) for x in (found, ids.gather(1, order), z.gather(1, order), least))
+        n, largest_ids, largest_z, floors = (x.cpu() for x in collection.largest(*given, count))
+        assert torch.equal(n, exact.found)
+        complete = found <= 2 * count
+        assert torch.equal(floors[complete], exact.min_logits[complete])
+        for r in complete.nonzero().squeeze(1).tolist():
+            entries = zip(largest_ids[r, : n[r]].tolist(), largest_z[r, : n[r]].tolist(), strict=True)
+            expected_ids, expected_z = exact.vocab_ids[r, : n[r]].tolist(), exact.logits[r, : n[r]].tolist()
+            assert sorted(entries) == list(zip(expected_ids, expected_z, strict=True)), r
+    assert {0, 1, count, count + 1} <= set(exact.found.tolist())
+
+
 def test_more_entries_than_room():
     """Are counted: all of a row in a few tiles. An entry that is equal to the minimum reaches it."""
     head = whole_numbers(2, 20, 24, 100)
     z = logits(head["hidden"], head["weight"], head["bias"])
     least = z.sort(1, descending=True).values[torch.arange(20), torch.arange(20) * 4]
     ids = expected(z, least, head["targets"])
-    got = collect(**head, min_logits=least.float(), capacity=8)
+    got = collect(**head, min_logits=least.float(), room=8)
     assert got.found.tolist() == list(map(len, ids))
     assert got.vocab_ids == [row if len(row) <= 8 else [] for row in ids]
     assert (got.found > 8).any()
@@ -159,7 +189,7 @@ def test_rows_with_too_many_tiles_have_a_higher_floor():
     z = logits(head["hidden"], head["weight"], head["bias"])
     least = between(z, torch.arange(30) // 3)
     of_row = pairs(z, least, head["targets"]).sum(1)
-    got = collect(**head, min_logits=least.float(), capacity=16, max_tiles=3)
+    got = collect(**head, min_logits=least.float(), room=16, max_tiles=3)
     is_flat = of_row > 3
     assert 5 < is_flat.sum() < 25
     assert got.floors[~is_flat].equal(least.float()[~is_flat])
@@ -182,10 +212,10 @@ def test_rows_whose_peaks_are_all_equal_are_left_out():
     head["hidden"][:10] = 0
     valid = head["targets"] != IGNORE_INDEX
     everything = torch.full((30,), -torch.inf)
-    got = collect(**head, min_logits=everything, capacity=8, max_tiles=3)
+    got = collect(**head, min_logits=everything, room=8, max_tiles=3)
     assert (got.found[:10][valid[:10]] == 9).all()
     assert not got.found[~valid].any()
-    all_of_it = collect(**head, min_logits=everything, capacity=8, max_tiles=7)
+    all_of_it = collect(**head, min_logits=everything, room=8, max_tiles=7)
     assert all_of_it.found.tolist() == [vocab if is_valid else 0 for is_valid in valid.tolist()]
 
 
@@ -210,13 +240,13 @@ def test_hidden_states_and_weights_of_any_layout():
     head = whole_numbers(6, 37, 21, 90, torch.bfloat16)
     z = logits(head["hidden"], head["weight"], head["bias"])
     least = between(z, torch.arange(37) % 9)
-    usual = collect(**head, min_logits=least.float(), capacity=16)
+    usual = collect(**head, min_logits=least.float(), room=16)
     assert usual.vocab_ids == expected(z, least, head["targets"])
     columns = head["hidden"].T.contiguous().T
     odd = torch.nn.functional.pad(head["weight"].to(DEVICE), (1, 0))[:, 1:]
     assert not forward.describable(odd)
     for layout in (dict(hidden=columns), dict(weight=odd)):
-        assert collect(**head | layout, min_logits=least.float(), capacity=16)[2:] == usual[2:]
+        assert collect(**head | layout, min_logits=least.float(), room=16)[2:] == usual[2:]
 
 
 @pytest.mark.parametrize("column", [0, 1], ids=["descriptors", "pointers"])
@@ -259,11 +289,14 @@ def test_what_it_refuses():
         run(weight=torch.randn(8, 90, device=DEVICE).T)
 
 
-def test_room_of_the_list():
-    """With the peaks of a vocabulary of 151,936 and 64 entries a row, 1.5 KiB a token and 40 MiB at the most."""
+def test_memory_of_candidates():
+    """With the peaks of a vocabulary of 151,936 and 64 entries a row, 1.5 KiB a token and 32 MiB stay; while they are
+    collected there are 256 MiB more."""
     for tokens in (100, 8192, 131072):
-        peaks, entries = 2 * math.ceil(151936 / 256) * tokens, 8 * 64 * tokens
-        assert peaks + entries + 4 * collection.MAX_TILES * tokens <= 1536 * tokens + (40 << 20)
+        stay = (2 * math.ceil(151936 / 256) + 8 * 64) * tokens
+        while_collecting = (8 * 128 + 4 * collection.MAX_TILES) * tokens
+        assert stay <= 1536 * tokens + (32 << 20)
+        assert stay + while_collecting <= 1536 * tokens + (32 << 20) + (256 << 20)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="counts what the interpreter runs")

@@ -191,7 +191,7 @@ class FusedGpu:
         self, inputs: HeadInputs, stats: RowStats, notes: list[Tensor], g: Tensor, e: Tensor | None, min_prob: float
     ) -> UnsortedCandidates:
         """Of the rows that have a gradient."""
-        from ..kernels.triton.collect import collect
+        from ..kernels.triton.collect import collect, largest
         from ..kernels.triton.plan_rows import Candidates as UnsortedCandidates
 
         peaks, rows, place, count = notes
@@ -199,9 +199,9 @@ class FusedGpu:
         min_logits = stats.min_logits(min_prob).where(live, torch.inf)
         found = collect(
             inputs.hidden, _row_contiguous(inputs.weight), inputs.bias, inputs.temperature, rows, place, count, peaks,
-            min_logits, _CAPACITY, scale=inputs.transform.scale, softcap=inputs.transform.softcap,
+            min_logits, 2 * _CAPACITY, scale=inputs.transform.scale, softcap=inputs.transform.softcap,
         )  # fmt: skip
-        return UnsortedCandidates(*found)
+        return UnsortedCandidates(*largest(*found, _CAPACITY))
 
     def _assign_tails(
         self, inputs: HeadInputs, rows: RowPlan, g: Tensor, e: Tensor | None

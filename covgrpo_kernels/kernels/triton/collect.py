@@ -1,26 +1,32 @@
 """collect: the most probable entries of each row, found again after the forward from the peaks that it left.
 
-    limits_kernel -> the least logit of each row that is collected, its floor
+    limits_kernel -> the least logit of each row that is collected
     count_kernel -> how many rows of each tile (of PEAK_WIDTH entries) have a peak that reaches it
     ends_kernel -> where the list of each tile ends, and its work items
     list_kernel -> the rows of each tile
-    products_kernel -> the products of the listed (row, tile) pairs once more, and the entries that reach the floor
+    products_kernel -> the products of the listed (row, tile) pairs once more, and the entries that reach the limit
+
+and with the whole of each row known,
+
+    largest_kernel -> the largest of these entries, and the floor that follows
 
 A policy's row has two to three such tiles of five hundred, so that the products are a small part of a forward: 0.13 to
 0.31 ms for 8,192 tokens on an H200. What is collected costs the forward nothing but the peaks, and a forward without a
 backward nothing at all.
 
-**Floors.** A row in which more than MAX_TILES peaks reach the minimum that is asked for has its floor raised until no
-more do. So no row costs more than MAX_TILES tiles of products, however flat it is, and the list of pairs has room for
-all. The floor follows from the row's peaks alone, never from the order in which programs run.
+**Floors.** A row keeps the K largest of its entries that reach the minimum that is asked for, as
+`interface.Candidates.most_probable` does. Which these are is only known when they were collected, in some more room. So
+in a row in which more than MAX_TILES peaks reach the minimum the limit rises until no more do: no row costs more than
+MAX_TILES tiles of products, however flat it is, and the list of pairs has room for all. Both follow from the row's
+logits alone, never from the order in which programs run.
 
-**Rows that are left out.** The consumer has to compute such a row in full; its ``found`` is larger than K. Those are
-rows with more than K entries that reach the floor, and rows of which so many peaks are equal that no floor is high
-enough: none of their products are made.
+**Rows that are left out.** The consumer has to compute such a row in full; its ``found`` is larger than the room. Those
+are rows with more entries than room that reach the limit, and rows of which so many peaks are equal that no limit is
+high enough: none of their products are made.
 
 **Rounding.** A logit here is a sum of the same exact products as in the forward, in an order of its own. Each of the
 two sums is within D eps sum_d |h_d w_d| of the true one, eps = 2^-23 (some sqrt(D) instead of D in practice), times
-scale / temperature. So an entry that near to its floor can be collected or missed, whichever side it was on in the
+scale / temperature. So an entry that near to the minimum can be collected or missed, whichever side it was on in the
 forward. Either makes a consistent row: whatever stands for the entries that were not collected is derived from those
 that were, and an entry that was missed exceeds the floor by no more than that rounding.
 """
@@ -38,8 +44,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import configs
 from .configs import architecture, describable, options
 from .forward import accumulator_of, check_operands, multiprocessors, upcast
-from .numerics import inverse, logit, slices_of
+from .numerics import inverse, logit, slices_of, sort_rows
 
+# Of `collect`.
 LAUNCHES = 5
 
 
@@ -80,7 +87,7 @@ def limits_kernel(  # type: ignore[no-untyped-def]
     found,  # [N] int32: written
     n_tokens,  # N
     tiles,  # T
-    K: tl.constexpr,
+    ROOM: tl.constexpr,
     MAX_TILES: tl.constexpr,
     B_N: tl.constexpr,
     B_T: tl.constexpr,
@@ -103,7 +110,7 @@ def limits_kernel(  # type: ignore[no-untyped-def]
         limit = tl.where(is_flat, high, limit)
         pairs, _ = _peaks_that_reach(peaks, i_p, limit, wanted, n_tokens, tiles, B_T)
     too_many = wanted & (pairs > MAX_TILES)
-    tl.store(found + i_n, tl.where(too_many, K + 1, 0), mask=m_n)
+    tl.store(found + i_n, tl.where(too_many, ROOM + 1, 0), mask=m_n)
     tl.store(floors + i_n, limit, mask=m_n)
     tl.store(limits + i_p, tl.where(wanted & ~too_many, limit, float("nan")), mask=i_p >= 0)
 
@@ -213,12 +220,12 @@ def _tile_products(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _append(hit, row, i_s, z, found, vocab_ids, logits, K: tl.constexpr):  # type: ignore[no-untyped-def]
+def _append(hit, row, i_s, z, found, vocab_ids, logits, ROOM: tl.constexpr):  # type: ignore[no-untyped-def]
     """Entries behind those that the rows have. Which entry of a row comes first depends on the order of programs."""
     rows = tl.broadcast_to(row[:, None], hit.shape)
     at = tl.atomic_add(found + rows, 1, mask=hit, sem="relaxed")
-    fits = hit & (at < K)
-    o_k = rows.to(tl.int64) * K + at
+    fits = hit & (at < ROOM)
+    o_k = rows.to(tl.int64) * ROOM + at
     tl.store(vocab_ids + o_k, tl.broadcast_to(i_s[None, :], hit.shape), mask=fits)
     tl.store(logits + o_k, z, mask=fits)
 
@@ -226,7 +233,7 @@ def _append(hit, row, i_s, z, found, vocab_ids, logits, K: tl.constexpr):  # typ
 @triton.jit(
     do_not_specialize=["tiles"],
     do_not_specialize_on_alignment=[
-        "temperature", "floors", "ends", "item_ends", "pairs", "found", "vocab_ids", "logits",
+        "temperature", "limits", "ends", "item_ends", "pairs", "found", "vocab_ids", "logits",
     ],
 )  # fmt: skip
 def products_kernel(  # type: ignore[no-untyped-def]
@@ -234,20 +241,20 @@ def products_kernel(  # type: ignore[no-untyped-def]
     weight,  # [V, D], or its descriptor with blocks [B_V, B_D]
     bias,  # [V] or None
     temperature,  # [N] or None
-    floors,  # [N]
+    limits,  # [N] by token
     ends,  # [T] int64
     item_ends,  # [T] int32
     pairs,  # [MAX_TILES * N] int32
     found,  # [N] int32: updated
-    vocab_ids,  # [N, K] int32: written
-    logits,  # [N, K]: written
+    vocab_ids,  # [N, ROOM] int32: written
+    logits,  # [N, ROOM]: written
     tiles,  # T
     depth,  # D
     vocab,  # V
     row_stride,
     column_stride,
     weight_stride,
-    K: tl.constexpr,
+    ROOM: tl.constexpr,
     SCALE: tl.constexpr,
     CAP: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
@@ -276,7 +283,7 @@ def products_kernel(  # type: ignore[no-untyped-def]
             m_s = i_s < vocab
             # What belongs to the rows is loaded anew for each slice, too.
             row = tl.load(pairs + i_p, mask=m_p, other=0)
-            floor = tl.load(floors + row, mask=m_p, other=float("inf"))
+            limit = tl.load(limits + row, mask=m_p, other=float("inf"))
             if temperature is not None:
                 t = tl.load(temperature + row, mask=m_p, other=1.0).to(ACCUMULATOR)
                 per_temperature = inverse(t)[:, None]
@@ -284,9 +291,66 @@ def products_kernel(  # type: ignore[no-untyped-def]
                 per_temperature = None
             b = tl.load(bias + i_s, mask=m_s, other=0.0).to(ACCUMULATOR)[None, :] if bias is not None else None
             z, _ = logit(slices[i], b, per_temperature, SCALE, CAP)
-            hit = (z >= floor[:, None]) & m_p[:, None] & m_s[None, :]
+            hit = (z >= limit[:, None]) & m_p[:, None] & m_s[None, :]
             if tl.max(tl.max(hit.to(tl.int32), 1), 0) > 0:
-                _append(hit, row, i_s, z, found, vocab_ids, logits, K)
+                _append(hit, row, i_s, z, found, vocab_ids, logits, ROOM)
+
+
+@triton.jit
+def _rank(z):  # type: ignore[no-untyped-def]
+    """Integers in the order of float32 numbers."""
+    bits = z.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _of_rank(rank):  # type: ignore[no-untyped-def]
+    return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit(
+    do_not_specialize=["n_rows"],
+    do_not_specialize_on_alignment=["found", "vocab_ids", "logits", "floors", "largest_ids", "largest_logits"],
+)
+def largest_kernel(  # type: ignore[no-untyped-def]
+    found,  # [N] int32: updated
+    vocab_ids,  # [N, ROOM] int32
+    logits,  # [N, ROOM] float32
+    floors,  # [N]: updated
+    largest_ids,  # [N, K] int32: written
+    largest_logits,  # [N, K]: written
+    n_rows,  # N
+    ROOM: tl.constexpr,
+    K: tl.constexpr,
+    B_R: tl.constexpr,
+):
+    i_r = tl.program_id(0).to(tl.int64) * B_R + tl.arange(0, B_R)
+    m_r = i_r < n_rows
+    n_found = tl.load(found + i_r, mask=m_r, other=0)
+    n = tl.where(n_found <= ROOM, n_found, 0)
+    i_k = tl.arange(0, ROOM)[None, :]
+    m_k = i_k < n[:, None]
+    o_k = i_r[:, None] * ROOM + i_k
+    v = tl.load(vocab_ids + o_k, mask=m_k, other=0)
+    z = tl.load(logits + o_k, mask=m_k, other=0.0)
+    # Descending, places that are not in use last. Ids are distinct within a row, so that equal logits have one order.
+    key = ((-1 - _rank(z)).to(tl.int64) << 32) | v.to(tl.int64)
+    key = sort_rows(tl.where(m_k, key, 0x7FFFFFFFFFFFFFFF))
+    rank = -1 - (key >> 32).to(tl.int32)
+    # Entries that are equal to the first that goes go, too.
+    next_largest = tl.sum(tl.where(i_k == K, rank, 0), 1)
+    has_more = n > K
+    m_k = m_k & (i_k < K) & ((rank > next_largest[:, None]) | (has_more == 0)[:, None])
+    z = _of_rank(rank)
+    tl.store(largest_ids + i_r[:, None] * K + i_k, (key & 0x7FFFFFFF).to(tl.int32), mask=m_r[:, None] & m_k)
+    tl.store(largest_logits + i_r[:, None] * K + i_k, z, mask=m_r[:, None] & m_k)
+    count = tl.sum(m_k.to(tl.int32), 1)
+    # In the middle of the gap, where rounding moves no logit to the other side.
+    above = _of_rank(next_largest + 1)
+    smallest = -tl.max(tl.where(m_k, -z, float("-inf")), 1)
+    floor = tl.where(count > 0, above + (smallest - above) * 0.5, above)
+    tl.store(floors + i_r, floor, mask=m_r & has_more)
+    tl.store(found + i_r, tl.where(n_found <= ROOM, count, K + 1), mask=m_r)
 
 
 def collect(
@@ -299,7 +363,7 @@ def collect(
     count: Tensor,
     peaks: Tensor,
     min_logits: Tensor,
-    capacity: int,
+    room: int,
     *,
     scale: float,
     softcap: float | None,
@@ -309,16 +373,16 @@ def collect(
 
     ``hidden``, ``weight``, ``bias``, ``temperature``, ``scale``, ``softcap``: of the forward. ``rows``, ``place``,
     ``count``, ``peaks``: what the forward returned. ``min_logits``: [N] float32 (float64 for float64 inputs) by token,
-    +inf for rows of which nothing is wanted; NaN is taken for +inf. ``capacity``: K, entries that a row has room for.
+    +inf for rows of which nothing is wanted; NaN is taken for +inf. ``room``: entries that a row has room for.
     ``max_tiles``: of one row that are collected from.
 
     Returns ``(found, vocab_ids, logits, floors)``:
 
-    - ``found`` [N] int32: entries that reach the floor. More than K where they are more, and where the row was left
-      out (see above): such a row has to be dense, and nothing stands in the next two of it.
-    - ``vocab_ids`` [N, K] int32, ``logits`` [N, K] float32 (float64): of the first ``found`` places of each row, in an
-      order that is **not** the same in every run (tiles come in any order): sort a row by its vocab_ids before its
-      entries are added up. Other places are undefined.
+    - ``found`` [N] int32: entries that reach the floor. More than ``room`` where they are more, and where the row was
+      left out (see above): such a row has to be dense, and nothing stands in the next two of it.
+    - ``vocab_ids`` [N, room] int32, ``logits`` [N, room] float32 (float64): of the first ``found`` places of each row,
+      in an order that is **not** the same in every run (tiles come in any order): sort a row by its vocab_ids before
+      its entries are added up. Other places are undefined.
     - ``floors`` [N] of the dtype of ``min_logits``: these, or more where a row is so flat that it would take too many
       tiles.
 
@@ -331,8 +395,8 @@ def collect(
         raise ValueError(f"peaks must be of shape {(tiles, tokens)}, got {tuple(peaks.shape)}")
     found, vocab_ids, logits = (
         torch.empty(tokens, dtype=torch.int32, device=device),
-        torch.empty(tokens, capacity, dtype=torch.int32, device=device),
-        torch.empty(tokens, capacity, dtype=min_logits.dtype, device=device),
+        torch.empty(tokens, room, dtype=torch.int32, device=device),
+        torch.empty(tokens, room, dtype=min_logits.dtype, device=device),
     )
     name = architecture(device)
     blocks = configs.COLLECT[name][hidden.itemsize]
@@ -342,7 +406,7 @@ def collect(
     pairs = torch.empty(max_tiles * tokens, dtype=torch.int32, device=device)
     of_limits = options("limits", device)
     limits_kernel[(triton.cdiv(tokens, of_limits["B_N"]),)](
-        peaks, place, min_logits, limits, floors, found, tokens, tiles, K=capacity, MAX_TILES=max_tiles, **of_limits
+        peaks, place, min_logits, limits, floors, found, tokens, tiles, ROOM=room, MAX_TILES=max_tiles, **of_limits
     )
     if not tiles:
         return found, vocab_ids, logits, floors
@@ -357,7 +421,23 @@ def collect(
     products_kernel[(2 * multiprocessors(device),)](
         hidden, operand, bias, temperature, floors, ends, item_ends, pairs, found, vocab_ids, logits,
         tiles, depth, vocab, *hidden.stride(), weight.stride(0),
-        K=capacity, SCALE=scale, CAP=softcap, ACCUMULATOR=accumulator_of(hidden.dtype), UPCAST=upcast(hidden.dtype),
+        ROOM=room, SCALE=scale, CAP=softcap, ACCUMULATOR=accumulator_of(hidden.dtype), UPCAST=upcast(hidden.dtype),
         B_T=triton.next_power_of_2(tiles), B_V=configs.PEAK_WIDTH, **(blocks | dict(DESCRIPTORS=descriptors)),
     )  # fmt: skip
     return found, vocab_ids, logits, floors
+
+
+def largest(
+    found: Tensor, vocab_ids: Tensor, logits: Tensor, floors: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of what `collect` returned, with logits in float32 and room for a power of two of them, at most the ``count``
+    largest of each row and the floor that is left: `interface.Candidates.most_probable` but for the order. ``found``
+    and ``floors`` are updated in place. Ids and logits are new, [N, count]; places from ``found`` on are undefined, and
+    so are those of rows that were left out, in which ``found`` is more than ``count``. One launch."""
+    tokens, room = vocab_ids.shape
+    ids, z = vocab_ids.new_empty(tokens, count), logits.new_empty(tokens, count)
+    blocks = options("largest", found.device)
+    largest_kernel[(triton.cdiv(tokens, blocks["B_R"]),)](
+        found, vocab_ids, logits, floors, ids, z, tokens, ROOM=room, K=count, **blocks
+    )
+    return found, ids, z, floors
