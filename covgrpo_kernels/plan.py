@@ -59,15 +59,17 @@ class BackwardPlan(NamedTuple):
         return coefficient * self.inverse_prob.to(coefficient.dtype)
 
 
-def min_probability(grad_tol: float) -> float:
+def min_probability(grad_tol: float, factor: float = 4.0) -> float:
     """Vocabulary ids less probable than this belong to a row's tail; 0 where there is to be none. The floor of a row
-    with more than MAX_CANDIDATES ids above it is higher: they have room for no more.
+    that has no room for all of the others is higher.
 
-    A tail of mass m contributes at most sqrt(m * min_prob) to the row's error, and m is some hundredths of 1 - p in a
-    policy's batch: 25 grad_tol^2 then spends about the tolerance. Above 1e-4 nothing is saved, since few ids are more
-    probable than that anyway; below 1e-6 most rows would have more candidates than there is room for."""
-    min_prob = 25 * grad_tol**2
-    return min(min_prob, 1e-4) if min_prob >= 1e-6 else 0.0
+    A tail of mass m and floor f contributes at most sqrt(m f) to the row's error, and m is some hundredths of 1 - p in
+    a policy's batch. So with f = 25 grad_tol^2 the rows' own tails take some tenths of the tolerance, and borrowed ones
+    the rest. A lower floor makes both smaller: 4 grad_tol^2 halves the error that is left, for ten more entries a row,
+    which is little where an entry costs next to nothing (``factor``). Above 1e-4 nothing is saved, since few ids are
+    more probable than that anyway; below 1e-6 there is no room. With a tolerance below 2e-4 hardly a row would be
+    sparse."""
+    return min(max(factor * grad_tol**2, 1e-6), 1e-4) if grad_tol >= 2e-4 else 0.0
 
 
 def can_have_tails(rows: int, capacity: int, grad_tol: float) -> bool:

@@ -58,9 +58,8 @@ def sparse_entries(
         dz = dz * transform.softcap_slope(torch.cat([z, target_logit.unsqueeze(1)], 1), temperature)
     used = pad(used, (0, 1), value=True)
     vocab_ids = torch.cat([vocab_ids, targets.unsqueeze(1)], 1)
-    return SparseEntries(
-        vocab_ids, dz.where(used, 0), used, tail * slope, mass, stats.probability(candidates.min_logits)
-    )
+    floor = stats.probability(candidates.min_logits)
+    return SparseEntries(vocab_ids, dz.where(used, 0), used, tail * slope, mass, floor)
 
 
 # What similarities are multiplied by before the softmax. At 10 two kinds of context with disjoint tails keep their own

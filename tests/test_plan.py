@@ -74,8 +74,8 @@ def dz_rounding(logits, g, e, temperature, head, dtype):
     return 32 * torch.finfo(dtype).eps * (1 + logits.double().abs().max() * slope) * size * slope
 
 
-def check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token, sure, decades=1.0):
-    logits, targets, g, e, temperature = dlogits_batch(seed, tokens, entropy, per_token, sure, decades=decades)
+def check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token, sure, decades=1.0, vocab=150):
+    logits, targets, g, e, temperature = dlogits_batch(seed, tokens, entropy, per_token, sure, vocab, decades)
     head = LogitTransform(scale, softcap)
     plan, (dz, _, _) = planned(logits, targets, g, e, temperature, head, grad_tol)
     exact = dense_dlogits(logits, targets, g, e, head, temperature)
@@ -99,19 +99,22 @@ def check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token
 @given(
     st.integers(0, 2**31), st.sampled_from([0, 1, 2, 30, 60]), st.sampled_from([0.0, 1e-6, 2e-3, 2e-2, 0.1, 0.5]),
     st.booleans(), st.sampled_from([None, 3.0, 30.0]), st.sampled_from([1.0, -0.5, 2.0]), st.booleans(),
-    st.sampled_from([0.0, 0.8, 1.0]),
+    st.sampled_from([0.0, 0.8, 1.0]), st.sampled_from([150, 600]),
 )  # fmt: skip
-def test_certificate_holds_against_the_dense_gradient(seed, tokens, grad_tol, entropy, softcap, scale, per_token, sure):
-    """|error in dZ|_F <= bound * |dZ|_F with bound <= grad_tol, in every case drawn; rows sum to zero."""
-    check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token, sure)
+def test_certificate_holds_against_the_dense_gradient(
+    seed, tokens, grad_tol, entropy, softcap, scale, per_token, sure, vocab
+):
+    """|error in dZ|_F <= bound * |dZ|_F with bound <= grad_tol, in every case drawn; rows sum to zero. In the larger
+    vocabulary most rows have more entries above the smallest probability than they may keep."""
+    check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token, sure, vocab=vocab)
 
 
 @pytest.mark.parametrize("grad_tol", [2e-3, 2e-2])
 def test_tolerance_is_kept_and_used(grad_tol):
     """Most rows are sparse, the bound is near the tolerance and the error within two orders of the bound."""
     for seed, entropy, softcap, per_token in ((5, False, None, False), (6, True, None, False), (7, True, 30.0, True)):
-        plan, error = check_certificate(seed, 400, grad_tol, entropy, softcap, 1.0, per_token, 0.8, decades=0.5)
-        assert plan.sparse.sum() > 200
+        plan, error = check_certificate(seed, 400, grad_tol, entropy, softcap, 1.0, per_token, 0.8, 0.5, vocab=1500)
+        assert plan.sparse.sum() > 150
         assert plan.error_bound > grad_tol / 10
         assert error > plan.error_bound / 100
 
@@ -129,7 +132,7 @@ def test_all_gradients_are_of_one_dlogits(settings, dtype, backend):
     bias = torch.linspace(-1, 1, logits.shape[1], dtype=dtype)
     head = LogitTransform(1.5 if settings == "all" else 1.0, softcap)
     with engines.use((64, 1024)):
-        plan, (dz, dweight, dbias) = planned(logits, targets, g, e, temperature, head, 2e-2, bias=bias)
+        plan, (dz, dweight, dbias) = planned(logits, targets, g, e, temperature, head, 3e-4, bias=bias)
     assert plan.sparse.sum() > 30
     assert plan.dense.sum() > TAIL_ROWS
     exact = dense_dlogits(logits, targets, g, e, head, temperature, bias)
@@ -141,19 +144,16 @@ def test_all_gradients_are_of_one_dlogits(settings, dtype, backend):
         assert ((got - (dz.T @ left).view_as(got)).abs() <= bound + 64 * eps * bound.max()).all(), name
 
 
-@pytest.mark.parametrize("tile", [(64, 2048), (96, 1024)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64])
-def test_every_entry_above_the_floor_is_kept(dtype, tile, backend):
+def test_every_entry_above_the_floor_is_kept(dtype, backend):
     """Whatever the thresholds were when it came: over several tiles, targets from sure to nearly impossible, and rows
     from sure ones to those with thousands of entries above the smallest probability, which keep the largest ones."""
-    if backend == "triton" and tile[1] < 2048:
-        pytest.skip("takes a minute under the interpreter")
     head = rl_head(3, 96, 64, 9000)
     head["hidden"][::6] *= 0.5
     hidden, weight = head["hidden"].to(dtype), head["weight"].to(dtype)
     targets = head["targets"].where(torch.arange(96) % 8 > 0, 8999)
     # Of engines that keep candidates: the GPU's keeps peaks, for tests/test_triton_collect.py.
-    with engines.use(tile):
+    with engines.use((64, 2048)):
         packed, (found, vocab_ids, logits, floors) = operators.head_forward_op(
             hidden, weight, None, targets, None, 1.0, None, False, -100, min_probability(5e-3)
         )
@@ -183,7 +183,7 @@ def test_every_entry_above_the_floor_is_kept(dtype, tile, backend):
         elif largest[-1] > math.log(min_probability(5e-3)) + unsure:
             many += 1
             assert largest[-1] - unsure <= floor <= largest[-2] + unsure
-    assert many > 10 or backend == "triton"
+    assert many > 5 or backend == "triton"
     assert found[complete].float().mean() < 40
     assert not found[~valid].any()
 

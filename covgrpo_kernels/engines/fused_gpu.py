@@ -43,6 +43,9 @@ if TYPE_CHECKING:  # the modules need triton
 # more, where peaks and entries have 1.5 KiB together.
 _CAPACITY = 64
 
+# Of `min_probability`: higher than elsewhere, since most entries below are alone in a tile of products made again.
+_FLOOR_FACTOR = 25.0
+
 # Vocabulary ids of a slab are a multiple of this, so that the blocks of `head_grad` and its pairs begin with it.
 _SLAB_MULTIPLE = 256
 
@@ -115,7 +118,7 @@ class FusedGpu:
             scale, g, e = to_unit_scale(g, e)
             unit_scale = scale.reshape(1)
         sparse = precision.uniform is None and can_have_tails(len(g), self._capacity(notes), precision.grad_tol)
-        min_prob = min_probability(precision.grad_tol)
+        min_prob = min_probability(precision.grad_tol, _FLOOR_FACTOR)
         rows = plan_rows.plan_rows(
             self._collect(inputs, stats, notes, g, e, min_prob) if sparse else None,
             stats.packed, inputs.targets, g, e, inputs.temperature,
