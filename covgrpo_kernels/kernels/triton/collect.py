@@ -51,7 +51,8 @@ LAUNCHES = 5
 
 
 # Tiles whose products are made again for one row: a twentieth of the vocabulary's where that has 151,936 ids, for which
-# a dense row makes three products each. Rows of a real policy have some @@ entries above the floor that follows.
+# a dense row makes three products each. On recorded states of a 135M model at temperature 1 (2.2 nats) a row has 58
+# entries above the limit that follows, and one of a hundred more than 128; with 48 tiles one of five has.
 MAX_TILES = 32
 # Halvings of the interval in which a floor is sought. It is at most 32 nats wide, so that what is found is less than a
 # hundredth of a nat too high.
