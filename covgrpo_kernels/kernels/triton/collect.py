@@ -105,11 +105,11 @@ def limits_kernel(  # type: ignore[no-untyped-def]
         low = tl.where(limit > high - 32.0, limit, high - 32.0)
         for _ in range(_HALVINGS):
             middle = low + (high - low) * 0.5
-            pairs, _ = _peaks_that_reach(peaks, i_p, middle, is_flat, n_tokens, tiles, B_T)
+            pairs = _peaks_that_reach(peaks, i_p, middle, is_flat, n_tokens, tiles, B_T)[0]
             low = tl.where(pairs > MAX_TILES, middle, low)
             high = tl.where(pairs > MAX_TILES, high, middle)
         limit = tl.where(is_flat, high, limit)
-        pairs, _ = _peaks_that_reach(peaks, i_p, limit, wanted, n_tokens, tiles, B_T)
+        pairs = _peaks_that_reach(peaks, i_p, limit, wanted, n_tokens, tiles, B_T)[0]
     too_many = wanted & (pairs > MAX_TILES)
     tl.store(found + i_n, tl.where(too_many, ROOM + 1, 0), mask=m_n)
     tl.store(floors + i_n, limit, mask=m_n)
