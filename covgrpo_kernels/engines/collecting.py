@@ -19,7 +19,8 @@ class CandidateCollector:
     """Collects at most MAX_CANDIDATES of each row, the most probable ones, in twice the room.
 
     What a logit has to reach is ``min_prob`` of the best lower bound on the row's normaliser so far, the target's share
-    or the running sum. It only rises, so that whatever is more probable than ``min_prob`` in the end has reached it."""
+    or the running sum; or the row's floor. It only rises, so that whatever is more probable than ``min_prob`` in the
+    end has reached it, or is not among the most probable ones."""
 
     def __init__(self, rows: Rows, dtype: torch.dtype, min_prob: float) -> None:
         self._candidates = Candidates.empty(len(rows), 2 * MAX_CANDIDATES, dtype, rows.device)
@@ -32,7 +33,8 @@ class CandidateCollector:
 
     def raise_thresholds(self, running: OnlineSoftmax) -> None:
         so_far = running.maximum + running.sum.log1p()
-        torch.add(torch.maximum(self._at_least, so_far), self._log_min_prob, out=self._min_logits)
+        least = torch.maximum(self._at_least, so_far).add_(self._log_min_prob)
+        torch.maximum(least, self._candidates.min_logits, out=self._min_logits)
 
     def take(self, block: slice) -> Collecting:
         return Collecting(self._min_logits[block], self._candidates.take(block))
