@@ -533,10 +533,6 @@ CPP_FAULTS = {
         "test_plan.py::test_the_largest_candidates_whatever_their_order[portable-4]",
         CppFault("softmax.h", "sorted.begin() + room / 2", "sorted.begin() + room / 4"),
     ),
-    "floor of the smallest that stays": (
-        "test_plan.py::test_the_largest_candidates_whatever_their_order[portable-4]",
-        CppFault("softmax.h", "if (logit >= floor.load", "if (logit > floor.load"),
-    ),
     "candidates of a tile numbered from zero": (
         f"{ABOVE}[portable-dtype1]",
         CppFault("tiles.h", "candidates.add(r, tile.first + o + c", "candidates.add(r, o + c"),
