@@ -125,8 +125,7 @@ FAULTS = {
         states,
         Fault("numerics", "acc = tl.dot((a - high.to(tl.float32)).to(b.dtype), b, acc)", "pass"),
     ),
-    "floor ignored": (plan, Fault("plan_rows", "(z >= floor[:, None]) & (v", "(v")),
-    "target twice": (plan, Fault("plan_rows", " & (v != y[:, None])", "")),
+    "target twice": (plan, Fault("plan_rows", "m_k = m_k & (v != y[:, None])", "pass")),
     "lost candidates not noticed": (plan, Fault("plan_rows", "complete = n_found <= K", "complete = n_found >= 0")),
     "entropy lost in a value": (plan, Fault("plan_rows", "(log_p + h[:, None])", "log_p")),
     "softcap lost in a value": (
@@ -142,7 +141,7 @@ FAULTS = {
     "bound of the entropy lost": (bounds, Fault("plan_rows", "upper += _SQRT_2 * tl.abs(e) * h", "pass")),
     "bound of the tail without the entropy": (
         bounds,
-        Fault("plan_rows", "largest += tl.abs(e) * (h - log_min_prob)", "pass"),
+        Fault("plan_rows", "largest += tl.abs(e) * (h - log_floor)", "pass"),
     ),
     "norm in float32": (
         sure,
@@ -187,6 +186,14 @@ FAULTS = {
         overflow,
         Fault("plan_rows", 'norm = tl.where(bound < float("inf"), norm, float("inf"))', "pass"),
     ),
+    "floor of another row": (
+        bounds,
+        Fault("plan_rows", "tl.load(min_logits + i_r, mask", "tl.load(min_logits + 0 * i_r, mask"),
+    ),
+    "floor of another heavy row": (
+        mixed,
+        Fault("tails", "tl.exp(tl.load(log_floor + i_h))", "tl.exp(tl.load(log_floor + 0 * i_h))"),
+    ),
     "least similar tail": (nearest, Fault("tails", "tl.argmax(cosine, 1)", "tl.argmax(-cosine, 1)")),
     "shares of the first tail's mass": (
         mixed,
@@ -213,7 +220,7 @@ FAULTS = {
     "first part only": (states, Fault("tails", "i_p = part * T + i\n", "i_p = i\n")),
     "above the floor in the tail": (
         dense_rows,
-        Fault("dlogits", "in_tail = (z < m + (l + log_min_prob)) & (is_target == 0)", "in_tail = is_target == 0"),
+        Fault("dlogits", ")[:, None])) & (is_target == 0)", ")[:, None]) + 99.0) & (is_target == 0)"),
     ),
     "target in the tail": (dense_rows, Fault("dlogits", " & (is_target == 0)\n", "\n")),
     "tail without its slope": (
