@@ -317,15 +317,15 @@ KERNEL_FAULTS = {
     "clipped tokens have a gradient": (
         terms, KernelFault("token_terms", "tl.where(clipped | dual_clipped, 0.0", "tl.where(dual_clipped, 0.0")
     ),
-    "no upper bound": (terms, KernelFault("token_terms", "(within > RATIO_HIGH)", "(within < 0.0)")),
+    "no upper bound": (terms, KernelFault("token_terms", "(within > OPTIONS.ratio_high)", "(within < 0.0)")),
     "dual clip of positive advantages": (terms, KernelFault("token_terms", "(a < 0.0) & (slope", "(a > 0.0) & (slope")),
     "share without the length": (terms, KernelFault("token_terms", "share /= tl.load", "tl.load")),
     "ratio of the token instead of its sequence": (
-        terms, KernelFault("token_terms", "log_ratio = tl.load", "gap = tl.load")
+        terms, KernelFault("token_terms", "else _load(inputs.mean_log_ratio, i_s, m_v)", "else gap")
     ),
     "KL weighted": (terms, KernelFault("token_terms", "g += share * kl_grad", "g += w * share * kl_grad")),
     "KL by subtraction": (
-        terms, KernelFault("token_terms", "kl_grad = -_expm1(d)", "kl_grad = -(tl.exp(d.to(tl.float32)) - 1.0)")
+        terms, KernelFault("token_terms", "kl_grad = -expm1(d)", "kl_grad = -(tl.exp(d.to(tl.float32)) - 1.0)")
     ),
     "rollout weights lost": (
         terms, KernelFault("token_terms", "policy_share = share * rollout_weight", "rollout_weight")
@@ -347,12 +347,13 @@ KERNEL_FAULTS = {
         cispo,
         KernelFault(
             "token_terms",
-            "zero + RATIO_HIGH, policy_ratio)\n        policy_x", "policy_ratio, policy_ratio)\n        policy_x",
+            "zero + OPTIONS.ratio_high, policy_ratio)\n        policy_x",
+            "policy_ratio, policy_ratio)\n        policy_x",
         ),
     ),
-    "penalty without its sign": (penalty, KernelFault("token_terms", "sign * PENALTY", "tl.abs(sign) * PENALTY")),
+    "penalty without its sign": (penalty, KernelFault("token_terms", "sign * OPTIONS", "tl.abs(sign) * OPTIONS")),
     "penalty of every token": (
-        penalty, KernelFault("token_terms", "m_p = tl.load(penalised + i_t, mask=m_v, other=0) != 0", "m_p = m_v")
+        penalty, KernelFault("token_terms", "else tl.load(inputs.penalised + i_t, mask=m_v, other=0) != 0", "else m_v")
     ),
     "last token lost": (few_tokens, KernelFault("token_terms", "m_t = i_t < n_tokens", "m_t = i_t < n_tokens - 1")),
     "a zero advantage has a ratio": (
@@ -364,7 +365,7 @@ KERNEL_FAULTS = {
     ),
     "NaN lost in a maximum": (nan_weight, KernelFault("token_terms", "(x != x)", "(x < x)")),
     "masked covariances counted": (
-        masked_covariance, KernelFault("token_terms", "covariance + i_t, mask=m_v", "covariance + i_t, mask=m_t")
+        masked_covariance, KernelFault("token_terms", "_load(inputs.covariance, i_t, m_v)", "_load(inputs.covariance, i_t, m_t)")
     ),
     "gradient without the bandwidth's": (
         gradient, KernelFault("covariance_weights_grad", "+ dvariance * 2.0", "+ 0.0 * dvariance")
