@@ -6,7 +6,6 @@ follow, or this file is red itself.
 
 import __future__
 
-import importlib.util
 import inspect
 import os
 import shutil
@@ -24,6 +23,7 @@ import test_plan
 import test_token_terms
 import test_weights
 import torch
+from faulty_kernels import NO_FAULT, KernelFault, faulty_kernels
 from torch.autograd.gradcheck import GradcheckError
 
 from covgrpo_kernels import covariance, engines, inputs, kernels, objective, plan, segments, sparse, token_terms
@@ -247,12 +247,6 @@ FAULTS = {
 }  # fmt: skip
 
 
-class KernelFault(NamedTuple):
-    module: str  # of covgrpo_kernels.kernels.triton
-    old: str
-    new: str
-
-
 def sequences(patch):
     test_weights.test_equals_the_reference("author")
 
@@ -365,7 +359,7 @@ KERNEL_FAULTS = {
     ),
     "NaN lost in a maximum": (nan_weight, KernelFault("token_terms", "(x != x)", "(x < x)")),
     "masked covariances counted": (
-        masked_covariance, KernelFault("token_terms", "_load(inputs.covariance, i_t, m_v)", "_load(inputs.covariance, i_t, m_t)")
+        masked_covariance, KernelFault("token_terms", "inputs.covariance, i_t, m_v", "inputs.covariance, i_t, m_t")
     ),
     "gradient without the bandwidth's": (
         gradient, KernelFault("covariance_weights_grad", "+ dvariance * 2.0", "+ 0.0 * dvariance")
@@ -422,19 +416,7 @@ KERNEL_FAULTS = {
 
 def apply_to_kernels(fault: KernelFault, patch: pytest.MonkeyPatch, folder: Path) -> None:
     """A copy of the whole backend with the fault in it takes the backend's place."""
-    package = importlib.import_module("covgrpo_kernels.kernels.triton")
-    source = Path(package.__file__).parent
-    for path in source.glob("*.py"):
-        (folder / path.name).write_text(path.read_text())
-    changed = folder / f"{fault.module}.py"
-    assert fault.old in changed.read_text(), f"{fault.old!r} is no longer in {changed.name}"
-    changed.write_text(changed.read_text().replace(fault.old, fault.new))
-    name = "covgrpo_kernels.kernels.faulty"
-    for module in [module for module in sys.modules if module.startswith(name)]:
-        del sys.modules[module]
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
-    faulty = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(faulty)
+    faulty = faulty_kernels(fault, folder)
     patch.setattr(kernels, "_import", lambda name: faulty)
 
 
@@ -458,7 +440,7 @@ def test_fault_in_a_kernel_turns_the_suite_red(name, monkeypatch, tmp_path, inte
 
 @pytest.mark.parametrize("check", list(dict.fromkeys(c for c, _ in KERNEL_FAULTS.values())), ids=lambda c: c.__name__)
 def test_the_same_checks_are_green_with_kernels_as_they_are(check, monkeypatch, tmp_path, interpreted):
-    apply_to_kernels(KernelFault("numerics", "tanh", "tanh"), monkeypatch, tmp_path)
+    apply_to_kernels(NO_FAULT, monkeypatch, tmp_path)
     check(monkeypatch)
 
 
