@@ -22,6 +22,7 @@ from covgrpo_kernels.testing import policy_head, random_batch, random_head, rms,
 pytest.importorskip("triton")
 gpu = pytest.mark.gpu
 ON_GPU = torch.cuda.is_available()
+pytestmark = [gpu] if ON_GPU else []  # there `-m gpu` chooses them all
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 SIZES = dict(groups=8, group_size=8, length=64, depth=64, vocab=5000)
 if not ON_GPU:  # several programs of each kernel all the same
