@@ -167,7 +167,8 @@ bind = create_function_from_signature(kernel.signature, kernel.params, make_back
 def key(tokens, offset, prepare=aligned):
     x = torch.empty(tokens + offset)[offset:]
     inputs = TokenInputs._make([prepare(x)] * 12 + [None, prepare(torch.ones(2)[1])])
-    arguments = dict(inputs=inputs, out=TokenTerms._make([None, *[aligned(x)] * 4, None]), to_sort=x, partial=x)
+    new = torch.empty(max(tokens, 18))  # as the launcher makes them
+    arguments = dict(inputs=inputs, out=TokenTerms._make([None, *[new] * 4, None]), to_sort=new, partial=new)
     arguments |= dict(n_tokens=tokens, beta=0.5, entropy_coef=0.0, OPTIONS=None, B_T=256)
     return bind(**{name: arguments[name] for name in kernel.arg_names})[1]
 

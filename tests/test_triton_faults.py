@@ -369,7 +369,7 @@ FAULTS = {
         Fault("numerics", "tl.where(x > 1.0, tl.exp(x) - 1.0, 2.0 * t / (1.0 - t))", "2.0 * t / (1.0 - t)"),
     ),
     "total lost": (k1, Fault("token_terms", "1.0 / tl.load(inputs.total).to(tl.float64)", "1.0")),
-    "longest completion lost": (per_length, Fault("token_terms", "share /= MAX_LENGTH", "pass")),
+    "longest completion lost": (per_length, Fault("token_terms", "share /= OPTIONS.max_length", "pass")),
     "length of the first sequence": (k1, Fault("token_terms", "inputs.lengths + i_s", "inputs.lengths + 0 * i_s")),
     "quantile of the odd place": (
         few,

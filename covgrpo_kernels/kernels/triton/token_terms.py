@@ -46,11 +46,11 @@ def _load(pointer, i_t, m_t):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _token_shares(inputs, i_s, m_v, MAX_LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _token_shares(inputs, i_s, m_v, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """What a token's loss is multiplied by before the sum over all tokens."""
     share = tl.where(m_v, 1.0 / tl.load(inputs.total).to(tl.float64), 0.0)
-    if MAX_LENGTH is not None:
-        share /= MAX_LENGTH
+    if OPTIONS.max_length is not None:
+        share /= OPTIONS.max_length
     if inputs.lengths is not None:
         share /= tl.load(inputs.lengths + i_s, mask=m_v, other=1.0)
     return share
@@ -88,11 +88,11 @@ def _policy_term(ratio, x, a, has_term, OPTIONS: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
-def _kl_divergence(d, ESTIMATOR: tl.constexpr):  # type: ignore[no-untyped-def]
+def _kl_divergence(d, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """And its derivative in x; d is ref - x."""
-    if ESTIMATOR == "k1":
+    if OPTIONS.kl_estimator == "k1":
         kl, kl_grad = -d, tl.full(d.shape, 1.0, d.dtype)
-    elif ESTIMATOR == "k2":
+    elif OPTIONS.kl_estimator == "k2":
         kl, kl_grad = d * d * 0.5, -d
     else:
         kl_grad = -expm1(d)
@@ -134,7 +134,7 @@ def _store_metrics(partial, c, h, kl, ratio, w, term, m_v):  # type: ignore[no-u
     tl.store(block + 17 * n_blocks, _largest(tl.where(m_v, -w, -float("inf"))))
 
 
-@triton.jit(do_not_specialize=["n_tokens"], do_not_specialize_on_alignment=["to_sort", "partial"])
+@triton.jit(do_not_specialize=["n_tokens"])
 def token_terms_kernel(  # type: ignore[no-untyped-def]
     inputs,  # TokenInputs
     out,  # TokenTerms, None for what nobody asked for; loss and metrics are of totals_kernel
@@ -152,7 +152,7 @@ def token_terms_kernel(  # type: ignore[no-untyped-def]
     x, a0 = _load(inputs.logprobs, i_t, m_v), _load(inputs.advantages, i_t, m_v)
     w = m_v.to(tl.float64) if inputs.weights is None else _load(inputs.weights, i_t, m_v)
     i_s = i_t if inputs.segment is None else tl.load(inputs.segment + i_t, mask=m_v, other=0)
-    share = _token_shares(inputs, i_s, m_v, OPTIONS.max_length)
+    share = _token_shares(inputs, i_s, m_v, OPTIONS)
 
     gap = x - x if inputs.old is None else x - _load(inputs.old, i_t, m_v)  # NaN where the log-prob is not finite
     log_ratio = gap if inputs.mean_log_ratio is None else _load(inputs.mean_log_ratio, i_s, m_v)
@@ -181,7 +181,7 @@ def token_terms_kernel(  # type: ignore[no-untyped-def]
         g += policy_share * tl.where(m_p, sign * OPTIONS.penalty, 0.0)
     kl = tl.zeros_like(x)
     if inputs.ref is not None:
-        kl, kl_grad = _kl_divergence(_load(inputs.ref, i_t, m_v) - x, OPTIONS.kl_estimator)
+        kl, kl_grad = _kl_divergence(_load(inputs.ref, i_t, m_v) - x, OPTIONS)
         if OPTIONS.beta != 0:
             g += share * kl_grad * beta
     tl.store(out.logprob_grad + i_t, tl.where(m_v, g, 0.0), mask=m_t)
