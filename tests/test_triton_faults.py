@@ -339,11 +339,11 @@ FAULTS = {
         full_list,
         Fault("collect", "tl.store(found + row, K + 1, mask=hit & (at >= room))", "pass"),
     ),
-    "rows of a list one after the other's place": (
+    "places for tokens in the lists": (
         full_list,
-        Fault("collect", "so_far += tl.sum(hit.to(tl.int32), 0)", "pass"),
+        Fault("collect", "row = tl.load(rows + i_r, mask=hit, other=0)", "row = i_r"),
     ),
-    "lists in another order": (full_list, Fault("collect", "end = pairs_before + tl.cumsum(n, 0)", "end = n")),
+    "first item of a tile again": (full_list, Fault("collect", "first_pair + (item - first_item) * B_R", "first_pair")),
     "items of the tile beside": (full_list, Fault("collect", "(all_ends <= item)", "(all_ends < item)")),
     # The terms of a token.
     "no lower bound": (clipped, Fault("token_terms", "(within < OPTIONS.ratio_low)", "(within < 0.0)")),
