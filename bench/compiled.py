@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from covgrpo_kernels.token_terms import TermOptions, TokenInputs, TokenTerms
+
 from .measure import write_json
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "compiled.json"
@@ -26,13 +28,13 @@ SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gf
 Table = dict[str, dict[str, dict[str, int]]]
 
 
-Arguments = dict[str, str | int | float | bool | tuple[float, ...] | None]
+Arguments = dict[str, Any]
 
 
 class Case(NamedTuple):
     name: str
     kernel: str  # module of the kernel, and its name there
-    arguments: Arguments  # types of those at run time, values of the others
+    arguments: Arguments  # types of those at run time, in tuples where they are, and values of the others
     config: str  # key of CONFIGS[architecture]
 
 
@@ -59,29 +61,41 @@ _SCOPE_GRAD: Arguments = dict(
 _CENTRE_GRAD: Arguments = dict(valid="*i1", order="*i64", offsets="*i64", ddx="*fp64", out="*fp64")
 _SEGMENTS: Arguments = dict(ids="*i64", order="*i64", segment="*i64", offsets="*i64", n_tokens="i32", steps="i32")
 _SUMS: Arguments = dict(values="*fp32", offsets="*i64", sums="*fp64", n_segments="i32", row_stride="i32", stride="i32")
-_COUNTS: Arguments = dict(n_blocks="i32", beta="fp64", entropy_coef="fp64")
+_COEFS: Arguments = dict(beta="fp64", entropy_coef="fp64")
 # The defaults without metrics: group weights, clipping, the mean of each sequence.
-_TERMS: Arguments = dict(
+_INPUTS: Arguments = dict(
     logprobs="*fp32", entropy="*fp32", advantages="*fp32", valid="*i1", old="*fp32", ref=None, rollout=None,
     weights="*fp32", penalised=None, covariance=None, segment="*i64", lengths="*fp64", mean_log_ratio=None,
-    total="*i64", logprob_grad="*fp32", shared_grad=None, weights_grad=None, entropy_grad=None, to_sort=None,
-    partial="*fp64", n_tokens="i32", **_COUNTS, CISPO=False, RATIO_LOW=0.8, RATIO_HIGH=1.2, DUAL_CLIP=None,
-    PENALTY=0.0, MAX_LENGTH=None, KL_ESTIMATOR=3, KL_LOSS=False, METRICS=False,
+    total="*i64",
+)  # fmt: skip
+_OUT: Arguments = {**dict.fromkeys(TokenTerms._fields), "logprob_grad": "*fp32"}
+_OPTIONS = TermOptions(
+    cispo=False, ratio_low=0.8, ratio_high=1.2, dual_clip=None, penalty=0.0, max_length=None, beta=False,
+    kl_estimator="k3", entropy_coef=False, share_grad=False, differentiate_weights=False, metrics=False,
+)  # fmt: skip
+_TERMS: Arguments = dict(
+    inputs=TokenInputs(**_INPUTS), out=TokenTerms(**_OUT), to_sort=None, partial="*fp64", n_tokens="i32", **_COEFS,
+    OPTIONS=_OPTIONS,
 )  # fmt: skip
 _TERMS_ALL: Arguments = {
-    **_TERMS, "ref": "*fp32", "rollout": "*fp32", "penalised": "*i1", "covariance": "*fp64", "mean_log_ratio": "*fp64",
-    "shared_grad": "*fp32", "weights_grad": "*fp32", "entropy_grad": "*fp32", "to_sort": "*fp64", "DUAL_CLIP": 3.0,
-    "PENALTY": 1.0, "MAX_LENGTH": 512, "KL_LOSS": True, "METRICS": True,
+    **_TERMS, "to_sort": "*fp64",
+    "inputs": _TERMS["inputs"]._replace(
+        ref="*fp32", rollout="*fp32", penalised="*i1", covariance="*fp64", mean_log_ratio="*fp64"
+    ),
+    "out": _TERMS["out"]._replace(shared_grad="*fp32", weights_grad="*fp32", entropy_grad="*fp32"),
+    "OPTIONS": _OPTIONS._replace(dual_clip=3.0, penalty=1.0, max_length=512, beta=True, metrics=True),
 }  # fmt: skip
-_CISPO: Arguments = dict(CISPO=True, DUAL_CLIP=None, shared_grad=None)
+_CISPO: Arguments = dict(
+    out=_TERMS_ALL["out"]._replace(shared_grad=None), OPTIONS=_TERMS_ALL["OPTIONS"]._replace(cispo=True, dual_clip=None)
+)
 _TOTALS: Arguments = dict(
-    partial="*fp64", loss="*fp32", **_COUNTS, KL_LOSS=True, ENTROPY_LOSS=True, TINY=1e-38,
+    partial="*fp64", loss="*fp32", n_blocks="i32", **_COEFS, KL_LOSS=True, ENTROPY_LOSS=True, TINY=1e-38,
     Q=(0.01, 0.2, 0.5, 0.8, 0.99),
 )  # fmt: skip
 
 _FORWARD: Arguments = {
     "hidden": "*bf16", "hidden_stride": "i32", "targets": "*i64", "partial": "*fp32", "splits": "i32",
-    **_ROWS, **_HEAD, "GROUP": 16, "B_P": 256,
+    **_ROWS, **_HEAD, "B_P": 256,
 }  # fmt: skip
 _FORWARD_PLAIN: Arguments = {**_FORWARD, **_PLAIN, "ENTROPY": False}
 _FORWARD_ALL: Arguments = {**_FORWARD, **_ALL, "ENTROPY": True, "peaks": "*bf16"}
@@ -364,20 +378,21 @@ def compile_case(case: Case, architecture: str) -> dict[str, int]:
         arguments["weight"] = f"tensordesc<bf16[{arguments['B_V']}, {options['B_D']}]>"
         if "hidden_stride" in arguments:  # of gathered rows, which are described too
             arguments["hidden"] = f"tensordesc<bf16[{options['B_R']}, {options['B_D']}]>"
-    types = {key: value if isinstance(value, str) else "constexpr" for key, value in arguments.items()}
-    values = {key: value for key, value in arguments.items() if not isinstance(value, str)}
-    aligned = [
-        parameter.name
-        for parameter in kernel.params
-        if not (parameter.is_constexpr or parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
-    ]
-    position = {name: i for i, name in enumerate(kernel.arg_names)}
-    source = triton.compiler.ASTSource(
-        kernel,
-        {name: types[name] for name in kernel.arg_names},
-        {(position[name],): value for name, value in values.items()},
-        {(position[name],): [["tt.divisibility", 16]] for name in aligned if types[name] != "constexpr"},
-    )
+    types: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    aligned: dict[tuple[int, ...], Any] = {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if isinstance(value, tuple) and not parameter.is_constexpr:
+            types[parameter.name] = type(value)(*("constexpr" if item is None else item for item in value))
+            places: dict[tuple[int, ...], Any] = {(i, j): item for j, item in enumerate(value)}
+        else:
+            types[parameter.name] = value if isinstance(value, str) else "constexpr"
+            places = {(i,): value}
+        constants |= {place: item for place, item in places.items() if not isinstance(item, str)}
+        if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
+            aligned |= {place: [["tt.divisibility", 16]] for place in places.keys() - constants.keys()}
+    source = triton.compiler.ASTSource(kernel, types, constants, aligned)
     if architecture.startswith("sm_"):
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     else:

@@ -223,20 +223,7 @@ def _(weights_grad, stats, *rest):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("covgrpo::token_terms", mutates_args=())
 def token_terms_op(
-    logprobs: Tensor,
-    entropy: Tensor,
-    advantages: Tensor,
-    valid: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    weights: Tensor | None,
-    penalised: Tensor | None,
-    covariance: Tensor | None,
-    segment: Tensor | None,
-    lengths: Tensor | None,
-    mean_log_ratio: Tensor | None,
-    total: Tensor,
+    inputs: list[Tensor | None],
     cispo: bool,
     ratio_low: float | None,
     ratio_high: float | None,
@@ -250,22 +237,19 @@ def token_terms_op(
     differentiate_weights: bool,
     metrics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`TokenTerms` of N tokens; the arguments are the fields of `TokenInputs` and `TermOptions`."""
-    inputs = TokenInputs(
-        logprobs, entropy, advantages, valid, old, ref, rollout, weights, penalised, covariance,
-        segment, lengths, mean_log_ratio, total,
-    )  # fmt: skip
+    """`TokenTerms` of N tokens; ``inputs`` are the fields of `TokenInputs`, and the others those of `TermOptions`."""
+    fields = TokenInputs._make(inputs)
     options = TermOptions(
         cispo, ratio_low, ratio_high, dual_clip, penalty, max_length, beta, kl_estimator, entropy_coef,
         share_grad, differentiate_weights, metrics,
     )  # fmt: skip
-    with engines.on_device(logprobs.device):
-        return tuple(kernels.select(logprobs.device).token_terms(inputs, options))
+    with engines.on_device(fields.logprobs.device):
+        return tuple(kernels.select(fields.logprobs.device).token_terms(fields, options))
 
 
 @token_terms_op.register_fake
-def _(logprobs, *rest):  # type: ignore[no-untyped-def]
-    options = TermOptions(*rest[-len(TermOptions._fields) :])
+def _(inputs, *rest):  # type: ignore[no-untyped-def]
+    logprobs, options = inputs[0], TermOptions(*rest)
     per_token = (True, options.share_grad, options.differentiate_weights, options.entropy_coef != 0)
     vectors = (logprobs.new_empty(logprobs.shape[0] if wanted else 0) for wanted in per_token)
     return logprobs.new_empty(()), *vectors, logprobs.new_empty(len(METRICS) if options.metrics else 0)
@@ -328,7 +312,7 @@ def covariance_weights_grad(
 
 def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:
     """`token_terms.token_terms` by the kernels of the device."""
-    return TokenTerms(*token_terms_op(*inputs, *options))
+    return TokenTerms(*token_terms_op(list(inputs), *options))
 
 
 class Scored(NamedTuple):

@@ -150,6 +150,35 @@ for kernel in (
     assert result.returncode == 0, result.stderr
 
 
+def test_number_and_alignment_of_tokens_compile_nothing_anew() -> None:
+    """Of tensors in a tuple Triton always looks at the alignment: `aligned` sees to it that there is one."""
+    code = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from covgrpo_kernels.kernels.triton.configs import aligned
+from covgrpo_kernels.kernels.triton.token_terms import token_terms_kernel
+from covgrpo_kernels.token_terms import TokenInputs, TokenTerms
+
+kernel = token_terms_kernel
+bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+
+def key(tokens, offset, prepare=aligned):
+    x = torch.empty(tokens + offset)[offset:]
+    inputs = TokenInputs._make([prepare(x)] * 12 + [None, prepare(torch.ones(2)[1])])
+    new = torch.empty(max(tokens, 18))  # as the launcher makes them
+    arguments = dict(inputs=inputs, out=TokenTerms._make([None, *[new] * 4, None]), to_sort=new, partial=new)
+    arguments |= dict(n_tokens=tokens, beta=0.5, entropy_coef=0.0, OPTIONS=None, B_T=256)
+    return bind(**{name: arguments[name] for name in kernel.arg_names})[1]
+
+assert key(1, 0) == key(1, 1) == key(16, 3) == key(4096, 2)
+assert key(16, 0, lambda x: x) != key(16, 1, lambda x: x), "the key tells nothing"
+"""
+    result = outside_the_interpreter(code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_search_is_made_only_when_it_is_asked_for() -> None:
     code = """
 from triton.runtime import Autotuner

@@ -6,7 +6,6 @@ follow, or this file is red itself.
 
 import __future__
 
-import importlib.util
 import inspect
 import os
 import shutil
@@ -24,6 +23,7 @@ import test_plan
 import test_token_terms
 import test_weights
 import torch
+from faulty_kernels import NO_FAULT, KernelFault, faulty_kernels
 from torch.autograd.gradcheck import GradcheckError
 
 from covgrpo_kernels import covariance, engines, inputs, kernels, objective, plan, segments, sparse, token_terms
@@ -261,12 +261,6 @@ FAULTS = {
 }  # fmt: skip
 
 
-class KernelFault(NamedTuple):
-    module: str  # of covgrpo_kernels.kernels.triton
-    old: str
-    new: str
-
-
 def sequences(patch):
     test_weights.test_equals_the_reference("author")
 
@@ -331,15 +325,15 @@ KERNEL_FAULTS = {
     "clipped tokens have a gradient": (
         terms, KernelFault("token_terms", "tl.where(clipped | dual_clipped, 0.0", "tl.where(dual_clipped, 0.0")
     ),
-    "no upper bound": (terms, KernelFault("token_terms", "(within > RATIO_HIGH)", "(within < 0.0)")),
+    "no upper bound": (terms, KernelFault("token_terms", "(within > OPTIONS.ratio_high)", "(within < 0.0)")),
     "dual clip of positive advantages": (terms, KernelFault("token_terms", "(a < 0.0) & (slope", "(a > 0.0) & (slope")),
     "share without the length": (terms, KernelFault("token_terms", "share /= tl.load", "tl.load")),
     "ratio of the token instead of its sequence": (
-        terms, KernelFault("token_terms", "log_ratio = tl.load", "gap = tl.load")
+        terms, KernelFault("token_terms", "else _load(inputs.mean_log_ratio, i_s, m_v)", "else gap")
     ),
     "KL weighted": (terms, KernelFault("token_terms", "g += share * kl_grad", "g += w * share * kl_grad")),
     "KL by subtraction": (
-        terms, KernelFault("token_terms", "kl_grad = -_expm1(d)", "kl_grad = -(tl.exp(d.to(tl.float32)) - 1.0)")
+        terms, KernelFault("token_terms", "kl_grad = -expm1(d)", "kl_grad = -(tl.exp(d.to(tl.float32)) - 1.0)")
     ),
     "rollout weights lost": (
         terms, KernelFault("token_terms", "policy_share = share * rollout_weight", "rollout_weight")
@@ -361,12 +355,13 @@ KERNEL_FAULTS = {
         cispo,
         KernelFault(
             "token_terms",
-            "zero + RATIO_HIGH, policy_ratio)\n        policy_x", "policy_ratio, policy_ratio)\n        policy_x",
+            "zero + OPTIONS.ratio_high, policy_ratio)\n        policy_x",
+            "policy_ratio, policy_ratio)\n        policy_x",
         ),
     ),
-    "penalty without its sign": (penalty, KernelFault("token_terms", "sign * PENALTY", "tl.abs(sign) * PENALTY")),
+    "penalty without its sign": (penalty, KernelFault("token_terms", "sign * OPTIONS", "tl.abs(sign) * OPTIONS")),
     "penalty of every token": (
-        penalty, KernelFault("token_terms", "m_p = tl.load(penalised + i_t, mask=m_v, other=0) != 0", "m_p = m_v")
+        penalty, KernelFault("token_terms", "else tl.load(inputs.penalised + i_t, mask=m_v, other=0) != 0", "else m_v")
     ),
     "last token lost": (few_tokens, KernelFault("token_terms", "m_t = i_t < n_tokens", "m_t = i_t < n_tokens - 1")),
     "a zero advantage has a ratio": (
@@ -378,7 +373,7 @@ KERNEL_FAULTS = {
     ),
     "NaN lost in a maximum": (nan_weight, KernelFault("token_terms", "(x != x)", "(x < x)")),
     "masked covariances counted": (
-        masked_covariance, KernelFault("token_terms", "covariance + i_t, mask=m_v", "covariance + i_t, mask=m_t")
+        masked_covariance, KernelFault("token_terms", "inputs.covariance, i_t, m_v", "inputs.covariance, i_t, m_t")
     ),
     "gradient without the bandwidth's": (
         gradient, KernelFault("covariance_weights_grad", "+ dvariance * 2.0", "+ 0.0 * dvariance")
@@ -435,19 +430,7 @@ KERNEL_FAULTS = {
 
 def apply_to_kernels(fault: KernelFault, patch: pytest.MonkeyPatch, folder: Path) -> None:
     """A copy of the whole backend with the fault in it takes the backend's place."""
-    package = importlib.import_module("covgrpo_kernels.kernels.triton")
-    source = Path(package.__file__).parent
-    for path in source.glob("*.py"):
-        (folder / path.name).write_text(path.read_text())
-    changed = folder / f"{fault.module}.py"
-    assert fault.old in changed.read_text(), f"{fault.old!r} is no longer in {changed.name}"
-    changed.write_text(changed.read_text().replace(fault.old, fault.new))
-    name = "covgrpo_kernels.kernels.faulty"
-    for module in [module for module in sys.modules if module.startswith(name)]:
-        del sys.modules[module]
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
-    faulty = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(faulty)
+    faulty = faulty_kernels(fault, folder)
     patch.setattr(kernels, "_import", lambda name: faulty)
 
 
@@ -471,7 +454,7 @@ def test_fault_in_a_kernel_turns_the_suite_red(name, monkeypatch, tmp_path, inte
 
 @pytest.mark.parametrize("check", list(dict.fromkeys(c for c, _ in KERNEL_FAULTS.values())), ids=lambda c: c.__name__)
 def test_the_same_checks_are_green_with_kernels_as_they_are(check, monkeypatch, tmp_path, interpreted):
-    apply_to_kernels(KernelFault("numerics", "tanh", "tanh"), monkeypatch, tmp_path)
+    apply_to_kernels(NO_FAULT, monkeypatch, tmp_path)
     check(monkeypatch)
 
 

@@ -1,17 +1,41 @@
 """On a GPU: the numbers, bits that repeat, bounded memory, sizes beyond 32 bits, graphs, streams, compilers, and
-targets that cannot be checked without a sync. (The modules with the fixture `backend` run there as well.)"""
+targets that cannot be checked without a sync. (The modules with the fixture `backend` run there as well.)
+
+Where there is none, what needs none runs on the CPU with the same kernels under Triton's interpreter, and with the same
+engine: `FusedGpu` for 16-bit hidden states."""
 
 import pytest
 import torch
 
-from covgrpo_kernels import CovarianceWeighting, CovGRPOConfig, covgrpo_loss, doctor, kernels, linear_logprob, reference
+from covgrpo_kernels import (
+    CovarianceWeighting,
+    CovGRPOConfig,
+    covgrpo_loss,
+    doctor,
+    engines,
+    kernels,
+    linear_logprob,
+    reference,
+)
 from covgrpo_kernels.testing import policy_head, random_batch, random_head, rms, run_logprob
 
-pytestmark = pytest.mark.gpu
-CUDA = torch.device("cuda")
+pytest.importorskip("triton")
+gpu = pytest.mark.gpu
+ON_GPU = torch.cuda.is_available()
+pytestmark = [gpu] if ON_GPU else []  # there `-m gpu` chooses them all
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+SIZES = dict(groups=8, group_size=8, length=64, depth=64, vocab=5000)
+if not ON_GPU:  # several programs of each kernel all the same
+    SIZES = dict(groups=2, group_size=4, length=9, depth=24, vocab=600)
 
 
-def on_gpu(values, device=CUDA):
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch):
+    if not ON_GPU:
+        monkeypatch.setenv(kernels.VARIABLE, "triton")
+
+
+def on_device(values, device=DEVICE):
     return {n: v.to(device) if torch.is_tensor(v) else v for n, v in values.items()}
 
 
@@ -21,21 +45,31 @@ def loss_bits(batch, **options):
     return [out.loss, out.weights, *torch.autograd.grad(out.loss, [batch["hidden"], batch["weight"]])]
 
 
-def bf16_batch(seed=0, device=CUDA, **sizes):
-    sizes = dict(groups=8, group_size=8, length=64, depth=64, vocab=5000, shuffled=True) | sizes
-    batch = on_gpu(random_batch(seed, **sizes), device)
+def bf16_batch(seed=0, device=DEVICE, **sizes):
+    batch = on_device(random_batch(seed, shuffled=True, **SIZES | sizes), device)
     return batch | {n: batch[n].to(torch.bfloat16).requires_grad_() for n in ("hidden", "weight")}
 
 
 def test_kernels_are_used():
-    assert kernels.select(CUDA).__name__ == "covgrpo_kernels.kernels.triton"
+    assert kernels.select(DEVICE).__name__ == "covgrpo_kernels.kernels.triton"
+    for dtype in (torch.bfloat16, torch.float16):
+        assert isinstance(engines.select(DEVICE, dtype), engines.FusedGpu)
 
 
-@pytest.mark.parametrize("check", doctor.CHECKS.values(), ids=doctor.CHECKS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_numbers(check, dtype):
-    """The rule of the precision contract, eager PyTorch on the same device being the measure."""
-    check(CUDA, dtype)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_of_logprobs(dtype):
+    """The rule of the precision contract, eager PyTorch on the same device being the measure. (For the interpreter, to
+    which 1,200 tokens are many, `test_pooled_errors` in test_logprob.py is the same.)"""
+    doctor.check_logprob(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_of_the_loss(dtype):
+    doctor.check_loss(DEVICE, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -43,8 +77,8 @@ def test_a_small_case_of_each_kernel(dtype):
     """With everything on, sizes that divide nothing; what the checkers of memory and races run."""
     from covgrpo_kernels.kernels.triton.forward import forward
 
-    head = on_gpu(random_head(0, 37, 40, 2100, bias=True))
-    options = dict(softcap=20.0, logit_scale=1.5, temperature=torch.linspace(0.5, 2, 37, device=CUDA))
+    head = on_device(random_head(0, 37, 40, 2100 if ON_GPU else 600, bias=True))
+    options = dict(softcap=20.0, logit_scale=1.5, temperature=torch.linspace(0.5, 2, 37, device=DEVICE))
     run_logprob(lambda *a, **k: linear_logprob(*a, entropy=True, **k), **head, dtype=dtype, **options)
     author = CovarianceWeighting(centering="sequence", advantage_centering="response")
     for weighting in ("covariance", author):
@@ -62,13 +96,14 @@ def test_a_small_case_of_each_kernel(dtype):
 def test_same_bits_every_run():
     batch = bf16_batch()
     first = loss_bits(batch)
-    for _ in range(49):
+    for _ in range(49 if ON_GPU else 1):
         assert all(torch.equal(a, b) for a, b in zip(loss_bits(batch), first, strict=True))
 
 
+@gpu
 def test_peak_memory():
     """Qwen2.5-0.5B's head: inputs, gradients, the float32 sum of dhidden, and at most 256 MiB."""
-    head = on_gpu(policy_head(0, 8192, 896, 151936))
+    head = on_device(policy_head(0, 8192, 896, 151936))
     hidden, weight = (head[n].to(torch.bfloat16).requires_grad_() for n in ("hidden", "weight"))
     targets, coefficients = head["targets"], head["logprob_grad"]
     del head
@@ -79,17 +114,18 @@ def test_peak_memory():
     assert extra < (256 + 8) << 20
 
 
+@gpu
 @pytest.mark.parametrize(("tokens", "depth", "vocab"), [(131072, 64, 32000), (64, 16384, 140000)])
 def test_large_sizes(tokens, depth, vocab):
     """131,072 tokens; a weight of more than 2^31 elements, whose last rows are targets."""
-    g = torch.Generator(CUDA).manual_seed(0)
-    hidden = torch.randn(tokens, depth, generator=g, device=CUDA, dtype=torch.bfloat16)
-    weight = torch.randn(vocab, depth, generator=g, device=CUDA, dtype=torch.bfloat16) / depth**0.5
-    targets = vocab - 1 - torch.arange(tokens, device=CUDA) % 1000
+    g = torch.Generator(DEVICE).manual_seed(0)
+    hidden = torch.randn(tokens, depth, generator=g, device=DEVICE, dtype=torch.bfloat16)
+    weight = torch.randn(vocab, depth, generator=g, device=DEVICE, dtype=torch.bfloat16) / depth**0.5
+    targets = vocab - 1 - torch.arange(tokens, device=DEVICE) % 1000
     hidden.requires_grad_(), weight.requires_grad_()
     x = linear_logprob(hidden, weight, targets, grad_tol=0.0).logprob
     x.sum().backward()
-    rows = torch.tensor([0, 1, tokens - 1], device=CUDA)
+    rows = torch.tensor([0, 1, tokens - 1], device=DEVICE)
     h, w = hidden.detach()[rows].double().requires_grad_(), weight.detach().double()
     exact, _ = reference.linear_logprob(h, w, targets[rows])
     exact.sum().backward()
@@ -98,7 +134,7 @@ def test_large_sizes(tokens, depth, vocab):
 
 
 def test_targets_out_of_range_are_nan_and_counted():
-    batch = on_gpu(random_batch(1, dtype=torch.float32))
+    batch = bf16_batch(1)
     batch["mask"][0, 0] = True
     batch["targets"][0, 0] = len(batch["weight"])
     out = covgrpo_loss(**batch)
@@ -107,8 +143,9 @@ def test_targets_out_of_range_are_nan_and_counted():
     assert out.loss.isnan()
 
 
+@gpu
 def test_scoring_in_a_captured_graph():
-    head = on_gpu(policy_head(2, 256, 64, 3000))
+    head = on_device(policy_head(2, 256, 64, 3000))
     with torch.no_grad():
         inputs = head["hidden"], head["weight"], head["targets"]
         expected = linear_logprob(*inputs).logprob  # also warms up
@@ -120,6 +157,7 @@ def test_scoring_in_a_captured_graph():
     assert torch.equal(captured, expected)
 
 
+@gpu
 def test_on_a_side_stream():
     batch = bf16_batch()
     expected = loss_bits(batch)
@@ -131,6 +169,7 @@ def test_on_a_side_stream():
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
+@gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_on_a_device_that_is_not_the_current_one():
     expected = loss_bits(bf16_batch())
@@ -147,15 +186,18 @@ def test_compiled_training_step():
 
     inputs = batch["hidden"], batch["weight"]
     expected = [*torch.autograd.grad(loss(*inputs), inputs)]
-    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*inputs), inputs)
+    # Around the operators there is nothing to compile for the interpreter, and C++ would take a minute.
+    backend = "inductor" if ON_GPU else "aot_eager"
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=backend)(*inputs), inputs)
     for a, b in zip(compiled, expected, strict=True):
         assert rms(a - b) <= 4 * torch.finfo(torch.bfloat16).eps * rms(b)
 
 
+@gpu
 def test_another_number_of_tokens_compiles_no_kernel():
     from covgrpo_kernels.kernels.triton.online_softmax import online_softmax_kernel
 
-    head = on_gpu(policy_head(2, 517, 64, 5000))
+    head = on_device(policy_head(2, 517, 64, 5000))
     inputs = [head[n] for n in ("hidden", "weight", "targets")]
     linear_logprob(*inputs)
     known = sum(len(cache[0]) for cache in online_softmax_kernel.device_caches.values())

@@ -202,7 +202,7 @@ def test_opcheck(name: str, optional: bool) -> None:
     """Schema, fake against real, dispatch with dynamic shapes."""
     inputs = draw(20, torch.float32, optional=optional)
     options = TermOptions(**PLAIN | SETTINGS[name] | dict(share_grad=optional, metrics=optional))
-    torch.library.opcheck(torch.ops.covgrpo.token_terms, (*inputs, *options), rtol=0.0, atol=0.0)
+    torch.library.opcheck(torch.ops.covgrpo.token_terms, ([*inputs], *options), rtol=0.0, atol=0.0)
     ids = torch.randint(0, 5, (20,), device=DEVICE)
     torch.library.opcheck(torch.ops.covgrpo.segments_of_ids, (ids,), rtol=0.0, atol=0.0)
     _, offsets, order = torch.ops.covgrpo.segments_of_ids(ids)

@@ -22,17 +22,21 @@ collection = importlib.import_module("covgrpo_kernels.kernels.triton.collect")
 configs = importlib.import_module("covgrpo_kernels.kernels.triton.configs")
 
 
+def use_small_blocks(patch: pytest.MonkeyPatch) -> None:
+    """Peaks of 32 entries, items of 8 listed rows; lists in several steps."""
+    blocks(patch, (16, 32, 16))
+    if DEVICE.type == "cpu":
+        cut = configs._listed(8, 16, 1, 1, 2, True)
+        patch.setitem(configs.COLLECT, "interpreter", {itemsize: cut for itemsize in (2, 4, 8)})
+        small = dict(limits=dict(B_N=16, B_T=4), count=dict(B_R=16), ends=dict(B_T=4), list=dict(B_R=16))
+        for name, cut in small.items():
+            patch.setitem(configs.CONFIGS["interpreter"], name, cut | dict(num_warps=1))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks() -> Iterator[None]:
-    """Peaks of 32 entries, items of 8 listed rows; lists in several steps."""
     with pytest.MonkeyPatch.context() as patch:
-        blocks(patch, (16, 32, 16))
-        if DEVICE.type == "cpu":
-            cut = configs._listed(8, 16, 1, 1, 2, True)
-            patch.setitem(configs.COLLECT, "interpreter", {itemsize: cut for itemsize in (2, 4, 8)})
-            small = dict(limits=dict(B_N=16, B_T=4), count=dict(B_R=16), ends=dict(B_T=4), list=dict(B_R=16))
-            for name, cut in small.items():
-                patch.setitem(configs.CONFIGS["interpreter"], name, cut | dict(num_warps=1))
+        use_small_blocks(patch)
         yield
 
 

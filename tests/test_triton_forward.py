@@ -529,28 +529,34 @@ def test_no_depth():
     assert results.maximum.tolist() == [1.0, 1.0]
 
 
+def far_apart(rows: int, depth: int, column: int = 0) -> Tensor:
+    """[rows, depth] zeros, the last row more than 2^31 entries behind the first; most of that is never touched. As much
+    memory lies before them, so that an offset of 32 bits reads another zero and does not end the process."""
+    stride = 1 << 24
+    assert (rows - 1) * stride > 2**31
+    shape = (rows + 128, stride)
+    if DEVICE.type == "cuda":
+        storage = torch.zeros(shape, dtype=torch.float16, device=DEVICE)
+    else:
+        storage = torch.from_numpy(np.zeros(shape, "f2"))
+    return storage[128:, column : column + depth]
+
+
 @pytest.mark.parametrize("column", [0, 1], ids=["descriptors", "pointers"])
 def test_offsets_beyond_32_bits(column):
-    """Rows of a weight that start more than 2^31 entries into its storage; most of that is never touched."""
-    depth, stride, vocab = 8, 1 << 24, 140
-    shape = (vocab, stride)
-    storage = torch.zeros(shape, device=DEVICE) if DEVICE.type == "cuda" else torch.from_numpy(np.zeros(shape, "f4"))
-    weight = storage[:, column : column + depth]
+    depth, vocab = 8, 140
+    weight = far_apart(vocab, depth, column)
     assert fused.describable(weight) == (column == 0)
-    last = vocab - 2
-    assert last * stride > 2**31
-    weight[last] = 1.0
-    x = forward(torch.ones(1, depth), weight, torch.tensor([last])).logprob
+    weight[-2] = 1.0
+    x = forward(torch.ones(1, depth).half(), weight, torch.tensor([vocab - 2])).logprob
     assert x.item() == pytest.approx(-math.log1p((vocab - 1) * math.exp(-depth)), rel=1e-6, abs=0)
 
 
 def test_hidden_states_beyond_32_bits():
-    depth, stride, tokens = 8, 1 << 24, 140
-    shape = (tokens, stride)
-    storage = torch.zeros(shape, device=DEVICE) if DEVICE.type == "cuda" else torch.from_numpy(np.zeros(shape, "f4"))
-    hidden = storage[:, :depth]
+    depth, tokens = 8, 140
+    hidden = far_apart(tokens, depth)
     hidden[-1] = 1.0
-    weight = torch.zeros(2, depth)
+    weight = torch.zeros(2, depth).half()
     weight[1] = 1.0
     x = forward(hidden, weight, torch.ones(tokens, dtype=torch.int64)).logprob
     assert x[-1].item() == pytest.approx(-math.log1p(math.exp(-depth)), rel=1e-6, abs=0)

@@ -231,6 +231,13 @@ def describable(x: torch.Tensor) -> bool:  # [R, C]
     return x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 and x.stride(1) == 1
 
 
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """``x``, contiguous and starting at a multiple of 16 bytes; a copy where it is not. For tensors that a kernel takes
+    in a tuple, whose alignments Triton cannot be told to ignore: it would compile for every combination of them."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def tuned(name: str, key: list[str], restored: list[str]) -> Callable[[Any], Any]:
     """Decorates a kernel with Triton's search, where it was asked for. ``restored``: arguments a run changes."""
 

@@ -55,6 +55,39 @@ def sequence_means_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _moments(  # type: ignore[no-untyped-def]
+    begin, end, order, logprobs, advantages, valid, segment, lengths, NOISE: tl.constexpr, B_T: tl.constexpr
+):
+    """How many valid tokens a scope has, the means of x and of A, and the standard deviation of c below which there is
+    nothing but rounding."""
+    n_b = tl.zeros([B_T], tl.float64)
+    x_b, a_b, share_b = n_b, n_b, n_b
+    x_max, a_max = n_b, n_b
+    for o_t in range(begin, end, B_T):
+        i_t, m_t = _place(o_t, end, order, B_T)
+        m_v = tl.load(valid + i_t, mask=m_t, other=0) != 0
+        x = tl.load(logprobs + i_t, mask=m_v, other=0.0).to(tl.float64)
+        a = tl.load(advantages + i_t, mask=m_v, other=0.0).to(tl.float64)
+        one = m_v.to(tl.float64)
+        if lengths is not None:
+            # 1 / length per token makes every response count once.
+            share = one / tl.load(lengths + tl.load(segment + i_t, mask=m_v, other=0), mask=m_v, other=1.0)
+        else:
+            share = one
+        n_b += one
+        share_b += share
+        x_b += x
+        a_b += a * share
+        x_max = tl.maximum(x_max, tl.abs(x))
+        a_max = tl.maximum(a_max, tl.abs(a))
+    n = tl.sum(n_b, 0)
+    shares = tl.sum(share_b, 0)
+    mean_x = tl.sum(x_b, 0) / tl.maximum(n, 1.0)
+    mean_a = tl.sum(a_b, 0) / tl.where(shares > 0.0, shares, 1.0)
+    return n, mean_x, mean_a, NOISE * tl.max(x_max, 0) * tl.max(a_max, 0)
+
+
+@triton.jit
 def _deviations(  # type: ignore[no-untyped-def]
     i_t, m_v, logprobs, advantages, mean_x, mean_a, segment, means
 ):
@@ -98,32 +131,7 @@ def covariance_weights_kernel(  # type: ignore[no-untyped-def]
     if begin == end:  # most of them, where nobody has counted how many scopes there are
         tl.store(std + i_g, 0.0)
         return
-
-    n_b = tl.zeros([B_T], tl.float64)
-    x_b, a_b, share_b = n_b, n_b, n_b
-    x_max, a_max = n_b, n_b
-    for o_t in range(begin, end, B_T):
-        i_t, m_t = _place(o_t, end, order, B_T)
-        m_v = tl.load(valid + i_t, mask=m_t, other=0) != 0
-        x = tl.load(logprobs + i_t, mask=m_v, other=0.0).to(tl.float64)
-        a = tl.load(advantages + i_t, mask=m_v, other=0.0).to(tl.float64)
-        one = m_v.to(tl.float64)
-        if lengths is not None:
-            # 1 / length per token makes every response count once.
-            share = one / tl.load(lengths + tl.load(segment + i_t, mask=m_v, other=0), mask=m_v, other=1.0)
-        else:
-            share = one
-        n_b += one
-        share_b += share
-        x_b += x
-        a_b += a * share
-        x_max = tl.maximum(x_max, tl.abs(x))
-        a_max = tl.maximum(a_max, tl.abs(a))
-    n = tl.sum(n_b, 0)
-    shares = tl.sum(share_b, 0)
-    n_or_1 = tl.maximum(n, 1.0)
-    mean_x = tl.sum(x_b, 0) / n_or_1
-    mean_a = tl.sum(a_b, 0) / tl.where(shares > 0.0, shares, 1.0)
+    n, mean_x, mean_a, floor = _moments(begin, end, order, logprobs, advantages, valid, segment, lengths, NOISE, B_T)
 
     c_b = tl.zeros([B_T], tl.float64)
     least = tl.full([B_T], float("inf"), tl.float64)
@@ -135,7 +143,7 @@ def covariance_weights_kernel(  # type: ignore[no-untyped-def]
         tl.store(covariance + i_t, c, mask=m_t)
         c_b += c
         least = tl.where(m_v, tl.minimum(least, c * c), least)
-    mean_c = tl.sum(c_b, 0) / n_or_1
+    mean_c = tl.sum(c_b, 0) / tl.maximum(n, 1.0)
     least_square = tl.min(least, 0)
 
     dc_b = tl.zeros([B_T], tl.float64)
@@ -145,9 +153,8 @@ def covariance_weights_kernel(  # type: ignore[no-untyped-def]
         _, c = _deviations(i_t, m_v, logprobs, advantages, mean_x, mean_a, segment, means)
         dc = tl.where(m_v, c - mean_c, 0.0)
         dc_b += dc * dc
-    variance = tl.sum(dc_b, 0) / n_or_1
+    variance = tl.sum(dc_b, 0) / tl.maximum(n, 1.0)
     # Zero within rounding: two tokens always have equal c, constant x or A leaves noise. NaN is not zero.
-    floor = NOISE * tl.max(x_max, 0) * tl.max(a_max, 0)
     sigma = tl.where(variance <= floor * floor, 0.0, tl.sqrt(variance))
     tl.store(std + i_g, sigma)
     bandwidth = sigma + BANDWIDTH_EPS

@@ -33,7 +33,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..interface import NO_MAX
 from . import configs
 from .configs import architecture, describable, options
-from .numerics import inverse, log1p, logit, online_softmax_block_with_maximum, round_up_to_bfloat16, slices_of
+from .numerics import (
+    inverse,
+    log1p,
+    logit,
+    online_softmax_block_with_maximum,
+    operand,
+    round_up_to_bfloat16,
+    slices_of,
+)
 from .select_rows import gather_rows, padded_depth, select_rows
 
 _NO_MAX = tl.constexpr(NO_MAX)
@@ -43,7 +51,7 @@ _NO_MAX = tl.constexpr(NO_MAX)
 _PERSISTENT = ("sm_90", "sm_100", "interpreter")
 # Row blocks that are worked on together, one split after the other: their hidden states (16 MiB at a depth of 4096)
 # and the weights of the splits at hand have to stay in the L2 cache. 16 were as fast as 8 and 32, or faster.
-_GROUP = 16
+_GROUP = tl.constexpr(16)
 # Of gathered hidden states and partial statistics together. What more rows would gain is one launch of each kernel.
 WORKSPACE_BYTES = 128 << 20
 
@@ -54,13 +62,82 @@ def traffic(rows: int, depth: int, vocab: int, itemsize: int) -> tuple[int, int,
     return (rows + vocab) * depth * itemsize + rows * 8, rows * 4 * max(itemsize, 4), 2 * rows * depth * vocab
 
 
+@triton.jit
+def _work_item(item, row_blocks, splits):  # type: ignore[no-untyped-def]
+    """Row block and split of the vocabulary: the row blocks of a group go through a split together."""
+    first_block = item // (splits * _GROUP) * _GROUP
+    in_group = item % (splits * _GROUP)
+    group = tl.minimum(row_blocks - first_block, _GROUP)
+    return first_block + in_group % group, in_group // group
+
+
+@triton.jit
+def _tiles_of_split(split, splits, vocab, B_P: tl.constexpr, B_V: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first tile and the one after the last. Splits begin where a peak does, so that each peak is of one program,
+    whatever the width of its tiles."""
+    units = tl.cdiv(vocab, B_P)
+    first_unit = split * (units // splits) + tl.minimum(split, units % splits)
+    end_unit = first_unit + units // splits + (split < units % splits).to(tl.int32)
+    return first_unit * (B_P // B_V), tl.minimum(end_unit * (B_P // B_V), tl.cdiv(vocab, B_V))
+
+
+@triton.jit
+def _products(  # type: ignore[no-untyped-def]
+    x, hidden, weight, o_r, n_rows, o_v, depth, vocab, hidden_stride, weight_stride, B_D: tl.constexpr
+):
+    """x [B_R, B_V] + hidden[o_r:] @ weight[o_v:].T, summed over the depth from left to right."""
+    for o_d in range(0, depth, B_D):
+        if hidden.dtype.is_ptr():
+            i_r = o_r.to(tl.int64) + tl.arange(0, x.shape[0])
+            i_v = (o_v + tl.arange(0, x.shape[1])).to(tl.int64)
+            i_d = o_d + tl.arange(0, B_D)
+            m_d = (i_d < depth)[None, :]
+            o_h = i_r[:, None] * hidden_stride + i_d[None, :]
+            o_w = i_v[:, None] * weight_stride + i_d[None, :]
+            b_h = tl.load(hidden + o_h, mask=(i_r < n_rows)[:, None] & m_d, other=0.0)
+            b_w = tl.load(weight + o_w, mask=(i_v < vocab)[:, None] & m_d, other=0.0)
+        else:
+            b_h = hidden.load([o_r, o_d])
+            b_w = weight.load([o_v, o_d])
+        x = tl.dot(operand(b_h), operand(b_w).T, x, input_precision="ieee", out_dtype=x.dtype)
+    return x
+
+
+@triton.jit
+def _fold_tile(  # type: ignore[no-untyped-def]
+    x, o_v, running, y, bias, per_temperature, vocab,
+    SCALE: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """The running softmax, the target's logit and the peak of each row with the logits of a tile, slice by slice."""
+    B_S: tl.constexpr = x.shape[1] // SLICES
+    m, s, u, target, peak = running
+    slices = slices_of(x, SLICES)
+    for i in tl.static_range(SLICES):
+        o_s = o_v + i * B_S
+        i_s = o_s + tl.arange(0, B_S)
+        m_s = i_s < vocab
+        b = tl.load(bias + i_s, mask=m_s, other=0.0).to(x.dtype)[None, :] if bias is not None else None
+        z, _ = logit(slices[i], b, per_temperature, SCALE, CAP)
+        z = tl.where(m_s[None, :], z, float("-inf"))
+        here = (y >= o_s) & (y < o_s + B_S)
+        # Most slices have no row's target. The branch also keeps the compiler from interleaving slices, for which the
+        # registers do not suffice.
+        if tl.max(here.to(tl.int32), 0) > 0:
+            z_y = tl.sum(tl.where(i_s[None, :] == y[:, None], z, 0.0), 1)
+            target = tl.where(here, z_y, target)
+        largest = tl.max(z, 1)
+        peak = tl.maximum(peak, largest)
+        m, s, u = online_softmax_block_with_maximum(z, largest, m, s, u, ENTROPY)
+    return m, s, u, target, peak
+
+
 @triton.jit(
     do_not_specialize=["first", "room", "n_tokens", "splits"],
     do_not_specialize_on_alignment=["targets", "temperature", "rows", "count", "partial", "peaks"],
 )
 def forward_kernel(  # type: ignore[no-untyped-def]
     hidden,  # [R, P] gathered, or its descriptor with blocks [B_R, B_D]
-    weight,  # [V, D], or its descriptor with blocks [B_V, B_D]
+    weight,  # [V, D], or, where hidden is described, its descriptor with blocks [B_V, B_D]
     bias,  # [V] or None
     targets,  # [N] int64
     temperature,  # [N] or None
@@ -79,28 +156,19 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     SCALE: tl.constexpr,
     CAP: tl.constexpr,
     ENTROPY: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    UPCAST: tl.constexpr,
-    GROUP: tl.constexpr,
     B_P: tl.constexpr,  # entries that share a peak: a multiple of B_V
     B_R: tl.constexpr,
     B_V: tl.constexpr,
     B_D: tl.constexpr,
     SLICES: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
 ):
-    B_S: tl.constexpr = B_V // SLICES
+    ACCUMULATOR: tl.constexpr = partial.dtype.element_ty
     TILES: tl.constexpr = B_P // B_V
     n_rows = tl.minimum(room, tl.load(count) - first)
     row_blocks = tl.cdiv(tl.maximum(n_rows, 0), B_R)
-    # Splits begin where a peak does, so that each peak is of one program, whatever the width of its tiles.
-    units = tl.cdiv(vocab, B_P)
     for item in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
-        first_block = item // (GROUP * splits) * GROUP
-        in_group = item % (GROUP * splits)
-        group = tl.minimum(row_blocks - first_block, GROUP)
-        split = in_group // group
-        o_r = (first_block + in_group % group) * B_R
+        row_block, split = _work_item(item, row_blocks, splits)
+        o_r = row_block * B_R
         i_r = o_r.to(tl.int64) + tl.arange(0, B_R)
         m_r = i_r < n_rows
         row = tl.load(rows + first + i_r, mask=m_r, other=0)
@@ -117,45 +185,14 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         u = tl.zeros([B_R], ACCUMULATOR)
         target = tl.full([B_R], float("nan"), ACCUMULATOR)
         peak = tl.full([B_R], float("-inf"), ACCUMULATOR)
-        first_unit = split * (units // splits) + tl.minimum(split, units % splits)
-        end_unit = first_unit + units // splits + (split < units % splits).to(tl.int32)
-        end_tile = tl.minimum(end_unit * TILES, tl.cdiv(vocab, B_V))
-        for tile in range(first_unit * TILES, end_tile):
+        first_tile, end_tile = _tiles_of_split(split, splits, vocab, B_P, B_V)
+        for tile in range(first_tile, end_tile):
             o_v = tile * B_V
             x = tl.zeros([B_R, B_V], ACCUMULATOR)
-            for o_d in range(0, depth, B_D):
-                if DESCRIPTORS:
-                    b_h = hidden.load([o_r, o_d])
-                    b_w = weight.load([o_v, o_d])
-                else:
-                    i_v = (o_v + tl.arange(0, B_V)).to(tl.int64)
-                    i_d = o_d + tl.arange(0, B_D)
-                    m_d = (i_d < depth)[None, :]
-                    o_h = i_r[:, None] * hidden_stride + i_d[None, :]
-                    o_w = i_v[:, None] * weight_stride + i_d[None, :]
-                    b_h = tl.load(hidden + o_h, mask=m_r[:, None] & m_d, other=0.0)
-                    b_w = tl.load(weight + o_w, mask=(i_v < vocab)[:, None] & m_d, other=0.0)
-                if UPCAST:
-                    b_h, b_w = b_h.to(tl.float32), b_w.to(tl.float32)
-                x = tl.dot(b_h, b_w.T, x, input_precision="ieee", out_dtype=ACCUMULATOR)
-
-            slices = slices_of(x, SLICES)
-            for i in tl.static_range(SLICES):
-                o_s = o_v + i * B_S
-                i_s = o_s + tl.arange(0, B_S)
-                m_s = i_s < vocab
-                b = tl.load(bias + i_s, mask=m_s, other=0.0).to(ACCUMULATOR)[None, :] if bias is not None else None
-                z, _ = logit(slices[i], b, per_temperature, SCALE, CAP)
-                z = tl.where(m_s[None, :], z, float("-inf"))
-                here = (y >= o_s) & (y < o_s + B_S)
-                # Most slices have no row's target. The branch also keeps the compiler from interleaving slices, for
-                # which the registers do not suffice.
-                if tl.max(here.to(tl.int32), 0) > 0:
-                    z_y = tl.sum(tl.where(i_s[None, :] == y[:, None], z, 0.0), 1)
-                    target = tl.where(here, z_y, target)
-                largest = tl.max(z, 1)
-                peak = tl.maximum(peak, largest)
-                m, s, u = online_softmax_block_with_maximum(z, largest, m, s, u, ENTROPY)
+            x = _products(x, hidden, weight, o_r, n_rows, o_v, depth, vocab, hidden_stride, weight_stride, B_D)
+            m, s, u, target, peak = _fold_tile(
+                x, o_v, (m, s, u, target, peak), y, bias, per_temperature, vocab, SCALE, CAP, ENTROPY, SLICES
+            )
             if peaks is not None:
                 o_p = (tile // TILES) * n_tokens.to(tl.int64) + first + i_r
                 # Of several tiles that share a peak the last one leaves it.
@@ -263,7 +300,7 @@ def splits_of(vocab: int, device: torch.device) -> int:
 
 def chunk_rows(tokens: int, bytes_of_a_row: int) -> int:
     """Rows of a chunk: as few and as equal chunks as keep within `WORKSPACE_BYTES`, of whole groups of row blocks."""
-    unit = _GROUP * 128
+    unit = _GROUP.value * 128
     most = max(WORKSPACE_BYTES // bytes_of_a_row // unit, 1) * unit
     chunks = max(triton.cdiv(tokens, most), 1)
     return tokens if chunks == 1 else triton.cdiv(triton.cdiv(tokens, chunks), unit) * unit
@@ -294,10 +331,9 @@ def partial_statistics(
     others less it, the target's logit (NaN in all splits but its own) and the moment of the entropy. One launch."""
     (room, padded), (vocab, depth), splits = hidden.shape, weight.shape, partial.shape[1]
     name = architecture(hidden.device)
-    blocks = configs.forward_blocks(name, hidden.itemsize, depth)
-    descriptors = bool(blocks["DESCRIPTORS"]) and describable(weight)
+    blocks = dict(configs.forward_blocks(name, hidden.itemsize, depth))
     operands: list[Any] = [hidden, weight]
-    if descriptors:
+    if blocks.pop("DESCRIPTORS") and describable(weight):
         operands = [
             TensorDescriptor.from_tensor(hidden, [blocks["B_R"], blocks["B_D"]]),
             TensorDescriptor.from_tensor(weight, [blocks["B_V"], blocks["B_D"]]),
@@ -306,8 +342,7 @@ def partial_statistics(
     forward_kernel[(min(multiprocessors(hidden.device), items) if name in _PERSISTENT else items,)](
         *operands, bias, targets, temperature, rows, count, partial, peaks,
         first, room, len(targets), depth, vocab, splits, padded, weight.stride(0),
-        SCALE=scale, CAP=softcap, ENTROPY=entropy, ACCUMULATOR=accumulator_of(hidden.dtype),
-        UPCAST=upcast(hidden.dtype), GROUP=_GROUP, B_P=configs.PEAK_WIDTH, **(blocks | dict(DESCRIPTORS=descriptors)),
+        SCALE=scale, CAP=softcap, ENTROPY=entropy, B_P=configs.PEAK_WIDTH, **blocks,
     )  # fmt: skip
 
 

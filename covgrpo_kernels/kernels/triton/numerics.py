@@ -29,10 +29,11 @@ def tanh(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def expm1(x):  # type: ignore[no-untyped-def]
-    """exp(x) - 1 for x <= 0 to a few ulp, also near 0, where the subtraction would cancel: 2t / (1 - t) with
-    t = tanh(x / 2)."""
+    """exp(x) - 1 to a few ulp in float32 and float64, also near 0, where the subtraction would cancel: there it is
+    2t / (1 - t) with t = tanh(x / 2), in which for a large x the other difference would cancel. (libdevice has one, but
+    is not there under the interpreter.)"""
     t = tanh(0.5 * x)
-    return 2.0 * t / (1.0 - t)
+    return tl.where(x > 1.0, tl.exp(x) - 1.0, 2.0 * t / (1.0 - t))
 
 
 @triton.jit

@@ -11,26 +11,93 @@ and eighteen float64 a block.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ...token_terms import COVARIANCE_QUANTILES, METRICS, TermOptions, TokenInputs, TokenTerms
+from .configs import aligned
 from .configs import options as cut_of
+from .numerics import expm1
 
-# Float64 numbers that a block of tokens leaves, without and with metrics.
+# Float64 numbers that a block of tokens leaves, without and with metrics. In this order: the loss of the policy, of the
+# KL divergence and the entropy, each times the shares of its tokens; how many tokens; the sums of the entropy, the KL
+# divergence and the ratio; how many ratios are not finite, and how many a bound holds from below, from above and by the
+# dual clip; the sums of the weights, of their squares, of the covariances and of the squares of their deviations; the
+# largest ratio, the largest weight and minus the smallest one.
 _LOSSES, _ALL = 3, 18
 
 
+class _PolicyTerm(NamedTuple):
+    """Of the tokens of a block, before their shares."""
+
+    loss: Any
+    logprob_grad: Any
+    advantage_grad: Any  # with respect to the weighted advantage
+    clipped: Any  # whether the lower or upper bound holds it
+    dual_clipped: Any
+
+
 @triton.jit
-def _expm1(x):  # type: ignore[no-untyped-def]
-    """exp(x) - 1 of float64, without cancellation near zero (W. Kahan): the errors of u = exp(x) and of log(u) are the
-    same. (libdevice has one, but is not there under the interpreter.)"""
-    u = tl.exp(x)
-    near = (u != 1.0) & (u > 0.0) & (u < float("inf"))
-    compensated = (u - 1.0) * x / tl.log(tl.where(near, u, 2.0))
-    # Else 1 + x is 1, or x is infinite or NaN, or exp(x) is out of range.
-    return tl.where(near, compensated, tl.where(u == 1.0, x, u - 1.0))
+def _load(pointer, i_t, m_t):  # type: ignore[no-untyped-def]
+    return tl.load(pointer + i_t, mask=m_t, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def _token_shares(inputs, i_s, m_v, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a token's loss is multiplied by before the sum over all tokens."""
+    share = tl.where(m_v, 1.0 / tl.load(inputs.total).to(tl.float64), 0.0)
+    if OPTIONS.max_length is not None:
+        share /= OPTIONS.max_length
+    if inputs.lengths is not None:
+        share /= tl.load(inputs.lengths + i_s, mask=m_v, other=1.0)
+    return share
+
+
+@triton.jit
+def _policy_term(ratio, x, a, has_term, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """-slope * a, times x for CISPO; ``a`` is the weighted advantage."""
+    policy_ratio = tl.where(has_term, ratio, 1.0)
+    zero = tl.zeros_like(ratio)
+    dual_clipped = zero > 0.0
+    clipped = dual_clipped
+    if OPTIONS.cispo:
+        slope = policy_ratio
+        if OPTIONS.ratio_high is not None:
+            clipped = ratio > OPTIONS.ratio_high
+            slope = tl.where(policy_ratio > OPTIONS.ratio_high, zero + OPTIONS.ratio_high, policy_ratio)
+        policy_x = tl.where(has_term, x, 0.0)
+        policy, dx, da = -slope * a * policy_x, -slope * a, -slope * policy_x
+    else:
+        # Comparisons, since a minimum may lose a NaN.
+        within = policy_ratio
+        if OPTIONS.ratio_low is not None:
+            within = tl.where(has_term & (within < OPTIONS.ratio_low), zero + OPTIONS.ratio_low, within)
+        if OPTIONS.ratio_high is not None:
+            within = tl.where(has_term & (within > OPTIONS.ratio_high), zero + OPTIONS.ratio_high, within)
+        clipped = within * a < policy_ratio * a
+        slope = tl.where(clipped, within, policy_ratio)
+        if OPTIONS.dual_clip is not None:
+            dual_clipped = (a < 0.0) & (slope > OPTIONS.dual_clip)
+            slope = tl.where(dual_clipped, zero + OPTIONS.dual_clip, slope)
+        policy, da = -slope * a, -slope
+        dx = tl.where(clipped | dual_clipped, 0.0, -policy_ratio * a)
+    return _PolicyTerm(policy, dx, da, clipped, dual_clipped)
+
+
+@triton.jit
+def _kl_divergence(d, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """And its derivative in x; d is ref - x."""
+    if OPTIONS.kl_estimator == "k1":
+        kl, kl_grad = -d, tl.full(d.shape, 1.0, d.dtype)
+    elif OPTIONS.kl_estimator == "k2":
+        kl, kl_grad = d * d * 0.5, -d
+    else:
+        kl_grad = -expm1(d)
+        kl = -kl_grad - d
+    return kl, kl_grad
 
 
 @triton.jit
@@ -39,172 +106,97 @@ def _largest(x):  # type: ignore[no-untyped-def]
     return tl.where(tl.sum((x != x).to(tl.int32), 0) > 0, float("nan"), tl.max(x, 0))
 
 
-@triton.jit(
-    do_not_specialize=["n_tokens", "n_blocks"],
-    do_not_specialize_on_alignment=[
-        "logprobs", "entropy", "advantages", "valid", "old", "ref", "rollout", "weights", "penalised", "covariance",
-        "segment", "lengths", "mean_log_ratio", "total", "logprob_grad", "shared_grad", "weights_grad", "entropy_grad",
-        "to_sort", "partial",
-    ],
-)  # fmt: skip
+@triton.jit
+def _store_metrics(partial, c, h, kl, ratio, w, term, m_v):  # type: ignore[no-untyped-def]
+    """What the block leaves for the metrics: numbers 3 to 17."""
+    is_finite = tl.abs(ratio) < float("inf")
+    sums = (
+        m_v,
+        h,
+        tl.where(m_v, kl, 0.0),
+        tl.where(m_v, ratio, 0.0),
+        m_v & ~is_finite,
+        m_v & term.clipped & (ratio < 1.0),
+        m_v & term.clipped & (ratio > 1.0),
+        m_v & term.dual_clipped,
+        w,
+        w * w,
+    )
+    block, n_blocks = partial + tl.program_id(0), tl.num_programs(0)
+    for i in tl.static_range(len(sums)):
+        tl.store(block + (3 + i) * n_blocks, tl.sum(sums[i].to(tl.float64), 0))
+    sum_c = tl.sum(c, 0)
+    dc = tl.where(m_v, c - sum_c / tl.maximum(tl.sum(m_v.to(tl.float64), 0), 1.0), 0.0)
+    tl.store(block + 13 * n_blocks, sum_c)
+    tl.store(block + 14 * n_blocks, tl.sum(dc * dc, 0))
+    tl.store(block + 15 * n_blocks, _largest(tl.where(m_v, ratio, -float("inf"))))
+    tl.store(block + 16 * n_blocks, _largest(tl.where(m_v, w, -float("inf"))))
+    tl.store(block + 17 * n_blocks, _largest(tl.where(m_v, -w, -float("inf"))))
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
 def token_terms_kernel(  # type: ignore[no-untyped-def]
-    logprobs,  # [N]
-    entropy,  # [N]
-    advantages,  # [N]
-    valid,  # [N] bool
-    old,  # [N] or None, as the next two
-    ref,
-    rollout,
-    weights,  # [N] or None
-    penalised,  # [N] bool or None
-    covariance,  # [N] float64, or None without metrics
-    segment,  # [N] int64 or None
-    lengths,  # [S] float64 or None
-    mean_log_ratio,  # [S] float64 or None
-    total,  # []
-    logprob_grad,  # [N]
-    shared_grad,  # [N] or None, as the next two
-    weights_grad,
-    entropy_grad,
+    inputs,  # TokenInputs
+    out,  # TokenTerms, None for what nobody asked for; loss and metrics are of totals_kernel
     to_sort,  # [N] float64, covariances, inf where masked; None without metrics
     partial,  # [18 with metrics, else 3; blocks] float64
     n_tokens,
-    n_blocks,
     beta: tl.float64,
     entropy_coef: tl.float64,
-    CISPO: tl.constexpr,
-    RATIO_LOW: tl.constexpr,  # as the next two, None for no bound
-    RATIO_HIGH: tl.constexpr,
-    DUAL_CLIP: tl.constexpr,
-    PENALTY: tl.constexpr,
-    MAX_LENGTH: tl.constexpr,  # or None
-    KL_ESTIMATOR: tl.constexpr,  # 1, 2 or 3
-    KL_LOSS: tl.constexpr,  # beta is not zero
-    METRICS: tl.constexpr,
+    OPTIONS: tl.constexpr,  # TermOptions; of beta and entropy_coef it says only whether they are not zero
     B_T: tl.constexpr,
 ):
-    i_b = tl.program_id(0).to(tl.int64)
-    i_t = i_b * B_T + tl.arange(0, B_T)
+    i_t = tl.program_id(0).to(tl.int64) * B_T + tl.arange(0, B_T)
     m_t = i_t < n_tokens
-    m_v = tl.load(valid + i_t, mask=m_t, other=0) != 0
-    zero = tl.zeros([B_T], tl.float64)
-    x = tl.load(logprobs + i_t, mask=m_v, other=0.0).to(tl.float64)
-    a0 = tl.load(advantages + i_t, mask=m_v, other=0.0).to(tl.float64)
-    gap = x - x  # NaN where the log-prob is not finite
-    if old is not None:
-        gap = x - tl.load(old + i_t, mask=m_v, other=0.0).to(tl.float64)
-    w = m_v.to(tl.float64)
-    if weights is not None:
-        w = tl.load(weights + i_t, mask=m_v, other=0.0).to(tl.float64)
-    i_s = i_t
-    if segment is not None:
-        i_s = tl.load(segment + i_t, mask=m_v, other=0)
+    m_v = tl.load(inputs.valid + i_t, mask=m_t, other=0) != 0
+    x, a0 = _load(inputs.logprobs, i_t, m_v), _load(inputs.advantages, i_t, m_v)
+    w = m_v.to(tl.float64) if inputs.weights is None else _load(inputs.weights, i_t, m_v)
+    i_s = i_t if inputs.segment is None else tl.load(inputs.segment + i_t, mask=m_v, other=0)
+    share = _token_shares(inputs, i_s, m_v, OPTIONS)
 
-    # What a token's loss is multiplied by before the sum over all tokens.
-    share = tl.where(m_v, 1.0 / (zero + tl.load(total).to(tl.float64)), 0.0)
-    if MAX_LENGTH is not None:
-        share /= MAX_LENGTH
-    if lengths is not None:
-        share /= tl.load(lengths + i_s, mask=m_v, other=1.0)
-
-    log_ratio = gap
-    if mean_log_ratio is not None:
-        log_ratio = tl.load(mean_log_ratio + i_s, mask=m_v, other=0.0)
-    dtype = logprobs.dtype.element_ty
-    ratio = tl.exp(log_ratio).to(dtype).to(tl.float64)
-
+    gap = x - x if inputs.old is None else x - _load(inputs.old, i_t, m_v)  # NaN where the log-prob is not finite
+    log_ratio = gap if inputs.mean_log_ratio is None else _load(inputs.mean_log_ratio, i_s, m_v)
+    ratio = tl.exp(log_ratio).to(inputs.logprobs.dtype.element_ty).to(tl.float64)
     # A zero advantage has no policy term, whatever it would be multiplied with; but a NaN must reach the loss.
     has_term = (a0 != 0.0) | (x != x)
-    a = tl.where(has_term, w * a0, 0.0)
-    policy_ratio = tl.where(has_term, ratio, 1.0)
-    dual_clipped = zero > 0.0
-    clipped = dual_clipped
-    if CISPO:
-        slope = policy_ratio
-        if RATIO_HIGH is not None:
-            clipped = ratio > RATIO_HIGH
-            slope = tl.where(policy_ratio > RATIO_HIGH, zero + RATIO_HIGH, policy_ratio)
-        policy_x = tl.where(has_term, x, 0.0)
-        policy, dx, da = -slope * a * policy_x, -slope * a, -slope * policy_x
-    else:
-        # Comparisons, since a minimum may lose a NaN.
-        within = policy_ratio
-        if RATIO_LOW is not None:
-            within = tl.where(has_term & (within < RATIO_LOW), zero + RATIO_LOW, within)
-        if RATIO_HIGH is not None:
-            within = tl.where(has_term & (within > RATIO_HIGH), zero + RATIO_HIGH, within)
-        clipped = within * a < policy_ratio * a
-        slope = tl.where(clipped, within, policy_ratio)
-        if DUAL_CLIP is not None:
-            dual_clipped = (a < 0.0) & (slope > DUAL_CLIP)
-            slope = tl.where(dual_clipped, zero + DUAL_CLIP, slope)
-        policy, da = -slope * a, -slope
-        dx = tl.where(clipped | dual_clipped, 0.0, -policy_ratio * a)
-
-    m_p = m_v & False
-    if penalised is not None:
-        m_p = tl.load(penalised + i_t, mask=m_v, other=0) != 0
+    term = _policy_term(ratio, x, tl.where(has_term, w * a0, 0.0), has_term, OPTIONS)
+    m_p = m_v & False if inputs.penalised is None else tl.load(inputs.penalised + i_t, mask=m_v, other=0) != 0
     policy_share = share
-    if rollout is not None:
+    if inputs.rollout is not None:
         # Where there is no term to multiply, an infinite weight must not make one.
-        rollout_weight = tl.load(rollout + i_t, mask=m_v & (has_term | m_p), other=1.0)
+        rollout_weight = tl.load(inputs.rollout + i_t, mask=m_v & (has_term | m_p), other=1.0)
         policy_share = share * rollout_weight.to(tl.float64)
-    g = policy_share * dx
-    if shared_grad is not None:
-        tl.store(shared_grad + i_t, tl.where(m_v, g, 0.0), mask=m_t)
-        g = zero
-    if weights_grad is not None:
-        tl.store(weights_grad + i_t, tl.where(m_v, policy_share * da * a0, 0.0), mask=m_t)
-    if entropy_grad is not None:
-        tl.store(entropy_grad + i_t, -entropy_coef * share, mask=m_t)
-    if penalised is not None:
+
+    policy, g = term.loss, policy_share * term.logprob_grad
+    if out.shared_grad is not None:
+        tl.store(out.shared_grad + i_t, tl.where(m_v, g, 0.0), mask=m_t)
+        g = tl.zeros_like(g)
+    if out.weights_grad is not None:
+        tl.store(out.weights_grad + i_t, tl.where(m_v, policy_share * term.advantage_grad * a0, 0.0), mask=m_t)
+    if out.entropy_grad is not None:
+        tl.store(out.entropy_grad + i_t, -entropy_coef * share, mask=m_t)
+    if inputs.penalised is not None:
         sign = tl.where(gap > 0.0, 1.0, tl.where(gap < 0.0, -1.0, gap))
-        policy += tl.where(m_p, tl.abs(gap) * PENALTY, 0.0)
-        g += policy_share * tl.where(m_p, sign * PENALTY, 0.0)
-
-    kl = zero
-    if ref is not None:
-        d = tl.load(ref + i_t, mask=m_v, other=0.0).to(tl.float64) - x
-        if KL_ESTIMATOR == 1:
-            kl, kl_grad = -d, zero + 1.0
-        elif KL_ESTIMATOR == 2:
-            kl, kl_grad = d * d * 0.5, -d
-        else:
-            kl_grad = -_expm1(d)
-            kl = -kl_grad - d
-        if KL_LOSS:
+        policy += tl.where(m_p, tl.abs(gap) * OPTIONS.penalty, 0.0)
+        g += policy_share * tl.where(m_p, sign * OPTIONS.penalty, 0.0)
+    kl = tl.zeros_like(x)
+    if inputs.ref is not None:
+        kl, kl_grad = _kl_divergence(_load(inputs.ref, i_t, m_v) - x, OPTIONS)
+        if OPTIONS.beta != 0:
             g += share * kl_grad * beta
-    tl.store(logprob_grad + i_t, tl.where(m_v, g, 0.0), mask=m_t)
+    tl.store(out.logprob_grad + i_t, tl.where(m_v, g, 0.0), mask=m_t)
 
-    h = zero
-    if METRICS or entropy_grad is not None:
-        h = tl.load(entropy + i_t, mask=m_v, other=0.0).to(tl.float64)
-    block = partial + i_b
+    h = tl.zeros_like(x)
+    if OPTIONS.metrics or out.entropy_grad is not None:
+        h = _load(inputs.entropy, i_t, m_v)
+    block, n_blocks = partial + tl.program_id(0), tl.num_programs(0)
     tl.store(block, tl.sum(tl.where(m_v, policy_share * policy, 0.0), 0))
     tl.store(block + n_blocks, tl.sum(tl.where(m_v, share * kl, 0.0), 0))
     tl.store(block + 2 * n_blocks, tl.sum(tl.where(m_v, share * h, 0.0), 0))
-    if METRICS:
-        c = tl.load(covariance + i_t, mask=m_v, other=0.0)
+    if OPTIONS.metrics:
+        c = _load(inputs.covariance, i_t, m_v)
         tl.store(to_sort + i_t, tl.where(m_v, c, float("inf")), mask=m_t)
-        n = tl.sum(m_v.to(tl.float64), 0)
-        sum_c = tl.sum(c, 0)
-        dc = tl.where(m_v, c - sum_c / tl.maximum(n, 1.0), 0.0)
-        is_finite = tl.abs(ratio) < float("inf")
-        tl.store(block + 3 * n_blocks, n)
-        tl.store(block + 4 * n_blocks, tl.sum(h, 0))
-        tl.store(block + 5 * n_blocks, tl.sum(tl.where(m_v, kl, 0.0), 0))
-        tl.store(block + 6 * n_blocks, tl.sum(tl.where(m_v, ratio, 0.0), 0))
-        tl.store(block + 7 * n_blocks, tl.sum((m_v & ~is_finite).to(tl.float64), 0))
-        tl.store(block + 8 * n_blocks, tl.sum((m_v & clipped & (ratio < 1.0)).to(tl.float64), 0))
-        tl.store(block + 9 * n_blocks, tl.sum((m_v & clipped & (ratio > 1.0)).to(tl.float64), 0))
-        tl.store(block + 10 * n_blocks, tl.sum((m_v & dual_clipped).to(tl.float64), 0))
-        tl.store(block + 11 * n_blocks, tl.sum(w, 0))
-        tl.store(block + 12 * n_blocks, tl.sum(w * w, 0))
-        tl.store(block + 13 * n_blocks, sum_c)
-        tl.store(block + 14 * n_blocks, tl.sum(dc * dc, 0))
-        tl.store(block + 15 * n_blocks, _largest(tl.where(m_v, ratio, -float("inf"))))
-        tl.store(block + 16 * n_blocks, _largest(tl.where(m_v, w, -float("inf"))))
-        tl.store(block + 17 * n_blocks, _largest(tl.where(m_v, -w, -float("inf"))))
+        _store_metrics(partial, c, h, kl, ratio, w, term, m_v)
 
 
 @triton.jit
@@ -316,14 +308,11 @@ def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:
     loss, summary = x.new_empty(()), x.new_empty(len(METRICS) if metrics else 0)
     coefficients = dict(beta=options.beta, entropy_coef=options.entropy_coef)
     if tokens:
-        g, shared, du, e = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
         token_terms_kernel[(blocks,)](
-            **{name: None if value is None else value.contiguous() for name, value in inputs._asdict().items()},
-            logprob_grad=g, shared_grad=shared, weights_grad=du, entropy_grad=e, to_sort=to_sort, partial=partial,
-            n_tokens=tokens, n_blocks=blocks, **coefficients, CISPO=options.cispo, RATIO_LOW=options.ratio_low,
-            RATIO_HIGH=options.ratio_high, DUAL_CLIP=options.dual_clip, PENALTY=options.penalty,
-            MAX_LENGTH=options.max_length,
-            KL_ESTIMATOR=int(options.kl_estimator[1]), KL_LOSS=options.beta != 0, METRICS=metrics, **cut,
+            TokenInputs._make(None if value is None else aligned(value) for value in inputs),
+            TokenTerms._make([None, *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None]),
+            to_sort, partial, tokens, **coefficients,
+            OPTIONS=options._replace(beta=options.beta != 0, entropy_coef=options.entropy_coef != 0), **cut,
         )  # fmt: skip
     totals_kernel[(1,)](
         partial=partial, ascending=None if to_sort is None else to_sort.sort().values, loss=loss,
