@@ -38,6 +38,13 @@ ENGINES = ("chunked", "fused_gpu")
 SIZE = dict(tokens=64, depth=32, vocab=30 * 2048)
 TOY = dict(tokens=48, depth=16, vocab=2 * 2048)
 
+# Memory that was freed stays with the process, as CUDA's allocator keeps it: else each large tensor costs the host some
+# hundred page faults.
+VARIABLES = dict(
+    TRITON_INTERPRET="1", COVGRPO_BACKEND="triton", OMP_NUM_THREADS="1", MALLOC_MMAP_MAX_="0",
+    MALLOC_TRIM_THRESHOLD_=str(1 << 40),
+)  # fmt: skip
+
 HEADER = ["", "forward", "backward", "step", "launches", "waits"]
 PARTS = ("forward", "backward")
 
@@ -69,9 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         torch.save(_inputs(**size), inputs)
         words = {name: ["host", str(inputs), str(arguments.repeats)] for name in folders}
         words["now"] += [arguments.engine] if arguments.engine else []
-        found = checkouts.in_turns(
-            folders, arguments.turns, words, TRITON_INTERPRET="1", COVGRPO_BACKEND="triton", OMP_NUM_THREADS="1"
-        )
+        found = checkouts.in_turns(folders, arguments.turns, words, **VARIABLES)
     report = dict(environment=_environment(), size=size, engine=arguments.engine)
     report |= {
         name: dict(commit=checkouts.commit(folders[name]), steps=_median(turns), turns=turns)

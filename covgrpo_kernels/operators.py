@@ -311,6 +311,11 @@ class Planned(NamedTuple):
         return [*self.plan, *self.planned]
 
 
+def without_plan_notes(hidden: Tensor, scored: Scored) -> Scored:
+    """What of it the backward takes once there is a plan."""
+    return scored._replace(notes=engines.select(hidden.device, hidden.dtype).notes_of_backward(scored.notes))
+
+
 def covariance_weights_grad(
     weights_grad: Tensor,  # [N] dL/dW
     stats: CovarianceStats,
@@ -348,7 +353,6 @@ def forward(
     vocab_slice: VocabSlice | None,
 ) -> Scored:
     """Log-probs and entropies of all rows."""
-    valid = inputs.targets != ignore_index
     # What a whole row leaves out sums to zero; what a slice of it leaves out does not, so that a spread head notes
     # nothing.
     may_be_sparse = needs_grad and precision.uniform is None and vocab_slice is None
@@ -357,6 +361,7 @@ def forward(
     if vocab_slice is not None:
         if reads_values(inputs.hidden):
             check_values(targets, None, vocab_slice.total, ignore_index)
+        valid = targets != ignore_index
         is_here = valid & (vocab_slice.local_targets(targets, len(inputs.weight)) >= 0)
         # A row whose target is elsewhere gets any target: what else there is to know of the row does not depend on it.
         some = (targets - vocab_slice.first).where(is_here, 0)
@@ -402,7 +407,7 @@ def backward(
     grad_scale: Tensor | None = None,  # [] what gradients are multiplied by
 ) -> tuple[Tensor | None, ...]:  # [N, D], [V, D], [V]; None where not needed
     """Gradients of this rank's slice of the head, and the whole gradient of the hidden states, which all ranks have."""
-    plan = planned.plan
+    plan, scored = planned.plan, without_plan_notes(inputs.hidden, scored)
     targets = inputs.targets
     if vocab_slice is not None:
         targets = vocab_slice.local_targets(targets, len(inputs.weight))

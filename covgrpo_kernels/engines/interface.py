@@ -67,11 +67,15 @@ class Engine(Protocol):
         """Of the fields of the plan, and of the rest."""
         ...
 
+    def notes_of_backward(self, notes: list[Tensor]) -> list[Tensor]:
+        """Those that the backward takes. The others are free after the plan."""
+        ...
+
     def backward(
         self,
         inputs: HeadInputs,
         stats: RowStats,
-        notes: list[Tensor],
+        notes: list[Tensor],  # of `notes_of_backward`
         logprob_grad: Tensor,  # [N]
         entropy_grad: Tensor | None,  # [N]
         plan: BackwardPlan,
