@@ -57,7 +57,7 @@ class Launches:
             self.recorded.clear()
 
     def calibrate(self) -> None:
-        times = [time.thread_time() for _ in range(101)]
+        times = [time.thread_time() for _ in range(100)]
         self.seconds_of_clock = statistics.median(b - a for a, b in itertools.pairwise(times))
 
     def __call__(self, name: str, arguments: Iterable[Any], run: Callable[[], Any]) -> None:
@@ -182,7 +182,7 @@ _WAITS = (
 _FREE = (
     "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "resize_", "set_", "result_type",
     "_local_scalar_dense", "lift_fresh", "is_nonzero", "item",
-    "_unsafe_view", "detach_", "squeeze_", "unsqueeze_", "t_", "transpose_",
+    "promote_types", "_unsafe_view", "detach_", "squeeze_", "unsqueeze_", "t_", "transpose_",
 )  # fmt: skip
 
 
@@ -240,7 +240,7 @@ def measure(step: Step, launches: Launches, repeats: int) -> dict[str, Any]:
             before = launches.seconds
             begin = time.thread_time()
             getattr(step, part)()
-            kept.append(time.thread_time() - begin - (launches.seconds - before))
+            kept.append(time.thread_time() - begin - launches.seconds_of_clock - (launches.seconds - before))
     gc.enable()
     return {part: dict(seconds=statistics.median(seconds[part]), **counts[part]) for part in seconds}
 
