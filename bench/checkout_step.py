@@ -123,8 +123,8 @@ def replaced(launches: Launches) -> Iterator[None]:
         launches("to", [out], lambda: out.copy_(x))
         return out
 
+    library = torch.library.Library("aten", "IMPL")  # in force for as long as it lives
     with (
-        torch.library._scoped_library("aten", "IMPL") as library,
         warnings.catch_warnings(),
         mock.patch.object(interpreter.InterpretedFunction, "__getitem__", getitem),
         mock.patch.object(Tensor, "to", to),
