@@ -3,11 +3,11 @@ how many launches and waits there are. Needs no GPU.
 
 A GPU works while the host prepares what comes next, so that a step takes as long as the slower of both. Under the
 interpreter, with the Triton kernels that a GPU would get, everything runs as it would there, but for what a launch
-does: kernels and matrix products are recorded in a first step and replayed, with their time subtracted. What is left
-is Python, PyTorch's dispatcher and allocations, and PyTorch's remaining operators at a size that gives them nearly
-nothing to do. What is missing is what a launch costs the host itself: that of a Triton kernel some 10 to 20
-microseconds, that of an operator some 5. Where an engine checks the values of tensors that are on a CPU, as it does not
-on a GPU, that is included, and is one of the forward's waits.
+does: kernels and matrix products are recorded in a first step and replayed, with their time subtracted, and so are the
+casts that products need on a CPU only. What is left is Python, PyTorch's dispatcher and allocations, and PyTorch's
+remaining operators at a size that gives them nearly nothing to do. What is missing is what a launch costs the host
+itself: that of a Triton kernel some 10 to 20 microseconds, that of an operator some 5. Where an engine checks the
+values of tensors that are on a CPU, as it does not on a GPU, that is included, and is one of the forward's waits.
 """
 
 from __future__ import annotations

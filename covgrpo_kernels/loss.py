@@ -123,12 +123,12 @@ class _CovGRPO(torch.autograd.Function):
         )  # fmt: skip
         g, e = objective.logprob_grad, objective.entropy_grad
         planned = operators.plan(inputs, scored, g, e, precision)
-        scored = operators.without_plan_notes(hidden, scored)
+        notes = planned.notes(scored)
         ctx.save_for_backward(
-            hidden, weight, bias, targets, temperature, g, e, scored.stats.packed, *scored.notes, *planned.tensors()
+            hidden, weight, bias, targets, temperature, g, e, scored.stats.packed, *notes, *planned.tensors()
         )
         ctx.notes, ctx.transform, ctx.grad_tol, ctx.vocab_slice = (
-            len(scored.notes),
+            len(notes),
             transform,
             precision.grad_tol,
             settings.vocab_slice,

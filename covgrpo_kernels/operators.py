@@ -310,10 +310,9 @@ class Planned(NamedTuple):
     def tensors(self) -> list[Tensor]:
         return [*self.plan, *self.planned]
 
-
-def without_plan_notes(hidden: Tensor, scored: Scored) -> Scored:
-    """What of it the backward takes once there is a plan."""
-    return scored._replace(notes=engines.select(hidden.device, hidden.dtype).notes_of_backward(scored.notes))
+    def notes(self, scored: Scored) -> list[Tensor]:
+        """What the backward takes of the engine's notes."""
+        return [] if self.planned else scored.notes
 
 
 def covariance_weights_grad(
@@ -407,13 +406,13 @@ def backward(
     grad_scale: Tensor | None = None,  # [] what gradients are multiplied by
 ) -> tuple[Tensor | None, ...]:  # [N, D], [V, D], [V]; None where not needed
     """Gradients of this rank's slice of the head, and the whole gradient of the hidden states, which all ranks have."""
-    plan, scored = planned.plan, without_plan_notes(inputs.hidden, scored)
+    plan = planned.plan
     targets = inputs.targets
     if vocab_slice is not None:
         targets = vocab_slice.local_targets(targets, len(inputs.weight))
     hidden_grad, *head_grads = head_backward_op(
         inputs.hidden, inputs.weight, inputs.bias, targets, inputs.temperature, *inputs.transform,
-        scored.stats.packed, scored.notes, plan.weigh(logprob_grad),
+        scored.stats.packed, planned.notes(scored), plan.weigh(logprob_grad),
         None if entropy_grad is None else plan.weigh(entropy_grad), planned.tensors(), grad_scale,
         min_probability(precision.grad_tol), list(needs), vocab_slice is not None,
     )  # fmt: skip

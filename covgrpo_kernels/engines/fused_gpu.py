@@ -176,9 +176,6 @@ class FusedGpu:
             step.write_hidden(grads.hidden, hidden_products)
         return grads
 
-    def notes_of_backward(self, notes: list[Tensor]) -> list[Tensor]:
-        return []
-
     def _capacity(self, notes: list[Tensor]) -> int:
         return MAX_CANDIDATES if notes else 0
 

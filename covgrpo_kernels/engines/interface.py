@@ -60,22 +60,19 @@ class Engine(Protocol):
         entropy_grad: Tensor | None,  # [N]
         precision: Precision,
     ) -> tuple[BackwardPlan, list[Tensor]]:
-        """What the backward does with each row, and what else this engine's backward takes."""
+        """What the backward does with each row, and what else this engine's backward takes, instead of the notes: these
+        are then free after the plan. Where it is nothing the backward takes the notes."""
         ...
 
     def plan_shapes(self, rows: int, notes: list[Tensor], precision: Precision) -> Shapes:
         """Of the fields of the plan, and of the rest."""
         ...
 
-    def notes_of_backward(self, notes: list[Tensor]) -> list[Tensor]:
-        """Those that the backward takes. The others are free after the plan."""
-        ...
-
     def backward(
         self,
         inputs: HeadInputs,
         stats: RowStats,
-        notes: list[Tensor],  # of `notes_of_backward`
+        notes: list[Tensor],  # none where the plan has tensors of the engine's own
         logprob_grad: Tensor,  # [N]
         entropy_grad: Tensor | None,  # [N]
         plan: BackwardPlan,

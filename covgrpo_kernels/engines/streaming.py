@@ -81,9 +81,6 @@ class StreamingEngine(ABC):
     def plan_shapes(self, rows: int, notes: list[Tensor], precision: Precision) -> Shapes:
         return backward_plan_shapes(rows, notes[1].shape[1], precision)
 
-    def notes_of_backward(self, notes: list[Tensor]) -> list[Tensor]:
-        return notes
-
     def backward(
         self,
         inputs: HeadInputs,
