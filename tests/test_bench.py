@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import re
 import statistics
@@ -14,7 +15,20 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from bench import cases, checkout_step, checkouts, compare, contenders, host, measure, record, report, run, warm
+from bench import (
+    against,
+    cases,
+    checkout_step,
+    checkouts,
+    compare,
+    contenders,
+    host,
+    measure,
+    record,
+    report,
+    run,
+    warm,
+)
 from bench.contenders import EAGER, Eager, Ours
 from bench.measure import Problem
 from covgrpo_kernels import reference, testing
@@ -461,9 +475,11 @@ def of_host(tmp_path_factory):
     file = tmp_path_factory.mktemp("host") / "host.json"
     here = str(Path(__file__).parent.parent)
     words = ["--toy", "--turns", "1", "--repeats", "2", "--against", here, "--engine", "chunked", "--out", str(file)]
-    command = [sys.executable, "-m", "bench", "host", *words]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return output, json.loads(file.read_text())
+    parser = argparse.ArgumentParser()
+    host.add_arguments(parser)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        host.run(parser.parse_args(words))
+    return output.getvalue(), json.loads(file.read_text())
 
 
 def test_the_host_is_measured(of_host):
@@ -490,13 +506,23 @@ def test_the_host_is_measured(of_host):
     assert len(host.rows(made)) == 8
 
 
-def test_two_checkouts_take_turns(tmp_path):
+def test_two_checkouts_take_turns(tmp_path, monkeypatch, capsys):
     """Steps are timed in each, and shown with their ratio in each turn."""
     here, file = str(Path(__file__).parent.parent), tmp_path / "against.json"
-    words = ["--size", "48,16,1100", "--turns", "2", "--repeats", "2", "--dtype", "float32", "--device", "cpu"]
-    command = [sys.executable, "-m", "bench", "against", here, *words, "--out", str(file)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    made = json.loads(file.read_text())
+    words = ["--size", "48,16,1100", "--turns", "1", "--repeats", "2", "--dtype", "float32", "--device", "cpu"]
+    parser = argparse.ArgumentParser()
+    against.add_arguments(parser)
+    in_turns = checkouts.in_turns
+
+    def slower_in_a_second_turn(*arguments):  # which would be two processes more
+        turns = in_turns(*arguments)
+        for name, factor in (("now", 3), ("before", 2)):
+            turns[name].append({step: [factor * x for x in seconds] for step, seconds in turns[name][0].items()})
+        return turns
+
+    monkeypatch.setattr(checkouts, "in_turns", slower_in_a_second_turn)
+    against.run(parser.parse_args([here, *words, "--out", str(file)]))
+    output, made = capsys.readouterr().out, json.loads(file.read_text())
     for name in ("now", "before"):
         for turn in made[name]["turns"]:
             assert {step: len(seconds) for step, seconds in turn.items()} == {

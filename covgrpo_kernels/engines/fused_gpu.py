@@ -188,7 +188,7 @@ class FusedGpu:
 
         peaks, rows, place, count = notes
         has_none = g == 0 if e is None else (g == 0) & (e == 0)
-        min_logits = stats.min_logits(min_prob).masked_fill(has_none, torch.inf)
+        min_logits = stats.min_logits(min_prob).masked_fill_(has_none, torch.inf)
         found = collect(
             inputs.hidden, _row_contiguous(inputs.weight), inputs.bias, inputs.temperature, rows, place, count, peaks,
             min_logits, MAX_CANDIDATES, scale=inputs.transform.scale, softcap=inputs.transform.softcap,
