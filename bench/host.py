@@ -3,11 +3,11 @@ how many launches and waits there are. Needs no GPU.
 
 A GPU works while the host prepares what comes next, so that a step takes as long as the slower of both. Under the
 interpreter, with the Triton kernels that a GPU would get, everything runs as it would there, but for what a launch
-does: kernels and matrix products are recorded in a first step and replayed, with their time subtracted. What is left
-is Python, PyTorch's dispatcher and allocations, and PyTorch's remaining operators at a size that gives them nearly
-nothing to do. What is missing is what a launch costs the host itself: that of a Triton kernel some 10 to 20
-microseconds, that of an operator some 5. Where an engine checks the values of tensors that are on a CPU, as it does not
-on a GPU, that is included, and is one of the forward's waits.
+does: kernels and matrix products are recorded in a first step and replayed, with their time subtracted, and so are the
+casts that products need on a CPU only. What is left is Python, PyTorch's dispatcher and allocations, and PyTorch's
+remaining operators at a size that gives them nearly nothing to do. What is missing is what a launch costs the host
+itself: that of a Triton kernel some 10 to 20 microseconds, that of an operator some 5. Where an engine checks the
+values of tensors that are on a CPU, as it does not on a GPU, that is included, and is one of the forward's waits.
 """
 
 from __future__ import annotations
@@ -37,6 +37,13 @@ ENGINES = ("chunked", "fused_gpu")
 # are few, so that operators on one number a row take no time, and so that the interpreter needs a minute, not ten.
 SIZE = dict(tokens=64, depth=32, vocab=30 * 2048)
 TOY = dict(tokens=48, depth=16, vocab=2 * 2048)
+
+# Memory that was freed stays with the process, as CUDA's allocator keeps it: else each large tensor costs the host some
+# hundred page faults.
+VARIABLES = dict(
+    TRITON_INTERPRET="1", COVGRPO_BACKEND="triton", OMP_NUM_THREADS="1", MALLOC_MMAP_MAX_="0",
+    MALLOC_TRIM_THRESHOLD_=str(1 << 40),
+)  # fmt: skip
 
 HEADER = ["", "forward", "backward", "step", "launches", "waits"]
 PARTS = ("forward", "backward")
@@ -69,9 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         torch.save(_inputs(**size), inputs)
         words = {name: ["host", str(inputs), str(arguments.repeats)] for name in folders}
         words["now"] += [arguments.engine] if arguments.engine else []
-        found = checkouts.in_turns(
-            folders, arguments.turns, words, TRITON_INTERPRET="1", COVGRPO_BACKEND="triton", OMP_NUM_THREADS="1"
-        )
+        found = checkouts.in_turns(folders, arguments.turns, words, **VARIABLES)
     report = dict(environment=_environment(), size=size, engine=arguments.engine)
     report |= {
         name: dict(commit=checkouts.commit(folders[name]), steps=_median(turns), turns=turns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -65,15 +66,19 @@ class _LinearLogprob(torch.autograd.Function):
         inputs = HeadInputs(hidden, weight, bias, targets, temperature, ctx.transform)
         scored = operators.Scored(RowStats(packed), notes)
         settings, precision = ctx.settings, Precision(ctx.grad_tol, uniform)
-        valid = targets != settings.ignore_index
-        g = torch.zeros_like(packed[0]) if logprob_grad is None else logprob_grad.where(valid, 0)
-        e = entropy_grad.where(valid, 0) if settings.entropy and entropy_grad is not None else None
+        ignored = targets == settings.ignore_index
+        g = torch.zeros_like(packed[0]) if logprob_grad is None else logprob_grad.masked_fill(ignored, 0)
+        e = entropy_grad.masked_fill(ignored, 0) if settings.entropy and entropy_grad is not None else None
         planned = operators.plan(inputs, scored, g, e, precision)
         grads = operators.backward(
             inputs, scored, g, e, planned,
             precision=precision, needs=ctx.needs_input_grad[:3], vocab_slice=settings.vocab_slice,
         )  # fmt: skip
         return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
+
+
+# `apply` asks for it in every call; found anew it would take as long as all checks of the arguments.
+_LinearLogprob.forward.__signature__ = inspect.signature(_LinearLogprob.forward)  # type: ignore[attr-defined]
 
 
 def linear_logprob(

@@ -76,7 +76,7 @@ def _scored(tokens: Tokens, settings: _Settings) -> Tensor:  # [N] bool
     kind = config.token_weighting
     if isinstance(kind, KLCov):  # its penalty needs no advantage
         return valid
-    matters = valid & (tokens.advantages != 0)
+    matters = tokens.advantages != 0  # they are zero where masked
     if config.importance_level == "sequence":
         assert tokens.sequences is not None
         matters = _anywhere(matters, tokens.sequences)
@@ -123,17 +123,18 @@ class _CovGRPO(torch.autograd.Function):
         )  # fmt: skip
         g, e = objective.logprob_grad, objective.entropy_grad
         planned = operators.plan(inputs, scored, g, e, precision)
+        notes = planned.notes(scored)
         ctx.save_for_backward(
-            hidden, weight, bias, targets, temperature, g, e, scored.stats.packed, *scored.notes, *planned.tensors()
+            hidden, weight, bias, targets, temperature, g, e, scored.stats.packed, *notes, *planned.tensors()
         )
         ctx.notes, ctx.transform, ctx.grad_tol, ctx.vocab_slice = (
-            len(scored.notes),
+            len(notes),
             transform,
             precision.grad_tol,
             settings.vocab_slice,
         )
 
-        logprobs = x.clone() if is_scored is tokens.valid else x.where(is_scored == tokens.valid, torch.nan)
+        logprobs = x.clone() if is_scored is tokens.valid else x.masked_fill(is_scored != tokens.valid, torch.nan)
         metrics = x.new_empty(0)
         if settings.metrics:
             vocab = len(weight) if settings.vocab_slice is None else settings.vocab_slice.total

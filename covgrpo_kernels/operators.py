@@ -294,6 +294,10 @@ class Planned(NamedTuple):
     def tensors(self) -> list[Tensor]:
         return [*self.plan, *self.planned]
 
+    def notes(self, scored: Scored) -> list[Tensor]:
+        """What the backward takes of the engine's notes."""
+        return [] if self.planned else scored.notes
+
 
 def covariance_weights_grad(
     weights_grad: Tensor,  # [N] dL/dW
@@ -332,7 +336,6 @@ def forward(
     vocab_slice: VocabSlice | None,
 ) -> Scored:
     """Log-probs and entropies of all rows."""
-    valid = inputs.targets != ignore_index
     # What a whole row leaves out sums to zero; what a slice of it leaves out does not, so that a spread head notes
     # nothing.
     may_be_sparse = needs_grad and precision.uniform is None and vocab_slice is None
@@ -341,6 +344,7 @@ def forward(
     if vocab_slice is not None:
         if reads_values(inputs.hidden):
             check_values(targets, None, vocab_slice.total, ignore_index)
+        valid = targets != ignore_index
         is_here = valid & (vocab_slice.local_targets(targets, len(inputs.weight)) >= 0)
         # A row whose target is elsewhere gets any target: what else there is to know of the row does not depend on it.
         some = (targets - vocab_slice.first).where(is_here, 0)
@@ -392,7 +396,7 @@ def backward(
         targets = vocab_slice.local_targets(targets, len(inputs.weight))
     hidden_grad, *head_grads = head_backward_op(
         inputs.hidden, inputs.weight, inputs.bias, targets, inputs.temperature, *inputs.transform,
-        scored.stats.packed, scored.notes, plan.weigh(logprob_grad),
+        scored.stats.packed, planned.notes(scored), plan.weigh(logprob_grad),
         None if entropy_grad is None else plan.weigh(entropy_grad), planned.tensors(), grad_scale,
         min_probability(precision.grad_tol), list(needs), vocab_slice is not None,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import re
 import statistics
@@ -15,7 +16,20 @@ import test_token_terms
 import torch
 from torch.overrides import TorchFunctionMode
 
-from bench import cases, checkout_step, checkouts, compare, contenders, host, measure, record, report, run, warm
+from bench import (
+    against,
+    cases,
+    checkout_step,
+    checkouts,
+    compare,
+    contenders,
+    host,
+    measure,
+    record,
+    report,
+    run,
+    warm,
+)
 from bench.contenders import EAGER, Eager, Ours
 from bench.measure import Problem
 from covgrpo_kernels import reference, testing
@@ -462,9 +476,11 @@ def of_host(tmp_path_factory):
     file = tmp_path_factory.mktemp("host") / "host.json"
     here = str(Path(__file__).parent.parent)
     words = ["--toy", "--turns", "1", "--repeats", "2", "--against", here, "--engine", "chunked", "--out", str(file)]
-    command = [sys.executable, "-m", "bench", "host", *words]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return output, json.loads(file.read_text())
+    parser = argparse.ArgumentParser()
+    host.add_arguments(parser)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        host.run(parser.parse_args(words))
+    return output.getvalue(), json.loads(file.read_text())
 
 
 def test_the_host_is_measured(of_host):
@@ -491,13 +507,23 @@ def test_the_host_is_measured(of_host):
     assert len(host.rows(made)) == 8
 
 
-def test_two_checkouts_take_turns(tmp_path):
+def test_two_checkouts_take_turns(tmp_path, monkeypatch, capsys):
     """Steps are timed in each, and shown with their ratio in each turn."""
     here, file = str(Path(__file__).parent.parent), tmp_path / "against.json"
-    words = ["--size", "48,16,1100", "--turns", "2", "--repeats", "2", "--dtype", "float32", "--device", "cpu"]
-    command = [sys.executable, "-m", "bench", "against", here, *words, "--out", str(file)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    made = json.loads(file.read_text())
+    words = ["--size", "48,16,1100", "--turns", "1", "--repeats", "2", "--dtype", "float32", "--device", "cpu"]
+    parser = argparse.ArgumentParser()
+    against.add_arguments(parser)
+    in_turns = checkouts.in_turns
+
+    def slower_in_a_second_turn(*arguments):  # which would be two processes more
+        turns = in_turns(*arguments)
+        for name, factor in (("now", 3), ("before", 2)):
+            turns[name].append({step: [factor * x for x in seconds] for step, seconds in turns[name][0].items()})
+        return turns
+
+    monkeypatch.setattr(checkouts, "in_turns", slower_in_a_second_turn)
+    against.run(parser.parse_args([here, *words, "--out", str(file)]))
+    output, made = capsys.readouterr().out, json.loads(file.read_text())
     for name in ("now", "before"):
         for turn in made[name]["turns"]:
             assert {step: len(seconds) for step, seconds in turn.items()} == {
@@ -540,6 +566,7 @@ def test_launches_and_waits_are_counted():
     assert of(lambda: x.exp().add_(1)) == dict(operators=2, kernels=0, waits=0)
     assert of(lambda: x.view(2, 3).t()[0].unsqueeze(0)) == dict(operators=0, kernels=0, waits=0)
     assert of(lambda: torch.empty(3).expand(2, 3)) == dict(operators=0, kernels=0, waits=0)
+    assert of(lambda: torch.promote_types(torch.bfloat16, torch.float32)) == dict(operators=0, kernels=0, waits=0)
     assert of(lambda: torch.nn.functional.silu(x).sum())["operators"] == 2
     for read in (
         lambda: x[0].item(), lambda: bool(x[0] > 1), lambda: x.tolist(), lambda: x.bool().nonzero(), lambda: x.unique(),
@@ -580,9 +607,40 @@ def test_what_a_launch_left_in_a_tuple_of_tensors_is_replayed():
     assert all(torch.equal(x, y) for x, y in zip(*out, strict=True))
 
 
+def test_what_only_a_cpu_does_is_replaced():
+    """Casts of 16-bit matrices to float32, which products need there, and no others."""
+    matrix = torch.randn(8, 4).bfloat16()
+    launches = checkout_step.Launches([matrix])
+    with checkout_step.replaced(launches):
+        launches.start(recording=True)
+        first = matrix.t().to(torch.float32)
+        others = [matrix[0].to(torch.float32), matrix.to(torch.float64), matrix.float().to(torch.bfloat16)]
+        assert [name for name, _ in launches.recorded] == ["to"]
+        launches.start(recording=False)
+        assert torch.equal(matrix.t().to(torch.float32), first)
+    assert torch.equal(first, matrix.t().float())
+    assert [x.dtype for x in others] == [torch.float32, torch.float64, torch.bfloat16]
+
+
+def test_after_an_error_products_are_products_again():
+    """Although the error keeps alive what had replaced them."""
+    launches = checkout_step.Launches([])
+    with pytest.raises(KeyError) as error, checkout_step.replaced(launches):
+        raise KeyError
+    torch.mm(torch.eye(2), torch.eye(2))
+    torch.eye(2).bfloat16().to(torch.float32)
+    assert not launches.recorded, error
+
+
 def test_only_the_host_is_timed(clock, monkeypatch):
-    """What stands for the device's work takes 100 seconds here, and the host one before and two after it."""
-    monkeypatch.setattr(checkout_step.time, "thread_time", clock)
+    """What stands for the device's work takes 100 seconds here, and the host one before and two after it. Reading the
+    time takes ten."""
+
+    def slow_clock():
+        clock.now += 10
+        return clock()
+
+    monkeypatch.setattr(checkout_step.time, "thread_time", slow_clock)
     get_bytes = checkout_step._bytes
 
     def slow(x):
@@ -615,6 +673,28 @@ def test_compilation_is_no_comparison(capsys):
     said = sorted(capsys.readouterr().out.splitlines())
     assert re.fullmatch(r"frozen, ours: [\d.]+ s", said[0])
     assert said[1:] == ["frozen, verl (Triton): needs a GPU"]
+
+
+def test_what_is_compiled_is_what_a_case_needs(monkeypatch):
+    """Its hidden size and its options; of tokens and vocabulary fewer will do."""
+    problems = []
+    monkeypatch.setattr(warm, "step", lambda contender, problem: problems.append(problem))
+    [ours] = [i for i, c in enumerate(contenders.CONTENDERS) if c.name == "ours"]
+    for name in ("shallow", "frozen"):
+        warm.compile_one(ours, name, "cpu", toy=False)
+    shallow, frozen = problems
+    assert shallow.hidden.shape == (warm.TOKENS, cases.SHALLOW["cpu"][1])
+    assert shallow.weight.shape[0] == warm.VOCAB
+    assert (shallow.frozen, frozen.frozen) == (False, True)
+
+
+def test_what_fails_to_compile_is_said(monkeypatch):
+    def fails(contender, problem):
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(warm, "step", fails)
+    [ours] = [i for i, c in enumerate(contenders.CONTENDERS) if c.name == "ours"]
+    assert warm.compile_one(ours, "small", "cpu", toy=True) == "RuntimeError: no compiler"
 
 
 # -------------------------------------------------------------------------------------------- files and documents

@@ -48,5 +48,7 @@ def on_device(device: torch.device) -> Iterator[None]:
     """What an operator runs in: the device of its tensors is the one that kernels are launched on, and there is no
     autocast."""
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with current, torch.autocast(device.type, enabled=False):
+    # Entering it takes longer than asking whether there is need of it.
+    is_cast = torch.is_autocast_enabled(device.type)
+    with current, torch.autocast(device.type, enabled=False) if is_cast else nullcontext():
         yield

@@ -198,8 +198,8 @@ class FusedGpu:
         from ..kernels.triton.plan_rows import Candidates as UnsortedCandidates
 
         peaks, rows, place, count = notes
-        live = g != 0 if e is None else (g != 0) | (e != 0)
-        min_logits = stats.min_logits(min_prob).where(live, torch.inf)
+        has_none = g == 0 if e is None else (g == 0) & (e == 0)
+        min_logits = stats.min_logits(min_prob).masked_fill_(has_none, torch.inf)
         found = collect(
             inputs.hidden, _row_contiguous(inputs.weight), inputs.bias, inputs.temperature, rows, place, count, peaks,
             min_logits, 2 * _CAPACITY, scale=inputs.transform.scale, softcap=inputs.transform.softcap,
@@ -260,13 +260,19 @@ class _Step:
             parts = tails.sum_tail_states(self.hidden, self.planned.shares, self.plan.row_class)
             if needs.weight or needs.bias:
                 some_pairs = pairs.list_pairs(self._row_plan(), self._classes(), inputs.targets, self.pairs, vocab)
-        states, bias_factors = tails.gather_states(self.hidden, self.rows, parts, min_prob=self.min_prob)
+        # The gradient of the hidden states is written last, and has room for these until then.
+        room = grads.hidden
+        if len(room) < len(self.rows) or room.dtype != self.hidden.dtype:
+            room = None
+        states, bias_factors = tails.gather_states(self.hidden, self.rows, parts, room, min_prob=self.min_prob)
         products = states.new_empty(len(states) if needs.hidden else 0, depth, dtype=torch.float32)
-        for a, b in vocab_slices(vocab, self._slab_width(len(states), vocab), 1):
+        beside = [*self.planned, *(some_pairs or ()), products] if self.has_sparse else []
+        for a, b in vocab_slices(vocab, self._slab_width(len(states), vocab, beside), 1):
             dz = self._dlogits(states, a, b)
             if needs.hidden and len(states):
                 multiply_(dz, self.weight[a:b], products, add=a > 0)
             self._write_head(grads, needs, dz, states, some_pairs, bias_factors, a, b)
+            del dz  # there is no room for it beside the next one
         return products
 
     def _dlogits(self, states: Tensor, a: int, b: int) -> Tensor:  # [R, C]
@@ -313,10 +319,13 @@ class _Step:
             min_prob=self.min_prob,
         )  # fmt: skip
 
-    def _slab_width(self, rows: int, vocab: int) -> int:
-        """Vocabulary ids at a time: as many as the workspace has room for, of logits in float32 and dL/dproducts in 16
-        bits. Slabs of equal width, since a narrow one costs as many launches as a wide one."""
-        most = max(WORKSPACE_BYTES["cuda"] // (6 * max(rows, 1)) // _SLAB_MULTIPLE, 1)
+    def _slab_width(self, rows: int, vocab: int, beside: list[Tensor]) -> int:
+        """Vocabulary ids at a time: as many as the workspace has room for ``beside`` these, but at least a quarter of
+        it, of logits in float32 and dL/dproducts in 16 bits. Slabs of equal width, since a narrow one costs as many
+        launches as a wide one."""
+        workspace = WORKSPACE_BYTES["cuda"]
+        workspace = max(workspace - sum(x.nbytes for x in beside), workspace // 4)
+        most = max(workspace // (6 * max(rows, 1)) // _SLAB_MULTIPLE, 1)
         slabs = -(-vocab // (most * _SLAB_MULTIPLE))
         return -(-vocab // (slabs * _SLAB_MULTIPLE)) * _SLAB_MULTIPLE
 

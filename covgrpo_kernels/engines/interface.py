@@ -60,7 +60,8 @@ class Engine(Protocol):
         entropy_grad: Tensor | None,  # [N]
         precision: Precision,
     ) -> tuple[BackwardPlan, list[Tensor]]:
-        """What the backward does with each row, and what else this engine's backward takes."""
+        """What the backward does with each row, and what else this engine's backward takes, instead of the notes: these
+        are then free after the plan. Where it is nothing the backward takes the notes."""
         ...
 
     def plan_shapes(self, rows: int, notes: list[Tensor], precision: Precision) -> Shapes:
@@ -71,7 +72,7 @@ class Engine(Protocol):
         self,
         inputs: HeadInputs,
         stats: RowStats,
-        notes: list[Tensor],
+        notes: list[Tensor],  # none where the plan has tensors of the engine's own
         logprob_grad: Tensor,  # [N]
         entropy_grad: Tensor | None,  # [N]
         plan: BackwardPlan,

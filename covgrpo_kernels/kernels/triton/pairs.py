@@ -119,8 +119,9 @@ def list_pairs(
     """The pairs of the sparse rows. ``n_pairs`` is at least 1."""
     assert rows.vocab_ids is not None
     (n_rows, capacity), device = rows.vocab_ids.shape, targets.device
-    ids, pair_rows, sorted_rows = torch.empty(3, n_pairs, dtype=torch.int32, device=device)
-    values, sorted_values = torch.empty(2, n_pairs, dtype=torch.float32, device=device)
+    # Each in memory of its own, since those that are not sorted are free after this.
+    ids, pair_rows, sorted_rows = (torch.empty(n_pairs, dtype=torch.int32, device=device) for _ in range(3))
+    values, sorted_values = (torch.empty(n_pairs, dtype=torch.float32, device=device) for _ in range(2))
     list_pairs_kernel[lambda meta: (triton.cdiv(n_rows, meta["B_R"]),)](
         row_class=classes.row_class, place=classes.place, kept=rows.kept, vocab_ids=rows.vocab_ids, values=rows.values,
         targets=targets, target_value=rows.target_value, pair_ids=ids, pair_rows=pair_rows, pair_values=values,

@@ -265,6 +265,7 @@ def gather_states(
     hidden: Tensor,  # [N, D]
     rows: Tensor,  # [R] int64, of `classify_rows`
     parts: tuple[Tensor, Tensor] | None,  # of `sum_tail_states`; None: the rows have no tails before them
+    out: Tensor | None = None,  # [at least R, D], contiguous, into whose first rows the states go; None: new memory
     *,
     min_prob: float,
 ) -> tuple[Tensor, Tensor | None]:
@@ -275,7 +276,7 @@ def gather_states(
     depth, device = hidden.shape[1], hidden.device
     sums, sums_of_shares = (None, None) if parts is None else parts
     n_parts, n_tails = (0, 0) if sums_of_shares is None else sums_of_shares.shape
-    states = torch.empty(len(rows), depth, dtype=hidden.dtype, device=device)
+    states = torch.empty(len(rows), depth, dtype=hidden.dtype, device=device) if out is None else out[: len(rows)]
     factors = None if parts is None else torch.empty(n_tails, dtype=torch.float32, device=device)
     if len(rows):
         gather_states_kernel[lambda meta: (triton.cdiv(len(rows), meta["B_R"]), triton.cdiv(depth, meta["B_D"]))](
