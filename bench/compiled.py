@@ -451,8 +451,8 @@ def _compile(key: tuple[str, str]) -> tuple[tuple[str, str], dict[str, int]]:
     return key, compile_case(case, architecture)
 
 
-def compile_all(workers: int) -> Table:
-    keys = [(case.name, architecture) for case in CASES for architecture in SHARED_LIMIT]
+def compile_all(workers: int, architectures: list[str]) -> Table:
+    keys = [(case.name, architecture) for case in CASES for architecture in architectures]
     table: Table = {}
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
         for (name, architecture), numbers in pool.map(_compile, keys):
@@ -497,6 +497,9 @@ def markdown(table: Table) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--architectures", nargs="+", choices=SHARED_LIMIT, default=list(SHARED_LIMIT), help="default: all"
+    )
     parser.add_argument("--update", action="store_true", help=f"write the table to {GOLDEN.parent.name}/{GOLDEN.name}")
     parser.set_defaults(run=run)
 
@@ -506,7 +509,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET must not be set: interpreted kernels are not compiled")
-    table = compile_all(arguments.workers)
+    if arguments.update and set(arguments.architectures) != set(SHARED_LIMIT):
+        sys.exit("--update writes the table of all architectures: leave --architectures out")
+    table = compile_all(arguments.workers, arguments.architectures)
     print(markdown(table))
     if arguments.update:
         write_json(GOLDEN, dict(triton=triton.__version__, table=table))

@@ -7,7 +7,6 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from functools import cache
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -18,19 +17,23 @@ import torch.multiprocessing as mp
 # A collective that not all ranks join ends here, in the test's failure.
 TIMEOUT = timedelta(seconds=120)
 
+# Processes are forked from one that has imported these: importing takes seconds, and every process would do it. Not
+# from pytest's own, which has threads.
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["covgrpo_kernels.testing", "transformers.models.qwen2.modeling_qwen2"])
+
 
 class Processes:
     """``size`` processes that stay, each with one thread. What they run is given by name, so it stands at the top of a
     module; it finds its rank in `torch.distributed`."""
 
     def __init__(self, size: int) -> None:
-        context = mp.get_context("spawn")
         self.size, self.folder = size, tempfile.TemporaryDirectory()
         self.connections, self.processes = [], []
         for rank in range(size):
-            here, there = context.Pipe()
+            here, there = CONTEXT.Pipe()
             arguments = (rank, size, f"{self.folder.name}/store", there)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process = CONTEXT.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             self.connections.append(here)
             self.processes.append(process)
@@ -58,7 +61,7 @@ class Processes:
                     failures.append(f"rank {rank} of {self.size}: {results[rank]}")
         if failures:
             self.stop()
-            processes.cache_clear()
+            del _running[self.size]
         assert not failures, "\n".join(failures)
         return results
 
@@ -69,9 +72,13 @@ class Processes:
         self.folder.cleanup()
 
 
-@cache
+_running: dict[int, Processes] = {}
+
+
 def processes(size: int) -> Processes:
-    return Processes(size)
+    if size not in _running:
+        _running[size] = Processes(size)
+    return _running[size]
 
 
 def _serve(rank: int, size: int, store: str, connection: Connection) -> None:

@@ -12,9 +12,10 @@ if torch.cuda.is_available():
     pytest.skip("the kernels are compiled here", allow_module_level=True)
 
 DTYPES = [torch.bfloat16, torch.float16]
+TOKENS, DEPTH, VOCAB = 96, 40, 600  # several blocks of the interpreter's sizes, the last of them not whole
 OPTIONS = {
     "plain": {},
-    "all": dict(softcap=20.0, logit_scale=1.5, temperature=torch.linspace(0.5, 2.0, 160)),
+    "all": dict(softcap=20.0, logit_scale=1.5, temperature=torch.linspace(0.5, 2.0, TOKENS)),
 }
 
 
@@ -28,11 +29,11 @@ def run(head, dtype, **options):
 
 
 def policy(seed, bias=False, entropy=False):
-    """160 tokens of a policy of whom some are ignored and some have no coefficient."""
-    head = rl_head(seed, 160, 40, 1100)
+    """Tokens of a policy of whom some are ignored and some have no coefficient."""
+    head = rl_head(seed, TOKENS, DEPTH, VOCAB)
     keep = {n: head[n] for n in ("hidden", "weight", "targets", "logprob_grad")}
     keep["hidden"], keep["weight"] = keep["hidden"] / 64, keep["weight"] * 64  # within float16's range
-    keep["bias"] = torch.linspace(-0.5, 0.5, 1100) if bias else None
+    keep["bias"] = torch.linspace(-0.5, 0.5, VOCAB) if bias else None
     keep["entropy_grad"] = 10 * head["entropy_grad"] if entropy else None
     return keep
 
@@ -89,26 +90,25 @@ def test_has_sparse_rows_as_the_general_engine_does(dtype):
             planned = operators.plan(inputs, scored, head["logprob_grad"], None, precision)
         classes.append(planned.plan.row_class)
         assert planned.plan.error_bound <= 5e-3
-        assert planned.plan.sparse.sum() > 50
+        assert planned.plan.sparse.sum() > 30
     assert (classes[0] != classes[1]).sum() <= 3
 
 
-@pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("bias",), ("hidden", "weight", "bias")])
 @pytest.mark.parametrize("grad_tol", [0.0, 5e-3])
-def test_a_gradient_has_the_same_bits_whichever_others_are_wanted(needs, grad_tol):
+def test_a_gradient_has_the_same_bits_whichever_others_are_wanted(grad_tol):
     head = policy(3, bias=True)
 
-    def gradients(wanted):
+    def gradients(*wanted):
         inputs = {n: head[n].bfloat16().requires_grad_(n in wanted) for n in ("hidden", "weight", "bias")}
         x = linear_logprob(
             inputs["hidden"], inputs["weight"], head["targets"], bias=inputs["bias"], grad_tol=grad_tol
         ).logprob
-        grads = torch.autograd.grad(x, [inputs[n] for n in wanted], head["logprob_grad"])
-        return dict(zip(wanted, grads, strict=True))
+        return torch.autograd.grad(x, [inputs[n] for n in wanted], head["logprob_grad"])
 
-    everything = gradients(("hidden", "weight", "bias"))
-    for name, value in gradients(needs).items():
-        assert torch.equal(value, everything[name]), name
+    everything = dict(zip(("hidden", "weight", "bias"), gradients("hidden", "weight", "bias"), strict=True))
+    for name, expected in everything.items():
+        (alone,) = gradients(name)
+        assert torch.equal(alone, expected), name
 
 
 def test_same_bits_every_run():
@@ -144,7 +144,7 @@ def test_small_shapes(tokens, vocab, depth):
 def test_targets_outside_the_vocabulary_are_nan_and_nothing_waits():
     head = policy(6)
     targets = head["targets"].clone()
-    targets[[2, 5]] = torch.tensor([1100, -3])
+    targets[[2, 5]] = torch.tensor([VOCAB, -3])
     x = linear_logprob(head["hidden"].bfloat16(), head["weight"].bfloat16(), targets).logprob
     assert x[[2, 5]].isnan().all()
     assert x.isnan().sum() == 2

@@ -258,6 +258,7 @@ LOUD: dict[str, Callable[[dict[str, Tensor], Tensor], tuple[Any, ...]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", LOUD)
 def test_no_gradient_is_quieter_than_eager(case: str, dtype: torch.dtype, backend: str) -> None:

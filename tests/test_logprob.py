@@ -50,7 +50,7 @@ def three_ways(head: dict, dtype: torch.dtype, **options) -> tuple[dict, dict, d
 def test_pooled_errors(dtype, options):
     """The rule of the precision contract over 1,200 rows: random and policy-like ones, several chunks."""
     book = ErrorBook()
-    vocab = VOCAB_BLOCK + 100 if interpreted() else 2500
+    vocab = 300 if interpreted() else 2500
     for seed in range(4):
         head = random_head(seed, 150, 48, vocab, std=2.0, bias=seed % 2 == 0)
         if seed % 2:
@@ -82,8 +82,8 @@ def test_any_shape(seed, tokens, depth, vocab, dtype, std, bias, options, tile):
         is_finite = exact.to(ours[name].dtype).isfinite()
         assert ours[name].isfinite()[is_finite].all(), name
         assert eager_[name].isfinite()[~ours[name].isfinite()].logical_not().all(), name
-    keep = [n for n in oracle if oracle[n].isfinite().all() and eager_[n].isfinite().all()]
-    check_draw(ours, eager_, {n: oracle[n] for n in keep}, bound)
+    finite = {n: oracle[n].isfinite() & eager_[n].isfinite() for n in oracle}
+    check_draw(*({n: results[n].where(finite[n], 0) for n in oracle} for results in (ours, eager_, oracle)), bound)
 
 
 @pytest.mark.thinned(4)
@@ -109,7 +109,7 @@ def test_gradcheck(outputs, options, small_tiles):
 @pytest.mark.parametrize("live", ["alternate", "all but the first", "all"])
 def test_many_tiles_agree_with_the_reference(live, small_tiles):
     """Row blocks and vocabulary slices that don't divide anything, rows without a coefficient among them."""
-    head = random_head(1, 23, 6, 3 * VOCAB_BLOCK + 77, std=3.0, bias=True)
+    head = random_head(1, 15, 6, 3 * VOCAB_BLOCK + 77, std=3.0, bias=True)
     dead = {"alternate": slice(0, None, 2), "all but the first": slice(0, 1), "all": slice(0, 0)}[live]
     head["logprob_grad"][dead] = 0
     head["entropy_grad"][dead] = 0
@@ -272,33 +272,37 @@ def test_a_row_alone_is_the_row_in_its_batch(seed, tokens, dtype):
     head = random_head(seed, tokens, 64, 300, std=3.0)
     head["targets"].clamp_(min=0)
     hidden, weight = head["hidden"].to(dtype), head["weight"].to(dtype)
-    together = linear_logprob(hidden, weight, head["targets"]).logprob
-    alone = torch.cat(
-        [linear_logprob(h, weight, y).logprob for h, y in zip(hidden.split(1), head["targets"].split(1), strict=True)]
-    )
-    size = (hidden.double().abs() @ weight.double().abs().T).amax(1)
+    rows = sorted({0, tokens // 2, tokens - 1})
+    together = linear_logprob(hidden, weight, head["targets"]).logprob[rows]
+    alone = torch.cat([linear_logprob(hidden[[i]], weight, head["targets"][[i]]).logprob for i in rows])
+    size = (hidden[rows].double().abs() @ weight.double().abs().T).amax(1)
     assert ((together - alone).abs() <= 4 * torch.finfo(torch.float32).eps * (math.sqrt(64) * size + 8)).all()
 
 
 def test_suppressed_entries():
-    """-inf in the bias takes an entry out: of blocks in part or whole, without a NaN; a row of nothing is NaN."""
-    vocab = 3 * VOCAB_BLOCK + 5
-    bias = torch.full((vocab,), -torch.inf)
-    allowed = torch.tensor([3, 2 * VOCAB_BLOCK + 1, 2 * VOCAB_BLOCK + 9])
-    bias[allowed] = torch.randn(3)
-    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)
-    targets = allowed[[0, 1, 2, 0]]
-    x, h = linear_logprob(hidden, weight, targets, bias=bias, entropy=True, grad_tol=0.0)
-    exact = (hidden.double() @ weight[allowed].double().T + bias[allowed]).log_softmax(-1)
-    size = rms(hidden.double().abs() @ weight[allowed].double().abs().T + bias[allowed].abs())
-    few = 8 * torch.finfo(torch.float32).eps * (1 + size)
-    assert rms(x - exact.gather(1, torch.tensor([0, 1, 2, 0])[:, None])[:, 0]) < few
-    assert rms(h + (exact.exp() * exact).sum(1)) < few
-    (x + h).sum().backward()
-    assert hidden.grad.isfinite().all()
-    assert weight.grad.isfinite().all()
-    assert weight.grad.abs().sum(1).nonzero().squeeze(1).tolist() == allowed.tolist()
-    assert linear_logprob(hidden, weight, targets, bias=torch.full((vocab,), -torch.inf)).logprob.isnan().all()
+    """-inf in the bias takes an entry out: of blocks in part or whole, without a NaN; a row of nothing is NaN. The
+    numbers are those of a head of the other entries, by the rule for 1,024 rows."""
+    vocab, allowed = 3 * VOCAB_BLOCK + 5, torch.tensor([3, 2 * VOCAB_BLOCK + 1, 2 * VOCAB_BLOCK + 9])
+    places = torch.arange(1024) % 3
+    head = random_head(4, 1024, 8, vocab, bias=True)
+    head = {n: v.float().double() if v.is_floating_point() else v for n, v in head.items()}
+    left = head | dict(weight=head["weight"][allowed], bias=head["bias"][allowed], targets=places)
+    suppressed = torch.full((vocab,), -torch.inf, dtype=F64)
+    suppressed[allowed] = left["bias"]
+    whole = head | dict(bias=suppressed, targets=allowed[places])
+    ours = run_logprob(linear_logprob, **whole, dtype=torch.float32, entropy=True, grad_tol=0.0)
+    eager_, oracle = (run_logprob(reference.linear_logprob, **left, dtype=dtype) for dtype in (torch.float32, F64))
+    for name in ("dweight", "dbias"):
+        gradient = ours[name].reshape(vocab, -1)
+        assert gradient.any(1).nonzero().squeeze(1).tolist() == allowed.tolist()
+        ours[name] = ours[name][allowed]
+    book = ErrorBook()
+    book.add(ours, eager_, {n: oracle[n] for n in ("logprob", "entropy", "dhidden")})
+    book.check(torch.float32)
+    check_draw(ours, eager_, oracle, bounds(**left, dtype=torch.float32))
+    nothing = torch.full((vocab,), -torch.inf)
+    x = linear_logprob(head["hidden"][:4].float(), head["weight"].float(), allowed[places[:4]], bias=nothing).logprob
+    assert x.isnan().all()
 
 
 def test_equal_logits_are_uniform():

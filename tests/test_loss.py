@@ -141,8 +141,9 @@ def test_pooled_errors(dtype, weighting):
     that no draw of rounding decides who is clipped."""
     book = ErrorBook()
     config = CovGRPOConfig(weighting=weighting, beta=0.05, entropy_coef=0.01)
+    vocab = 300 if interpreted() else 1500
     for seed in range(12):
-        batch = random_batch(seed, groups=2, group_size=4, length=20, depth=32, vocab=1500)
+        batch = random_batch(seed, groups=2, group_size=4, length=20, depth=32, vocab=vocab)
         batch = {n: v.to(dtype).double() if n in ("hidden", "weight") else v for n, v in batch.items()}
         del batch["old_logprobs"]
         book.add(
@@ -225,10 +226,10 @@ def test_module_takes_settings_and_overrides():
 
 
 def test_sums_over_long_segments_keep_their_digits():
-    """A million tokens in one segment, the others empty or short, in any order: rounded once."""
-    ids = torch.zeros(1_000_000, dtype=torch.long)
+    """Many tokens in one segment, the others empty or short, in any order: rounded once."""
+    ids = torch.zeros(200_000, dtype=torch.long)
     ids[::1000] = 5
     values = torch.full((len(ids),), 0.1)
-    sums = Segments.of_ids(ids).sum(values)
-    sums = sums[sums != 0].float()
-    assert sums.tolist() == [(n * values[0].double()).float().item() for n in (999_000, 1000)]
+    sums = Segments.of(ids, 6).sum(values).float()  # by ids there would be as many segments, and programs, as tokens
+    sums = sums[sums != 0]
+    assert sums.tolist() == [(n * values[0].double()).float().item() for n in (199_800, 200)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreter import fewer, interpreted
+from interpreter import fewer
 
 from covgrpo_kernels import CovarianceWeighting, CovGRPOConfig, covariance_weights, reference
 from covgrpo_kernels.testing import random_batch, rms
@@ -44,9 +44,9 @@ def groups_of(batch):
     return (ids if ids.shape == shape else ids[:, None].expand(shape)).flatten()
 
 
-def sensitivity(args, ids, weighting=None):
-    """By how much (RMS) the reference's weights change where log-probs and advantages are off by an epsilon of the
-    largest of them: what rounding in float64 amounts to on these data."""
+def sensitivity(args, ids, weighting=None, of=reference.covariance_weights):
+    """By how much (RMS) the reference's weights, or what else is made of them, change where log-probs and advantages
+    are off by an epsilon of the largest of them: what rounding in float64 amounts to on these data."""
     x, advantages, mask = (value.double() for value in args)
     g = torch.Generator().manual_seed(0)
 
@@ -54,10 +54,10 @@ def sensitivity(args, ids, weighting=None):
         size = value.abs().max() if value.numel() else 0.0
         return value + EPS * size * (2 * torch.rand(value.shape, generator=g, dtype=F64) - 1)
 
-    def weights(x, advantages):
-        return reference.covariance_weights(x, advantages, mask, **ids, weighting=weighting)
+    def made(x, advantages):
+        return of(x, advantages, mask, **ids, weighting=weighting)
 
-    return max(rms(weights(shaken(x), shaken(advantages)) - weights(x, advantages)) for _ in range(2))
+    return max(rms(made(shaken(x), shaken(advantages)) - made(x, advantages)) for _ in range(2))
 
 
 def assert_equal_weights(got, expected, *sensitivities):
@@ -153,15 +153,23 @@ def test_bad_values_stay_in_their_group_and_are_not_hidden(batch, bad):
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_gradient_of_the_weights(name):
+    """The closed form against autograd through the reference."""
     weighting = replace(WEIGHTINGS[name], differentiate_weights=True)
-    batch = random_batch(4, groups=2, group_size=3, length=4, shuffled=True)
-    (x, a, mask), ids = arguments(batch)
-    x = x.clone().requires_grad_()
-    # The fast mode looks at one random combination of the derivatives, not at each.
-    assert torch.autograd.gradcheck(
-        lambda x: covariance_weights(x, a, mask, **ids, weighting=weighting), x, fast_mode=interpreted()
-    )
-    assert not covariance_weights(x, a, mask, **ids, weighting=WEIGHTINGS["paper"]).requires_grad
+    args, ids = arguments(random_batch(4, groups=2, group_size=3, length=4, shuffled=True))
+    coefficients = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+    def gradient(of):
+        def of_logprobs(x, *rest, **options):
+            x = x.clone().requires_grad_()
+            return torch.autograd.grad(of(x, *rest, **options), x, coefficients)[0]
+
+        return of_logprobs
+
+    expected = gradient(reference.covariance_weights)
+    got = gradient(covariance_weights)(*args, **ids, weighting=weighting)
+    assert_equal_weights(got, expected(*args, **ids, weighting=weighting), sensitivity(args, ids, weighting, expected))
+    x = args[0].clone().requires_grad_()
+    assert not covariance_weights(x, *args[1:], **ids, weighting=WEIGHTINGS["paper"]).requires_grad
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
