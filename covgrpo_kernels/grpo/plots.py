@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .checkpoint import RunFolder, read_metrics, write_atomically
+from .checkpoint import RunFolder, write_atomically
 
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3")
 # Title, metric, and pairs of metrics that bound bands around it.
@@ -23,13 +23,12 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         [("covariance/q01", "covariance/q99"), ("covariance/q20", "covariance/q80")],
     ),
     ("Token weights: effective share of tokens,\nsmallest to largest", "weight/ess", [("weight/min", "weight/max")]),
-    ("Share of tokens in the backward pass", "rows/live_fraction", []),
+    ("Share of tokens that the backward pass uses", "rows/live_fraction", []),
 ]
 
 
-def save_report(run: RunFolder, runs: Mapping[str, Path]) -> None:
-    """One picture of the metrics.jsonl of each run, by name."""
-    rows = {name: read_metrics(path) for name, path in runs.items()}
+def save_report(run: RunFolder, runs: Mapping[str, list[dict[str, Any]]]) -> None:
+    """One picture of the metrics of each run, by name."""
     with matplotlib.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.25}):
         figure = Figure(figsize=(13, 7), layout="constrained")
         for axes, (title, metric, bands) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
@@ -38,7 +37,7 @@ def save_report(run: RunFolder, runs: Mapping[str, Path]) -> None:
             axes.set_xlabel("step")
             if metric.startswith("covariance/"):
                 axes.set_yscale("symlog", linthresh=0.1)
-            for (name, steps), colour in zip(rows.items(), COLOURS, strict=False):
+            for (name, steps), colour in zip(runs.items(), COLOURS, strict=False):
                 _draw(axes, name, steps, colour, metric, bands)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)

@@ -1,4 +1,4 @@
-"""Sampling groups of responses, and the batch they make."""
+"""Groups of responses: sampling, rewards, advantages, and the batch they make."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import parallel
 from .policy import Policy, cached
+from .tasks import Problem
 
 
 @dataclass
@@ -41,6 +42,20 @@ class Batch:
         return Batch(self.tokens[rows], self.attention[rows], self.mask[rows])
 
 
+@dataclass
+class Rollout:
+    """A batch of whole groups, and what is known of it before the first update."""
+
+    batch: Batch  # [B, T] tokens
+    advantages: Tensor  # [B]
+    old_logprobs: Tensor  # [B, T]
+    ref_logprobs: Tensor | None  # [B, T]
+
+    def rows(self, rows: Tensor) -> Rollout:
+        ref = None if self.ref_logprobs is None else self.ref_logprobs[rows]
+        return Rollout(self.batch.rows(rows), self.advantages[rows], self.old_logprobs[rows], ref)
+
+
 @torch.no_grad()
 def sample(
     policy: Policy,
@@ -58,13 +73,11 @@ def sample(
     out = policy.forward(tokens, attention, use_cache=True, logits_to_keep=1)
     running = torch.ones(len(mine), dtype=torch.bool, device=policy.device)
     while True:
-        logits = out.logits[:, -1]
-        if temperature == 0:
-            token = logits.argmax(-1)
-        else:
+        token = out.logits[:, -1].argmax(-1)
+        if temperature > 0:
             # A number for every row of all ranks: a row's tokens do not depend on which rank has it.
             uniform = torch.rand(rows, generator=generator, dtype=torch.float64, device=policy.device)[mine]
-            token = _draw((logits.float() / temperature).softmax(-1), uniform)
+            token = _draw((out.logits[:, -1].float() / temperature).softmax(-1), uniform)
         token = token.where(running, policy.pad_id)
         tokens = torch.cat([tokens, token.unsqueeze(1)], 1)
         attention = torch.cat([attention, running.unsqueeze(1).to(attention.dtype)], 1)
@@ -94,7 +107,7 @@ def encode_solutions(policy: Policy, prompts: list[str], solutions: list[str]) -
 
 
 def _encode_prompts(policy: Policy, prompts: list[str]) -> tuple[Tensor, Tensor]:  # [B, P], [B, P]
-    return _padded_on_the_left(policy, [policy.tokenizer(prompt).input_ids for prompt in prompts])
+    return _padded_on_the_left(policy, [policy.encode(prompt) for prompt in prompts])
 
 
 def _padded_on_the_left(policy: Policy, rows: list[list[int]]) -> tuple[Tensor, Tensor]:  # tokens, attention
@@ -109,11 +122,14 @@ def finished(policy: Policy, batch: Batch) -> Tensor:  # [B]
     return (torch.isin(batch.responses, policy.eos_ids) & batch.mask).any(1)
 
 
-def texts(policy: Policy, batch: Batch) -> list[str]:
+def reward(policy: Policy, batch: Batch, problems: list[Problem]) -> Tensor:  # [B]
+    """1 for a correct response, 0 for a wrong one or one that was cut off. As many rows for each problem."""
     keep = batch.mask & ~torch.isin(batch.responses, policy.eos_ids)
-    return policy.tokenizer.batch_decode(
-        [row[k].tolist() for row, k in zip(batch.responses, keep, strict=True)], skip_special_tokens=True
-    )
+    rows = [row[k].tolist() for row, k in zip(batch.responses, keep, strict=True)]
+    texts = policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    group_size = len(texts) // len(problems)
+    right = [problems[i // group_size].is_correct(text) for i, text in enumerate(texts)]
+    return (torch.tensor(right, device=policy.device) & finished(policy, batch)).float()
 
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:  # [B] -> [B]
