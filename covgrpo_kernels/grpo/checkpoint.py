@@ -104,8 +104,8 @@ class RunFolder:
             if there.get(name) != value:
                 option = name if name == "command" else f"--{name.replace('_', '-')}"
                 raise TrainingError(
-                    f"{self.path} holds a run with {option} {there.get(name)}, not {value}: give the same to resume it, "
-                    "or another --out"
+                    f"{self.path} holds a run with {option} {there.get(name)}, not {value}: "
+                    "give the same value to resume it, or another --out"
                 )
 
     def _check_output(self, path: Path) -> None:

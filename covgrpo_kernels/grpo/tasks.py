@@ -41,12 +41,17 @@ class Task:
         """Problem `index` of a stream; streams ("train", "warm start") are independent of each other."""
         return self._draw(f"{self.seed}/{stream}/{index}", held_out=False)
 
+    def training_problems(self, step: int, count: int) -> list[Problem]:
+        return [self.training_problem("train", (step - 1) * count + i) for i in range(count)]
+
+    def held_out_problem(self, index: int) -> Problem:
+        # Not of the seed: runs are compared on the same problems.
+        return self._draw(f"held out/{index}", held_out=True)
+
     def held_out_problems(self, count: int) -> list[Problem]:
-        """As many different ones, or fewer where a long search finds no more. Not of the seed: runs are compared on the
-        same problems."""
+        """As many different ones, or fewer where a long search finds no more."""
         found: dict[str, Problem] = {}
-        for index in range(20 * count):
-            problem = self._draw(f"held out/{index}", held_out=True)
+        for problem in map(self.held_out_problem, range(20 * count)):
             found.setdefault(problem.prompt, problem)
             if len(found) == count:
                 break

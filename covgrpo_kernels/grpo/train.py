@@ -78,7 +78,7 @@ def grpo_step(
     # 5. Optimiser steps, each on its share of the groups. The covariance weights compare a token with the others of its
     #    group, so a group is never cut by microbatches. (The processes may cut it: the loss adds up over them.)
     for minibatch in split_groups(len(problems), config, generator):
-        mask = batch.mask[torch.cat(minibatch)]
+        mask = data.batch.mask[torch.cat(minibatch)]
         # The loss divides by this number, not by the microbatch's own: then the gradients add up exactly.
         normalizer = len(mask) if config.loss_type in ("grpo", "dr_grpo") else mask.sum()
         optimizer.zero_grad(set_to_none=True)
@@ -149,8 +149,7 @@ def train(config: TrainConfig, start: Path | None = None) -> None:
     for step in range(done + 1, config.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, step / max(config.warmup_steps, 1))
-        first = (step - 1) * config.prompts_per_step
-        problems = [task.training_problem("train", first + i) for i in range(config.prompts_per_step)]
+        problems = task.training_problems(step, config.prompts_per_step)
         metrics = grpo_step(policy, reference, optimizer, problems, config, generator_of(policy, config.seed, step))
         metrics["optim/lr"] = optimizer.param_groups[0]["lr"]
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
