@@ -846,7 +846,6 @@ def test_log_probs_of_the_warm_start(policy: Policy) -> None:
         ("hidden_size", 96, ValueError),
         ("inner_steps", 5, ValueError),
         ("microbatch_prompts", -1, ValueError),
-        ("match", "some", ValueError),
         ("dtype", "float16", ValueError),
         ("warm_start_reward", 1.5, ValueError),
         ("grad_tol", "small", ValueError),
@@ -864,7 +863,7 @@ def test_defaults_with_a_model_are_those_of_real_ones() -> None:
     small, real = TrainConfig(), TrainConfig(model="folder")
     differ = {n: v for n, v in dataclasses.asdict(real).items() if v != getattr(small, n)}
     assert differ == dict(
-        model="folder", warm_start_steps=0, warm_start_lr=1e-5, match="last", max_new_tokens=512, microbatch_prompts=1,
+        model="folder", warm_start_steps=0, warm_start_lr=1e-5, max_new_tokens=512, microbatch_prompts=1,
         lr=1e-6, dtype="auto",
     )  # fmt: skip
     assert TrainConfig(model="folder", lr=1e-3).lr == 1e-3

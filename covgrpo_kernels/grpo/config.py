@@ -42,10 +42,6 @@ class TrainConfig:
 
     data: str | None = _option(None, 'your problems, JSON lines {"prompt": ..., "answer": ...}; default: Countdown')
     difficulty: int = _option(1, "of Countdown: how many operations", ">= 1, <= 8")
-    match: str = _option(
-        "exact", "what of a response must be the answer: all of it, or its last \\boxed{}, number or line",
-        choices=("exact", "last"), with_model="last",
-    )  # fmt: skip
     chat_template: str = _option("auto", "auto: the tokenizer's, where it has one", choices=("auto", "none"))
 
     steps: int = _option(80, "batches of responses to sample and train on", ">= 1")

@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 
 INSTRUCTION = (
@@ -134,10 +135,9 @@ def apply_operator(operator: str, a: int, b: int) -> int:
     return a + b if operator == "+" else a - b if operator == "-" else a * b
 
 
-def file_task(path: str, seed: int, match: str = "exact") -> Task:
-    """Rows {"prompt": ..., "answer": ...}. A tenth of the prompts, at least one, is held out. Raises ValueError naming
-    the line."""
-    is_right = {"exact": _is_exactly, "last": ends_in}[match]
+def file_task(path: str, seed: int) -> Task:
+    """Rows {"prompt": ..., "answer": ...}; a response is right that ends in the answer. A tenth of the prompts, at
+    least one, is held out. Raises ValueError naming the line."""
     problems = []
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -153,16 +153,12 @@ def file_task(path: str, seed: int, match: str = "exact") -> Task:
                     f"({type(error).__name__}: {error})"
                 ) from None
             answer = row["answer"].strip()
-            problems.append(Problem(row["prompt"], answer, partial(is_right, answer=answer)))
+            problems.append(Problem(row["prompt"], answer, partial(ends_in, answer=answer)))
     prompts = sorted({p.prompt for p in problems}, key=lambda prompt: (zlib.crc32(prompt.encode()), prompt))
     if len(prompts) < 2:
         raise ValueError(f"{path}: at least two different prompts are needed, one of them to hold out")
     held_out = frozenset(prompts[: max(len(prompts) // 10, 1)])
     return Task(lambda rng: rng.choice(problems), held_out.__contains__, seed, tuple(prompts))
-
-
-def _is_exactly(response: str, answer: str) -> bool:
-    return response.strip() == answer
 
 
 NUMBER = r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
@@ -175,13 +171,9 @@ def ends_in(response: str, answer: str) -> bool:
     boxed = re.findall(r"\\boxed\s*\{([^{}]*)\}", response)
     given = boxed[-1].strip() if boxed else response
     if re.fullmatch(NUMBER, answer):
-        numbers = re.findall(NUMBER, given)
-        return bool(numbers) and _number(numbers[-1]) == _number(answer)
+        value, *last = (Fraction(n.replace(",", "")) for n in (answer, *re.findall(NUMBER, given)[-1:]))
+        return last == [value]
     return re.search(rf"(?<!\w){re.escape(answer.lower())}\W*$", last_line(given).lower()) is not None
-
-
-def _number(text: str) -> float:
-    return float(text.replace(",", ""))
 
 
 def last_line(response: str) -> str:

@@ -246,7 +246,7 @@ def problems_and_policy(config: TrainConfig) -> tuple[Task, Policy]:
 
 def make_task(config: TrainConfig) -> Task:
     if config.data is not None:
-        return file_task(config.data, config.seed, config.match)
+        return file_task(config.data, config.seed)
     return countdown_task(config.difficulty, config.seed, instruct=config.model is not None)
 
 
