@@ -82,7 +82,7 @@ def tiny(out: Path, **changes: object) -> TrainConfig:
 def metrics(out: Path) -> list[dict]:
     """What must not depend on when a run was interrupted."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds/")} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -631,8 +631,7 @@ def test_a_run_leaves(uninterrupted: Path) -> None:
     assert all(0 < row["reward/mean"] < 1 for row in rows[1:])  # or the tests below would test nothing
     assert [row["optim/lr"] for row in rows[1:]] == [5e-4, 1e-3, 1e-3, 1e-3]
     timed = json.loads((uninterrupted / "metrics.jsonl").read_text().splitlines()[1])
-    assert timed["seconds/rollout"] > 0
-    assert timed["seconds/update"] > 0
+    assert timed["seconds"] > 0
     assert (uninterrupted / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert not list(uninterrupted.rglob("*tmp"))
     model = transformers.AutoModelForCausalLM.from_pretrained(uninterrupted / "model")
@@ -776,7 +775,9 @@ def test_nan_stops_the_run(uninterrupted: Path, tmp_path: Path, monkeypatch: pyt
         return result._replace(loss=result.loss * float("nan")) if calls[0] == 6 else result
 
     monkeypatch.setattr(training, "covgrpo_loss", poisoned)
-    with pytest.raises(TrainingError, match=r"the step after the last one in metrics.jsonl the loss is nan"):
+    with pytest.raises(
+        TrainingError, match=r"step 3: the norm of the gradient is nan: .* the last checkpoint is untouched"
+    ):
         train(tiny(tmp_path))
     assert json.loads((tmp_path / "model" / checkpoint.RUN_FILE).read_text())["step"] == 2
     assert all(bool(p.isfinite().all()) for p in load_policy(str(tmp_path / "model"), CPU).model.parameters())

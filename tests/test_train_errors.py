@@ -237,7 +237,7 @@ def test_lost_metrics(run: Path, lines: int) -> None:
 def test_a_demo_is_no_run(run: Path, tmp_path: Path) -> None:
     options = json.loads((run / "covgrpo_run.json").read_text())
     (run / "covgrpo_run.json").write_text(json.dumps({**options, "command": "demo"}))
-    refused(TrainingError, "holds a run with command demo, not train", run, out=str(run))
+    refused(TrainingError, "holds a run with --command demo, not train", run, out=str(run))
 
 
 def test_a_folder_is_exchanged_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

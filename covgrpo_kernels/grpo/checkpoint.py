@@ -81,43 +81,37 @@ class RunFolder:
         anything is written, where it holds something else."""
         if self.path.exists() and not self.path.is_dir():
             raise TrainingError(f"{self.path} is a file: --out must be a folder")
-        there = [file.name for file in self.path.iterdir()] if self.path.exists() else []
-        if there := sorted(name for name in there if not name.endswith(_TEMPORARY)):
-            if RUN_FILE not in there:
-                names = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "")
-                raise TrainingError(
-                    f"{self.path} holds files that are not of a covgrpo run ({names}): give another --out"
-                )
-            self._check_settings()
-            for name in OUTPUTS:
-                self._check_output(self.path / name)
+        names = sorted(file.name for file in self.path.iterdir()) if self.path.exists() else []
+        if names := [name for name in names if not name.endswith(_TEMPORARY)]:
+            self._check(names)
         for name in OUTPUTS:
             recover_folder(self.path / name)
         content = json.dumps({"run": self.id, **self.settings}, indent=2).encode()
         write_atomically(self.path / RUN_FILE, lambda file: file.write(content))
 
-    def _check_settings(self) -> None:
-        there = _read_json(self.path / RUN_FILE)
+    def _check(self, names: list[str]) -> None:
+        another, there = "give another --out", _read_json(self.path / RUN_FILE)
+        if RUN_FILE not in names:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise TrainingError(f"{self.path} holds files that are not of a covgrpo run ({some}): {another}")
         if "command" not in there:
-            raise TrainingError(f"{self.path / RUN_FILE} is damaged or not of a run: give another --out")
+            raise TrainingError(f"{self.path / RUN_FILE} is damaged or not of a run: {another}")
         for name, value in self.fixed.items():
             if there.get(name) != value:
-                option = name if name == "command" else f"--{name.replace('_', '-')}"
+                option = f"--{name.replace('_', '-')} {there.get(name)}, not {value}"
                 raise TrainingError(
-                    f"{self.path} holds a run with {option} {there.get(name)}, not {value}: "
-                    "give the same value to resume it, or another --out"
+                    f"{self.path} holds a run with {option}: give the same value to resume it, or another --out"
                 )
-
-    def _check_output(self, path: Path) -> None:
-        if path.is_dir():
-            ours = _read_json(path / RUN_FILE) == self._listed(path, self.step_of(path.name))
-        else:
-            ours = not os.path.lexists(path) or (path.is_file() and self.id.encode() in path.read_bytes()[:4096])
-        if not ours:
-            raise TrainingError(
-                f"{path} is not as this run wrote it, but damaged or of another: put that back, or move {path.name} "
-                "away, and what it held is done again"
-            )
+        for path in (self.path / name for name in OUTPUTS):
+            if path.is_dir():
+                ours = _read_json(path / RUN_FILE) == self._listed(path, self.step_of(path.name))
+            else:
+                ours = not os.path.lexists(path) or (path.is_file() and self.id.encode() in path.read_bytes()[:4096])
+            if not ours:
+                raise TrainingError(
+                    f"{path} is not as this run wrote it, but damaged or of another: put that back, or move "
+                    f"{path.name} away, and what it held is done again"
+                )
 
     def save_folder(self, name: str, save: Callable[[Path], Any], step: int = 0) -> None:
         """With a list of the files that `save` writes, and the step of the run that they are of."""
@@ -129,8 +123,8 @@ class RunFolder:
         save_folder_atomically(self.path / name, save_with_list)
 
     def _listed(self, folder: Path, step: int | None) -> dict[str, Any]:
-        files = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != RUN_FILE}
-        return {"run": self.id, "step": step, "files": files}
+        sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != RUN_FILE}
+        return {"run": self.id, "step": step, "sizes": sizes}
 
     def step_of(self, name: str) -> int | None:
         """That of a folder; None without one."""

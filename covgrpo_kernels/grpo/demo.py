@@ -42,7 +42,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> str:
             for key, form in (("reward/mean", ".2f"), ("entropy", ".2f"), ("rows/live_fraction", ".0%"))
         )
         accuracy = f"{before['eval/accuracy']:.0%} -> {steps[-1]['eval/accuracy']:.0%}"
-        seconds = f"{sum(row['seconds/rollout'] + row['seconds/update'] for row in steps):.0f}"
+        seconds = f"{sum(row['seconds'] for row in steps):.0f}"
         table.append((name, reward, accuracy, entropy, used, seconds))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]

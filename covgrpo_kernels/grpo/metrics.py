@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from . import parallel
-from .checkpoint import TrainingError, write_atomically
+from .checkpoint import write_atomically
 from .policy import Policy
 from .rollout import Batch, finished
 
@@ -29,50 +29,23 @@ def rollout_metrics(policy: Policy, batch: Batch, rewards: Tensor, group_size: i
     }
 
 
-class UpdateMetrics:
-    """The metrics of the loss in the optimiser steps on one batch, pooled over their microbatches and all ranks."""
+def pooled(microbatches: list[dict[str, Tensor]], optimizer_steps: int) -> dict[str, float]:
+    """The metrics of the loss over all microbatches and ranks. Each of them has "tokens", how many it is of."""
+    stacked = {name: torch.stack([part[name] for part in microbatches]) for name in microbatches[0]}
+    tokens = stacked.pop("tokens")
+    share = tokens / parallel.reduce(tokens)  # of the tokens of all ranks
 
-    def __init__(self) -> None:
-        self._parts: list[dict[str, Tensor]] = []
-        self._tokens: list[Tensor] = []
-        self._losses: list[Tensor] = []  # of the optimiser steps
-        self._norms: list[Tensor] = []
-        self._loss: Tensor | float = 0.0  # of the microbatches since the last optimiser step
-
-    def add_microbatch(self, loss: Tensor, metrics: dict[str, Tensor], tokens: Tensor) -> None:
-        self._loss = self._loss + loss.detach()
-        self._parts.append(metrics)
-        self._tokens.append(tokens)
-
-    def end_minibatch(self, norm: Tensor) -> None:
-        """Raises TrainingError where the loss or the norm of its gradient is not finite."""
-        loss, self._loss = parallel.reduce(torch.as_tensor(self._loss)), 0.0
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            raise TrainingError(
-                f"in the step after the last one in metrics.jsonl the loss is {loss.item()}, the norm of its gradient "
-                f"{norm.item()}; the last checkpoint is untouched. A lower --lr may help."
-            )
-        self._losses.append(loss)
-        self._norms.append(norm)
-
-    def pooled(self) -> dict[str, float]:
-        values = {name: torch.stack([part[name] for part in self._parts]).float() for name in self._parts[0]}
-        tokens = torch.stack(self._tokens)
-        share = tokens / parallel.reduce(tokens)
-        pooled = {name: self._pool(name, value, share) for name, value in values.items()}
-        norm = torch.stack(self._norms).mean().item()
-        return pooled | {"loss": torch.stack(self._losses).mean().item(), "optim/grad_norm": norm}
-
-    def _pool(self, name: str, values: Tensor, share: Tensor) -> float:  # [microbatches] both
-        """Over the tokens of all ranks, and the mean over microbatches. Quantiles, deviations and effective sizes are
-        no means over tokens: of them it is the mean over ranks."""
-        if name.startswith("loss/"):  # the loss of an optimiser step is the sum over its microbatches
-            return parallel.reduce(values.sum()).item() / len(self._losses)
+    def pool(name: str, values: Tensor) -> float:  # [microbatches]
+        if name.startswith("loss"):  # the loss of an optimiser step is the sum over its microbatches
+            return parallel.reduce(values.sum()).item() / optimizer_steps
         if name.endswith("/max"):
             return parallel.reduce(values.max(), ReduceOp.MAX).item()
         if name.endswith("/min"):
             return parallel.reduce(values.min(), ReduceOp.MIN).item()
+        # Quantiles, deviations and effective sizes are no means over tokens: of them this is the mean over ranks.
         return parallel.reduce(values * share).mean().item()
+
+    return {name: pool(name, values.float()) for name, values in stacked.items()}
 
 
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:

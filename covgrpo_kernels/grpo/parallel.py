@@ -19,6 +19,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from .checkpoint import TrainingError
+
 T = TypeVar("T")
 
 
@@ -105,13 +107,16 @@ def distribute(model: PreTrainedModel, how: str) -> None:
 
 def clipped_gradients(model: nn.Module, max_norm: float) -> Tensor:  # []
     """Gives every rank the mean of all ranks' gradients, clipped to a norm; returns the norm that it had. FSDP2 has
-    averaged them already, in the backward pass."""
+    averaged them already, in the backward pass. Raises TrainingError where the norm is not finite."""
     if group() is not None and not isinstance(model, FSDPModule):
         for parameter in model.parameters():
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad.div_(size()))
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if not torch.isfinite(norm):
+        raise TrainingError(f"the norm of the gradient is {norm.item()}: a lower --lr may help")
+    return norm
 
 
 def together(function: Callable[..., T], *arguments: Any) -> T:

@@ -36,7 +36,7 @@ from .. import CovGRPOConfig, covgrpo_loss, linear_logprob
 from . import parallel
 from .checkpoint import RunFolder, TrainingError
 from .config import ALGORITHMS, TrainConfig
-from .metrics import UpdateMetrics, read_metrics, rollout_metrics, write_metrics
+from .metrics import pooled, read_metrics, rollout_metrics, write_metrics
 from .plots import save_report
 from .policy import Policy, load_policy, new_policy, usable_dtype
 from .progress import ProgressBar
@@ -62,7 +62,7 @@ def grpo_step(
 ) -> dict[str, Any]:
     """Samples responses to the problems, and takes several optimiser steps on them. Returns the metrics."""
     # 1. Sample a group of responses to each problem; the rows of a group follow each other.
-    start, prompts = time.perf_counter(), [problem.prompt for problem in problems]
+    prompts = [problem.prompt for problem in problems]
     batch = sample(policy, prompts, config.group_size, config.max_new_tokens, config.temperature, generator)
     # 2. Reward them, and 3. compare each with its group.
     rewards = reward(policy, batch, problems)
@@ -71,10 +71,10 @@ def grpo_step(
     #    ratio then starts at 1.
     old_logprobs = logprobs(policy, batch, config)
     ref_logprobs = None if reference is None else logprobs(reference, batch, config)
-    data, found = Rollout(batch, advantages, old_logprobs, ref_logprobs), UpdateMetrics()
+    data = Rollout(batch, advantages, old_logprobs, ref_logprobs)
     if before_update is not None:
         before_update(data)
-    middle = time.perf_counter()
+    losses, norms = [], []
     # 5. Optimiser steps, each on its share of the groups. The covariance weights compare a token with the others of its
     #    group, so a group is never cut by microbatches. (The processes may cut it: the loss adds up over them.)
     for minibatch in split_groups(len(problems), config, generator):
@@ -93,11 +93,11 @@ def grpo_step(
             result = part.batch.apply_head(policy, loss_of)
             # The losses of the ranks add up, but their gradients are averaged.
             (result.loss * parallel.size()).backward()
-            found.add_microbatch(result.loss, result.metrics, part.batch.mask.sum())
-        found.end_minibatch(parallel.clipped_gradients(policy.model, config.max_grad_norm))
+            losses.append(result.metrics | {"loss": result.loss.detach(), "tokens": part.batch.mask.sum()})
+        norms.append(parallel.clipped_gradients(policy.model, config.max_grad_norm))
         optimizer.step()
-    seconds = {"seconds/rollout": middle - start, "seconds/update": time.perf_counter() - middle}
-    return rollout_metrics(policy, batch, rewards, config.group_size) | found.pooled() | seconds
+    metrics = rollout_metrics(policy, batch, rewards, config.group_size) | pooled(losses, config.inner_steps)
+    return metrics | {"optim/grad_norm": torch.stack(norms).mean().item()}
 
 
 @torch.no_grad()
@@ -150,8 +150,12 @@ def train(config: TrainConfig, start: Path | None = None) -> None:
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, step / max(config.warmup_steps, 1))
         problems = task.training_problems(step, config.prompts_per_step)
-        metrics = grpo_step(policy, reference, optimizer, problems, config, generator_of(policy, config.seed, step))
-        metrics["optim/lr"] = optimizer.param_groups[0]["lr"]
+        started = time.perf_counter()
+        try:
+            metrics = grpo_step(policy, reference, optimizer, problems, config, generator_of(policy, config.seed, step))
+        except TrainingError as error:
+            raise TrainingError(f"step {step}: {error}; the last checkpoint is untouched") from error
+        metrics |= {"optim/lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - started}
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
             metrics["eval/accuracy"] = evaluate(policy, held_out, config)
         # In this order: a checkpoint never knows of a step that metrics.jsonl does not.
