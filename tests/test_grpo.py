@@ -356,13 +356,14 @@ def test_prompts_are_messages_where_there_is_a_chat_template(tmp_path: Path) -> 
     tokenizer.save_pretrained(tmp_path)
     for template, text in (("auto", "<user>1 +1</><assistant>"), ("none", "1 +1")):
         policy = load_policy(str(tmp_path), CPU, chat_template=template)
-        assert policy.encode("1 +1") == list(tokenizer(text).input_ids)
+        assert policy.encode(["1 +1"]) == [tokenizer(text).input_ids]
         tokens = sample(policy, ["1 +1"], 1, 1, 0.0).tokens
         assert tokens[0, :-1].tolist() == list(tokenizer(text).input_ids)
     byte_tokenizer().save_pretrained(tmp_path / "without")
     random_model("llama", tokenizer).save_pretrained(tmp_path / "without")
     assert (
-        load_policy(str(tmp_path / "without"), CPU, chat_template="auto").encode("1 +1") == tokenizer("1 +1").input_ids
+        load_policy(str(tmp_path / "without"), CPU, chat_template="auto").encode(["1 +1"])
+        == tokenizer(["1 +1"]).input_ids
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,11 @@ class Policy:
         self.eos_ids = torch.tensor(ids, device=self.device)
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else ids[0]
 
-    def encode(self, prompt: str) -> list[int]:
-        if not self.chat:
-            return self.tokenizer(prompt).input_ids
-        message = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    def encode(self, prompts: list[str]) -> list[list[int]]:
+        if self.chat:
+            apply = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+            prompts = [apply([{"role": "user", "content": prompt}]) for prompt in prompts]
+        return self.tokenizer(prompts, add_special_tokens=not self.chat).input_ids
 
     def forward(self, tokens: Tensor, attention: Tensor, **options: Any) -> Any:  # [B, L], [B, >= L]
         """The model over the tokens, the last ones of `attention`. Padding on the left has no position."""
@@ -95,7 +95,7 @@ def cached(output: Any) -> dict[str, Any]:
 
 
 def usable_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the device multiplies in it."""
+    """What "auto" stands for: bfloat16 where the device multiplies in it."""
     if name == "auto":
         is_fast = torch.cuda.is_bf16_supported if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported
         name = "bfloat16" if is_fast() else "float32"
@@ -117,8 +117,9 @@ def load_policy(
         if missing := sorted(loading["missing_keys"]):
             raise ValueError(f"its files lack weights: {', '.join(missing[:3])}")
         tokenizer = AutoTokenizer.from_pretrained(name)
-        policy = Policy(model, tokenizer, device, dtype, chat_template == "auto" and bool(tokenizer.chat_template))
+        policy = Policy(model, tokenizer, device, chat=chat_template == "auto" and bool(tokenizer.chat_template))
         _check(policy)
+        policy.dtype = dtype  # from now on: bfloat16 would hide what is wrong with a model
     except Exception as error:  # of many kinds, from the libraries that read the files and from the model itself
         what = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
         raise ValueError(f"model {name}{kind} cannot be used: {what}") from error
@@ -137,7 +138,7 @@ def _check(policy: Policy) -> None:
     logits, other = (policy.forward(tokens[:, ids], attention[:, 1:]).logits for ids in ([1, 2, 3, 4], [1, 4, 4, 4]))
     if logits.isnan().any():
         raise ValueError("its logits are NaN")
-    bound = 64 * torch.finfo(policy.dtype).eps * logits.abs().max()
+    bound = 64 * torch.finfo(torch.float32).eps * logits.abs().max()
     if (other[:, 0] - logits[:, 0]).abs().max() > bound:
         raise ValueError("it is an encoder: a token's logits depend on the tokens after it")
     attention[:, 0] = 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from . import parallel
 from .policy import Policy, cached
@@ -66,18 +68,22 @@ def sample(
     generator: torch.Generator | None = None,
 ) -> Batch:
     """Every rank samples its share of the rows, and returns all of them."""
-    tokens, attention = _encode_prompts(policy, prompts)
+    tokens, attention = _padded(policy, policy.encode(prompts))
     rows, prompt_length = len(prompts) * group_size, tokens.shape[1]
     mine = parallel.share(rows).to(policy.device)
     tokens, attention = tokens[mine // group_size], attention[mine // group_size]
     out = policy.forward(tokens, attention, use_cache=True, logits_to_keep=1)
     running = torch.ones(len(mine), dtype=torch.bool, device=policy.device)
     while True:
-        token = out.logits[:, -1].argmax(-1)
+        logits = out.logits[:, -1].float()
+        token = logits.argmax(-1)
         if temperature > 0:
-            # A number for every row of all ranks: a row's tokens do not depend on which rank has it.
+            # A number for every row of all ranks: a row's tokens do not depend on which rank has it. The token is where
+            # the cumulative distribution passes it; the clamp is for rounding, and for no distribution at all.
             uniform = torch.rand(rows, generator=generator, dtype=torch.float64, device=policy.device)[mine]
-            token = _draw((out.logits[:, -1].float() / temperature).softmax(-1), uniform)
+            cumulative = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+            place = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True)
+            token = place.squeeze(1).clamp(max=logits.shape[1] - 1)
         token = token.where(running, policy.pad_id)
         tokens = torch.cat([tokens, token.unsqueeze(1)], 1)
         attention = torch.cat([attention, running.unsqueeze(1).to(attention.dtype)], 1)
@@ -89,32 +95,18 @@ def sample(
         out = policy.forward(tokens[:, -1:], attention, use_cache=True, **cached(out))
 
 
-def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:  # [B, V], [B] in [0, 1) -> [B]
-    """Where the cumulative distribution passes the uniform number."""
-    cumulative = probabilities.cumsum(-1, dtype=uniform.dtype)
-    place = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(1), right=True)
-    return place.squeeze(1).clamp(max=probabilities.shape[1] - 1)  # rounding, or no distribution at all
-
-
 def encode_solutions(policy: Policy, prompts: list[str], solutions: list[str]) -> Batch:
     """The batch that sampling would have given, had it answered with the solutions."""
-    tokens, attention = _encode_prompts(policy, prompts)
-    eos = int(policy.eos_ids[0])
-    responses = [[*policy.tokenizer(s, add_special_tokens=False).input_ids, eos] for s in solutions]
-    reversed_tokens, mask = _padded_on_the_left(policy, [row[::-1] for row in responses])
-    tokens, attention = torch.cat([tokens, reversed_tokens.flip(1)], 1), torch.cat([attention, mask.flip(1)], 1)
-    return Batch(tokens, attention, mask.flip(1).bool())
+    eos = policy.eos_ids[:1].tolist()
+    responses = [ids + eos for ids in policy.tokenizer(solutions, add_special_tokens=False).input_ids]
+    (tokens, attention), (answer, mask) = _padded(policy, policy.encode(prompts)), _padded(policy, responses, "right")
+    return Batch(torch.cat([tokens, answer], 1), torch.cat([attention, mask], 1), mask.bool())
 
 
-def _encode_prompts(policy: Policy, prompts: list[str]) -> tuple[Tensor, Tensor]:  # [B, P], [B, P]
-    return _padded_on_the_left(policy, [policy.encode(prompt) for prompt in prompts])
-
-
-def _padded_on_the_left(policy: Policy, rows: list[list[int]]) -> tuple[Tensor, Tensor]:  # tokens, attention
-    length = max(map(len, rows))
-    tokens = [[policy.pad_id] * (length - len(row)) + row for row in rows]
-    attention = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(tokens, device=policy.device), torch.tensor(attention, device=policy.device)
+def _padded(policy: Policy, ids: list[list[int]], side: str = "left") -> tuple[Tensor, Tensor]:  # tokens, attention
+    rows = [torch.tensor(row, device=policy.device) for row in ids]
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    return pad(rows, padding_value=policy.pad_id), pad([torch.ones_like(row) for row in rows])
 
 
 def finished(policy: Policy, batch: Batch) -> Tensor:  # [B]

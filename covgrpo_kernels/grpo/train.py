@@ -240,10 +240,11 @@ def problems_and_policy(config: TrainConfig) -> tuple[Task, Policy]:
         policy = load_policy(model, device, dtype, config.chat_template)
     positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for prompt in task.prompts:
-        if not 0 < (length := len(policy.encode(prompt))) <= positions - config.max_new_tokens:
+        [ids] = policy.encode([prompt])
+        if not 0 < len(ids) <= positions - config.max_new_tokens:
             raise ValueError(
                 f"{config.data}: a prompt must have tokens, and fit into the {positions} positions of the model with "
-                f"max_new_tokens, got {length} + {config.max_new_tokens} tokens with {prompt[:40]!r}"
+                f"max_new_tokens, got {len(ids)} + {config.max_new_tokens} tokens with {prompt[:40]!r}"
             )
     return task, policy
 
