@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -165,7 +166,9 @@ def train(config: TrainConfig, start: Path | None = None) -> None:
             save_policy(folder, "model", policy, optimizer, step)
         what = "nothing to learn" if metrics["reward/equal_groups"] == 1 else f"entropy {metrics['entropy']:.3f}"
         progress.update(step, f"reward {metrics['reward/mean']:.3f}  {what}")
-    parallel.on_rank_0(conclude, folder, config, rows, len(held_out), done >= config.steps)
+    if done >= config.steps and parallel.rank() == 0:
+        print(f"{config.out} holds a finished run of {done} steps; with more --steps it goes on.")
+    parallel.on_rank_0(conclude, folder, config, rows, len(held_out))
 
 
 def generator_of(policy: Policy, seed: int, step: int) -> torch.Generator:
@@ -183,21 +186,17 @@ def evaluate(policy: Policy, problems: list[Problem], config: TrainConfig) -> fl
     return right / len(problems)
 
 
-def conclude(
-    folder: RunFolder, config: TrainConfig, rows: list[dict[str, Any]], problems: int, was_finished: bool
-) -> None:
+def conclude(folder: RunFolder, config: TrainConfig, rows: list[dict[str, Any]], problems: int) -> None:
     """Draws report.png, and says what came of the run and where it is."""
     save_report(folder, {ALGORITHMS[config.weighting]: rows})
-    first, *_, last = (row["eval/accuracy"] for row in rows if "eval/accuracy" in row)
-    steps = rows[1:]
-    if was_finished:
-        print(f"{config.out} holds a finished run of {len(steps)} steps; with more --steps it goes on.")
+    steps, (first, *_, last) = rows[1:], (row["eval/accuracy"] for row in rows if "eval/accuracy" in row)
     print(f"Of {problems} held-out problems {first:.1%} solved at the start, {last:.1%} after {len(steps)} steps.")
     print(f"{folder.path}: model/ with its tokenizer, metrics.jsonl, report.png with the curves.", flush=True)
     if all(row["reward/equal_groups"] == 1 for row in steps):
+        right, cut = (mean(row[name] for row in steps) for name in ("reward/mean", "response/truncated"))
         print(
-            "Nothing was learnt: in every group of every step all responses had the same reward, so none was better "
-            f"than another. The mean reward was {sum(row['reward/mean'] for row in steps) / len(steps):.2f}."
+            "Nothing was learnt: all responses to a problem were always as good as each other. "
+            f"{right:.0%} of them were right; {cut:.0%} were cut off at --max-new-tokens, and so wrong."
         )
 
 
