@@ -139,7 +139,7 @@ def test_unusable_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / "empty").mkdir()
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c"}\n')
     for arguments, message in (
-        (["--data", str(tmp_path / "rows.jsonl")], "line 2: 'answer'"),
+        (["--data", str(tmp_path / "rows.jsonl")], "line 2: not JSON of the form"),
         (["--data", str(tmp_path / "none.jsonl")], "none.jsonl"),
         (["--model", str(tmp_path / "empty")], "empty cannot be used"),
         (["--device", "abacus"], "device abacus"),

@@ -379,7 +379,11 @@ def test_products_in_bfloat16(tmp_path: Path) -> None:
     policies = [load_policy(str(tmp_path / "start"), CPU, dtype) for dtype in (torch.float32, torch.bfloat16)]
     batch = sample(policies[0], ["1 +1 ="], 4, 6, 1.0, torch.Generator().manual_seed(0))
     exact, rounded = (training.logprobs(policy, batch, TINY) for policy in policies)
-    assert 0 < (exact - rounded).abs().max() < 0.5
+    logits = policies[1].forward(batch.tokens, batch.attention).logits[:, -batch.mask.shape[1] - 1 : -1]
+    assert logits.dtype == torch.bfloat16
+    eager = logits.log_softmax(-1).gather(-1, batch.responses.unsqueeze(-1)).squeeze(-1)
+    ours, eagers = ((x - exact)[batch.mask].norm() for x in (rounded, eager))
+    assert 0 < ours < 1.5 * eagers
 
 
 def test_unknown_head_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -790,7 +794,7 @@ def test_nan_stops_the_run(uninterrupted: Path, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("weighting", ["none", "clip_cov", "kl_cov"])
 def test_every_weighting_resumes(tmp_path: Path, weighting: str) -> None:
-    options = dict(weighting=weighting, beta=0.01, warm_start_steps=5, eval_every=0)
+    options = dict(weighting=weighting, beta=0.01, warm_start_steps=5, eval_every=1)
     train(tiny(tmp_path / "whole", **options, steps=2))
     train(tiny(tmp_path / "parts", **options, steps=1))
     train(tiny(tmp_path / "parts", **options, steps=2))
