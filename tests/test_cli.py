@@ -40,9 +40,7 @@ def test_help_is_light() -> None:
         "try: main(['train', '--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'numpy', 'transformers', 'matplotlib', 'rich', 'tokenizers'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-        "import covgrpo_kernels\n"
-        "assert covgrpo_kernels.covgrpo_loss and 'torch' in sys.modules and 'covgrpo_loss' in dir(covgrpo_kernels)"
+        "assert not heavy, heavy"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
