@@ -337,7 +337,7 @@ def _step(
         if run.variant.reorder:
             _reorder(data, config.group_size, _generator("reorder", step))
 
-    config = dataclasses.replace(config, grad_tol=str(run.variant.grad_tol))
+    config = dataclasses.replace(config, grad_tol=run.variant.grad_tol)
     metrics = grpo_step(run.policy, None, run.optimizer, problems, config, generator, before_update=before_update)
     kept = {name: value for name, value in metrics.items() if name.startswith("rows/")}
     return dict(reward=metrics["reward/mean"], loss=metrics["loss"], entropy=metrics["entropy"]) | kept

@@ -75,7 +75,7 @@ def test_every_option_of_a_run_is_an_option_of_train(capsys: pytest.CaptureFixtu
         (["--group-size", "1"], "group_size must be >= 2, got 1"),
         (["--lr", "0"], "lr must be > 0"),
         (["--inner-steps", "33"], "inner_steps must be at most prompts_per_step (32)"),
-        (["--grad-tol", "tiny"], "grad_tol must be"),
+        (["--grad-tol", "2"], "grad_tol must be"),
     ],
 )
 @needs_extra

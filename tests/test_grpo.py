@@ -536,7 +536,7 @@ EPS32, EPS64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float6
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_accumulation_is_exact(policy: Policy, loss_type: str, weighting: str) -> None:
     whole = dataclasses.replace(
-        TINY, loss_type=loss_type, weighting=weighting, beta=0.1, entropy_coef=0.01, grad_tol="0",
+        TINY, loss_type=loss_type, weighting=weighting, beta=0.1, entropy_coef=0.01, grad_tol=0.0,
         inner_steps=1, max_new_tokens=6, max_grad_norm=1e9,
     )  # fmt: skip
     policy, reference = (in_float64(p) for p in (policy, new_policy(64, 2, seed=1, device=CPU)))
@@ -854,9 +854,10 @@ def test_log_probs_of_the_warm_start(policy: Policy) -> None:
         ("microbatch_prompts", -1, ValueError),
         ("dtype", "float16", ValueError),
         ("warm_start_reward", 1.5, ValueError),
-        ("grad_tol", "small", ValueError),
-        ("grad_tol", "-1", ValueError),
-        ("grad_tol", "nan", ValueError),
+        ("grad_tol", "auto", TypeError),
+        ("grad_tol", -1.0, ValueError),
+        ("grad_tol", 1.0, ValueError),
+        ("grad_tol", float("nan"), ValueError),
         ("out", None, TypeError),
     ],
 )

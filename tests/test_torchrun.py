@@ -40,7 +40,7 @@ ODD = TrainConfig(
     microbatch_prompts=1,
     temperature=1.0,
     max_grad_norm=0.5,
-    grad_tol="0",
+    grad_tol=0.0,
 )
 # Means of what each rank has of them, not of the tokens of all.
 OF_A_RANK = ("weight/ess", "covariance/std", *(f"covariance/q{q}" for q in ("01", "20", "50", "80", "99")))
@@ -240,7 +240,7 @@ RUN = TrainConfig(
     warmup_steps=2,
     lr=1e-3,
     temperature=1.0,
-    grad_tol="0",
+    grad_tol=0.0,
 )
 ROUNDED = (1, 2, 3)
 

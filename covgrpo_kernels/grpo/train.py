@@ -89,7 +89,8 @@ def grpo_step(
                 covgrpo_loss, targets=part.batch.responses, mask=part.batch.mask, advantages=part.advantages,
                 group_size=config.group_size, old_logprobs=part.old_logprobs, ref_logprobs=part.ref_logprobs,
                 config=loss_config or config.loss, normalizer=normalizer, temperature=config.temperature,
-                grad_tol=config.gradient_tolerance, generator=generator, process_group=parallel.group(),
+                grad_tol="auto" if config.grad_tol is None else config.grad_tol, generator=generator,
+                process_group=parallel.group(),
             )  # fmt: skip
             result = part.batch.apply_head(policy, loss_of)
             # The losses of the ranks add up, but their gradients are averaged.
