@@ -93,6 +93,25 @@ def reduce(value: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
     return value
 
 
+def pooled(microbatches: list[dict[str, Tensor]], optimizer_steps: int) -> dict[str, float]:
+    """The metrics of the loss over all microbatches and ranks. Each of them has "tokens", how many it is of."""
+    stacked = {name: torch.stack([part[name] for part in microbatches]) for name in microbatches[0]}
+    tokens = stacked.pop("tokens")
+    share = tokens / reduce(tokens)  # of the tokens of all ranks
+
+    def pool(name: str, values: Tensor) -> float:  # [microbatches]
+        if name.startswith("loss"):  # the loss of an optimiser step is the sum over its microbatches
+            return reduce(values.sum()).item() / optimizer_steps
+        if name.endswith("/max"):
+            return reduce(values.max(), dist.ReduceOp.MAX).item()
+        if name.endswith("/min"):
+            return reduce(values.min(), dist.ReduceOp.MIN).item()
+        # Quantiles, deviations and effective sizes are no means over tokens: of them this is the mean over ranks.
+        return reduce(values * share).mean().item()
+
+    return {name: pool(name, values.float()) for name, values in stacked.items()}
+
+
 def distribute(model: PreTrainedModel, how: str) -> None:
     """With "ddp" every rank keeps the whole model; with "fsdp" each has a part of the parameters, their gradients and
     the optimiser's state (FSDP2)."""

@@ -131,3 +131,15 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:  # [B] -> [B]
     advantages = centred / (groups.std(1, keepdim=True) + 1e-4)
     # Equal rewards teach nothing: exactly zero, whatever the mean rounds to.
     return advantages.where(groups.max(1, keepdim=True)[0] > groups.min(1, keepdim=True)[0], 0.0).view(-1)
+
+
+def reward_metrics(policy: Policy, batch: Batch, rewards: Tensor, group_size: int) -> dict[str, Any]:
+    groups, lengths = rewards.view(-1, group_size), batch.mask.sum(1).float()
+    return {
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std().item(),
+        "reward/equal_groups": (groups == groups[:, :1]).all(1).float().mean().item(),
+        "response/length": lengths.mean().item(),
+        "response/truncated": 1 - finished(policy, batch).float().mean().item(),
+        "response/tokens": int(lengths.sum()),
+    }

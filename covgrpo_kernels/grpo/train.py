@@ -35,13 +35,12 @@ from torch.optim import Optimizer
 
 from .. import CovGRPOConfig, covgrpo_loss, linear_logprob
 from . import parallel
-from .checkpoint import RunFolder, TrainingError
+from .checkpoint import RunFolder, TrainingError, read_metrics, write_metrics
 from .config import ALGORITHMS, TrainConfig
-from .metrics import pooled, read_metrics, rollout_metrics, write_metrics
 from .plots import save_report
 from .policy import Policy, load_policy, new_policy, usable_dtype
 from .progress import ProgressBar
-from .rollout import Batch, Rollout, encode_solutions, group_advantages, reward, sample
+from .rollout import Batch, Rollout, encode_solutions, group_advantages, reward, reward_metrics, sample
 from .tasks import Problem, Task, countdown_task, file_task
 
 # A run may be resumed with other values of these; every other option changes its numbers.
@@ -98,7 +97,7 @@ def grpo_step(
             losses.append(result.metrics | {"loss": result.loss.detach(), "tokens": part.batch.mask.sum()})
         norms.append(parallel.clipped_gradients(policy.model, config.max_grad_norm))
         optimizer.step()
-    metrics = rollout_metrics(policy, batch, rewards, config.group_size) | pooled(losses, config.inner_steps)
+    metrics = reward_metrics(policy, batch, rewards, config.group_size) | parallel.pooled(losses, config.inner_steps)
     return metrics | {"optim/grad_norm": torch.stack(norms).mean().item()}
 
 
