@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import random
@@ -345,15 +347,20 @@ def test_a_warm_start_of_two(tmp_path: Path) -> None:
         assert (a - b).abs().mean() < 1e-3 * config.warm_start_lr
 
 
+def command(config: TrainConfig) -> tuple[int, str]:
+    """The exit status and what is said on stderr of `covgrpo train` in a process of several, which it would end."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as error:
+        patch.setattr(parallel, "leave", lambda status: status)
+        return cli.main(["train", *arguments_of(config)]), error.getvalue()
+
+
 def test_another_run_is_refused_once(single: Path) -> None:
     """What rank 0 alone knows ends all, and one of them says why."""
-    process = torchrun(2, dataclasses.replace(RUN, out=str(single / "run"), lr=0.5))
-    _, error = process.communicate(timeout=240)
-    assert process.returncode != 0
-    assert error.count("covgrpo: error:") == 1
-    assert error.count("--lr 0.001, not 0.5") == 1
-    assert "TrainingError" not in error  # no traceback but torchrun's own
-    assert "exitcode  : 2" in error
+    (status, error), other = processes(2).run(command, dataclasses.replace(RUN, out=str(single / "run"), lr=0.5))
+    assert status == 2
+    assert error.startswith("covgrpo: error:")
+    assert error.count("\n") == error.count("--lr 0.001, not 0.5") == 1
+    assert other == (2, "")
 
 
 @pytest.mark.deep
