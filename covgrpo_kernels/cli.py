@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return _fail(f"covgrpo {command} needs {', '.join(missing)}: {doctor.how_to_install('grpo')}")
     try:
-        config = dataclasses.replace(DEMO if command == "demo" else TrainConfig(), **options)
+        config = TrainConfig(**options) if command == "train" else dataclasses.replace(DEMO, **options)
     except (TypeError, ValueError) as error:
         return _fail(str(error))
     return _run(command, config)

@@ -106,6 +106,22 @@ def test_missing_extra(
 
 
 @needs_extra
+def test_defaults_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with a model are others, as the help says."""
+    seen: list[TrainConfig] = []
+    monkeypatch.setattr(cli, "_run", lambda command, config: bool(seen.append(config)))
+    for arguments in ([], ["--model", "folder"], ["--model", "folder", "--lr", "0.1"]):
+        assert cli.main(["train", *arguments]) == 0
+    assert cli.main(["demo"]) == 0
+    assert [(config.lr, config.max_new_tokens) for config in seen] == [
+        (1.5e-4, 8),
+        (1e-6, 512),
+        (0.1, 512),
+        (1.5e-4, 8),
+    ]
+
+
+@needs_extra
 def test_train_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert cli.main(["train", "--out", str(out), *SMALL, "--steps", "2"]) == 0
