@@ -137,7 +137,8 @@ def test_train_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert f"{out}: model/ with its tokenizer, metrics.jsonl, report.png" in shown
     assert "finished" not in shown
     assert "CW-GRPO 3/3  reward 0.000  nothing to learn  " in shown  # of a policy that knows nothing
-    assert "Nothing was learnt: all responses to a problem were always as good as each other. 0% of them" in shown
+    assert "Nothing was learnt: all responses to a problem were always equally good.\n0% of them were right; " in shown
+    assert max(map(len, shown.replace(str(out), "OUT").splitlines())) < 80
     assert max(len(line) for line in shown.splitlines() if " left" in line) < 80
     assert cli.main(["train", "--out", str(out), *SMALL, "--steps", "3"]) == 0
     assert f"{out} holds a finished run of 3 steps; with more --steps it goes on." in capsys.readouterr().out

@@ -195,7 +195,7 @@ def conclude(folder: RunFolder, config: TrainConfig, rows: list[dict[str, Any]],
     if all(row["reward/equal_groups"] == 1 for row in steps):
         right, cut = (mean(row[name] for row in steps) for name in ("reward/mean", "response/truncated"))
         print(
-            "Nothing was learnt: all responses to a problem were always as good as each other. "
+            "Nothing was learnt: all responses to a problem were always equally good.\n"
             f"{right:.0%} of them were right; {cut:.0%} were cut off at --max-new-tokens, and so wrong."
         )
 
