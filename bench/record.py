@@ -47,7 +47,8 @@ def record(policy: Any, data: str | None, prompts: int, group_size: int, max_new
     """One rollout at temperature 1, and the coefficients of CW-GRPO's first step on it: ratios are one. Raises
     ValueError for a head with a bias, which the peers don't have."""
     from covgrpo_kernels.grpo.config import TrainConfig
-    from covgrpo_kernels.grpo.train import make_task, rollout
+    from covgrpo_kernels.grpo.rollout import group_advantages, reward, sample
+    from covgrpo_kernels.grpo.train import logprobs, make_task
 
     if getattr(policy.model.get_output_embeddings(), "bias", None) is not None:
         raise ValueError("the head has a bias: it can't be replayed beside peers that know none")
@@ -56,8 +57,10 @@ def record(policy: Any, data: str | None, prompts: int, group_size: int, max_new
         inner_steps=1, microbatch_prompts=1,
     )  # fmt: skip
     generator = torch.Generator(policy.device).manual_seed(0)
-    sampled, _ = rollout(1, policy, None, make_task(config), config, generator)
-    batch, advantages = sampled.batch, sampled.advantages
+    problems = make_task(config).training_problems(1, prompts)
+    asked = [problem.prompt for problem in problems]
+    batch = sample(policy, asked, group_size, max_new_tokens, config.temperature, generator)
+    advantages = group_advantages(reward(policy, batch, problems), group_size)
     if not advantages.any():
         raise ValueError(
             "all responses to a prompt got equal rewards, so that no token has a coefficient: other --data?"
@@ -68,7 +71,7 @@ def record(policy: Any, data: str | None, prompts: int, group_size: int, max_new
 
     parts = [batch.rows(rows).apply_head(policy, take) for rows in torch.arange(len(batch.mask)).split(group_size)]
     _, weight, softcap = parts[0]
-    weights = covariance_weights(sampled.old_logprobs, advantages, batch.mask, group_size=group_size)
+    weights = covariance_weights(logprobs(policy, batch, config), advantages, batch.mask, group_size=group_size)
     gradient = -weights * advantages.unsqueeze(1) / batch.mask.sum()
     return dict(
         hidden=torch.cat([hidden for hidden, _, _ in parts]).flatten(0, 1),

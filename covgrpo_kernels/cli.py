@@ -34,9 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("covgrpo demo runs in one process; torchrun is for covgrpo train")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        return _fail(f"covgrpo {command} needs {', '.join(missing)}: pip install 'covgrpo-kernels[grpo]'")
+        from . import doctor
+
+        return _fail(f"covgrpo {command} needs {', '.join(missing)}: {doctor.how_to_install('grpo')}")
     try:
-        config = dataclasses.replace(DEMO if command == "demo" else TrainConfig(), **options)
+        config = TrainConfig(**options) if command == "train" else dataclasses.replace(DEMO, **options)
     except (TypeError, ValueError) as error:
         return _fail(str(error))
     return _run(command, config)
@@ -64,7 +66,7 @@ def _run(command: str, config: TrainConfig) -> int:
 
 def _what_is_left(out: Path) -> str:
     """Of a run or a demo that was interrupted."""
-    if [*out.glob("checkpoint.pt"), *out.glob("*/checkpoint.pt")]:
+    if [*out.glob("model"), *out.glob("*/model")]:
         return f"goes on from the last checkpoint in {out}"
     if (out / "warm_start").exists():
         return f"goes on after the warm start, which is in {out}"
@@ -85,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "another number of them.",
     )
     for field in dataclasses.fields(TrainConfig):
-        _add_option(train, field, field.default)
+        _add_option(train, field, field.metadata["default"])
 
     demo = commands.add_parser(
         "demo",
@@ -102,9 +104,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, default: object) -> None:
-    help = field.metadata["help"]
+    help, with_model = field.metadata["help"], field.metadata["with_model"]
     if default is not None:
-        help += f" (default: {default})"
+        help += f" (default: {default}" + (f"; with --model {with_model}" if with_model is not None else "") + ")"
     parser.add_argument(
         f"--{field.name.replace('_', '-')}",
         type=option_type(field.name),

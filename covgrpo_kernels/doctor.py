@@ -14,15 +14,21 @@ from . import __version__, covgrpo_loss, kernels, linear_logprob, reference
 from .config import CovGRPOConfig
 from .testing import ErrorBook, Results, check_draw, random_batch, random_head, run_logprob, run_loss
 
+
+def how_to_install(extra: str) -> str:
+    """No index has this package: it comes from a checkout, or from a wheel that was built of one."""
+    return f"pip install '.[{extra}]' in a checkout, or pip install 'PATH.whl[{extra}]' with a wheel"
+
+
 # Distributions, and how to get them where they are missing.
 PACKAGES = {
     "torch": "",
     "triton": "optional: comes with torch's CUDA builds",
-    "transformers": "pip install 'covgrpo-kernels[grpo]'",
-    "rich": "pip install 'covgrpo-kernels[grpo]'",
-    "matplotlib": "pip install 'covgrpo-kernels[grpo]'",
-    "trl": "pip install 'covgrpo-kernels[trl]'",
-    "liger-kernel": "pip install 'covgrpo-kernels[bench]'",
+    "transformers": how_to_install("grpo"),
+    "rich": how_to_install("bench"),
+    "matplotlib": how_to_install("grpo"),
+    "trl": how_to_install("trl"),
+    "liger-kernel": how_to_install("bench"),
 }
 
 

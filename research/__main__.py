@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         return _fail(f"{command} needs {', '.join(missing)}: pip install -e '.[research]'")
     from covgrpo_kernels.grpo import parallel
-    from covgrpo_kernels.grpo.train import TrainingError
+    from covgrpo_kernels.grpo.checkpoint import TrainingError
 
     status = 0
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from covgrpo_kernels.config import CovarianceWeighting
 from covgrpo_kernels.covariance import CovarianceStats
-from covgrpo_kernels.grpo.train import Rollout
+from covgrpo_kernels.grpo.rollout import Rollout
 from covgrpo_kernels.inputs import flatten_tokens
 from covgrpo_kernels.objective import weighting_metrics
 from covgrpo_kernels.weighting import covariance_stats

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 
     from covgrpo_kernels.grpo.config import TrainConfig
     from covgrpo_kernels.grpo.policy import Policy
-    from covgrpo_kernels.grpo.train import Rollout
+    from covgrpo_kernels.grpo.rollout import Rollout
+    from covgrpo_kernels.grpo.tasks import Problem
 
 CPU = torch.device("cpu")
 
@@ -160,14 +161,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int) -> None:
 def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Policy:
     from covgrpo_kernels.grpo.policy import Policy
 
-    class Cast(Policy):
-        """In the variant's dtype, where the trainer would use float32 on a CPU and bfloat16 on a GPU."""
-
-        @property
-        def dtype(self) -> torch.dtype:
-            return dtype
-
-    return Cast(model, tokenizer, CPU)
+    return Policy(model, tokenizer, CPU, dtype)
 
 
 # -------------------------------------------------------------------------------------------------- text and a model
@@ -300,53 +294,63 @@ def overlap(response: list[int], truth: list[int]) -> float:
 
 
 def grpo(run: Run, corpus: Corpus, sizes: Sizes, config: TrainConfig, step: int) -> dict[str, float]:
-    from covgrpo_kernels.grpo.rollout import group_advantages, sample
-    from covgrpo_kernels.grpo.train import Rollout, logprobs
+    from covgrpo_kernels.grpo.rollout import group_advantages
+    from covgrpo_kernels.grpo.tasks import Problem
 
     generator = _generator(config.seed, "grpo", step)
     windows = _windows(corpus.held_out, sizes.prompts, sizes.prompt_tokens + sizes.new_tokens, generator)
     prompts = corpus.tokenizer.batch_decode(windows[:, : sizes.prompt_tokens])
-    batch = sample(run.policy, prompts, sizes.group, sizes.new_tokens, config.temperature, generator)
     truths = windows[:, sizes.prompt_tokens :].repeat_interleave(sizes.group, 0)
-    rewards = torch.tensor(
-        [
-            overlap(response[mask].tolist(), truth.tolist())
-            for response, mask, truth in zip(batch.responses, batch.mask, truths, strict=True)
-        ]
-    )
-    data = Rollout(batch, group_advantages(rewards, sizes.group), logprobs(run.policy, batch, config), None)
-    return dict(reward=rewards.mean().item()) | _update(run, data, config, step, generator)
+    rewards = []
+
+    def judge(data: Rollout) -> None:
+        rows = zip(data.batch.responses, data.batch.mask, truths, strict=True)
+        rewards.extend(overlap(response[mask].tolist(), truth.tolist()) for response, mask, truth in rows)
+        data.advantages = group_advantages(torch.tensor(rewards), sizes.group)
+
+    problems = [Problem(prompt, "", lambda response: False) for prompt in prompts]  # judged above
+    made = _step(run, problems, config, step, generator, judge)
+    return made | dict(reward=torch.tensor(rewards).mean().item())
 
 
 def loop(run: Run, config: TrainConfig, step: int) -> dict[str, float]:
     """A step of `covgrpo train`."""
-    from covgrpo_kernels.grpo.train import make_task, rollout
+    from covgrpo_kernels.grpo.train import make_task
 
-    generator = _generator(config.seed, "loop", step)
-    data, metrics = rollout(step, run.policy, None, make_task(config), config, generator)
-    return dict(reward=metrics["reward/mean"]) | _update(run, data, config, step, generator)
+    problems = make_task(config).training_problems(step, config.prompts_per_step)
+    return _step(run, problems, config, step, _generator(config.seed, "loop", step))
 
 
-def _update(run: Run, data: Rollout, config: TrainConfig, step: int, generator: torch.Generator) -> dict[str, float]:
-    from covgrpo_kernels.grpo.train import update
+def _step(
+    run: Run,
+    problems: list[Problem],
+    config: TrainConfig,
+    step: int,
+    generator: torch.Generator,
+    judge: Callable[[Rollout], None] | None = None,
+) -> dict[str, float]:
+    from covgrpo_kernels.grpo.train import grpo_step
 
-    if run.variant.reorder:
-        data = _reordered(data, config.group_size, _generator("reorder", step))
-    config = dataclasses.replace(config, grad_tol=str(run.variant.grad_tol))
-    metrics = update(step, data, run.policy, run.optimizer, config, generator)
+    def before_update(data: Rollout) -> None:
+        if judge is not None:
+            judge(data)
+        if run.variant.reorder:
+            _reorder(data, config.group_size, _generator("reorder", step))
+
+    config = dataclasses.replace(config, grad_tol=run.variant.grad_tol)
+    metrics = grpo_step(run.policy, None, run.optimizer, problems, config, generator, before_update=before_update)
     kept = {name: value for name, value in metrics.items() if name.startswith("rows/")}
-    return dict(loss=metrics["loss"], entropy=metrics["entropy"]) | kept
+    return dict(reward=metrics["reward/mean"], loss=metrics["loss"], entropy=metrics["entropy"]) | kept
 
 
-def _reordered(data: Rollout, group_size: int, generator: torch.Generator) -> Rollout:
+def _reorder(data: Rollout, group_size: int, generator: torch.Generator) -> None:
     """Within groups: every minibatch keeps what is in it."""
     count = len(data.advantages) // group_size
     inside = torch.rand(count, group_size, generator=generator).argsort(1)
     rows = (inside + group_size * torch.arange(count).unsqueeze(1)).flatten()
-    assert data.ref_logprobs is None
-    return dataclasses.replace(
-        data, batch=data.batch.rows(rows), advantages=data.advantages[rows], old_logprobs=data.old_logprobs[rows]
-    )
+    data.batch, data.advantages, data.old_logprobs = (
+        data.batch.rows(rows), data.advantages[rows], data.old_logprobs[rows],
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- runs
@@ -455,7 +459,8 @@ def language_model(
 def minimal_loop(seed: int, sizes: Sizes, steps: int, chosen: list[Variant]) -> dict[str, Curves]:
     from covgrpo_kernels.grpo.config import TrainConfig
     from covgrpo_kernels.grpo.policy import new_policy
-    from covgrpo_kernels.grpo.train import make_task, rollout, warm_start
+    from covgrpo_kernels.grpo.rollout import sample
+    from covgrpo_kernels.grpo.train import make_task, warm_start
 
     config = TrainConfig(
         seed=seed, prompts_per_step=2 * sizes.prompts, group_size=sizes.group, max_new_tokens=8,
@@ -464,7 +469,10 @@ def minimal_loop(seed: int, sizes: Sizes, steps: int, chosen: list[Variant]) -> 
     policy = new_policy(64, 2, seed, CPU)
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bar
         warm_start(policy, make_task(config), config)
-    sampled = rollout(0, policy, None, make_task(config), config, _generator(seed, "held out"))[0].batch
+    prompts = [problem.prompt for problem in make_task(config).training_problems(0, config.prompts_per_step)]
+    sampled = sample(
+        policy, prompts, config.group_size, config.max_new_tokens, config.temperature, _generator(seed, "held out")
+    )
     held_out = Tokens(sampled.tokens, sampled.attention)
     runs = [Run(variant, policy, held_out) for variant in chosen]
     return lockstep(runs, max(steps // 2, 1), 3e-4, lambda run, step: loop(run, config, step))
@@ -674,7 +682,7 @@ def _phase_table(name: str, phase: dict[str, Any]) -> Table:
         "policies in nats)"
     )
     rows = "rows/live_fraction" in seeds[0][exact]
-    for column in ("", *shown, *(f"off in {curve}" for curve in shown), *DISTANCES, *["live rows"] * rows):
+    for column in ("", *shown, *(f"off in {curve}" for curve in shown), *DISTANCES, *["tokens used"] * rows):
         table.add_column(column, justify="left" if column == "" else "right")
     for variant in seeds[0]:
         cells = [f"{statistics.mean(_late(runs[variant][curve]) for runs in seeds):.4f}" for curve in shown]

@@ -788,12 +788,12 @@ def test_without_results_the_documents_say_so(tmp_path):
 def policy(monkeypatch):
     """A new policy, whose responses are right or wrong at random: groups differ."""
     pytest.importorskip("transformers")
-    from covgrpo_kernels.grpo import train
+    from covgrpo_kernels.grpo import rollout
     from covgrpo_kernels.grpo.policy import new_policy
 
     g = torch.Generator().manual_seed(0)
-    rewards = lambda policy, batch, problems: (torch.rand(len(problems), generator=g) < 0.5).float()  # noqa: E731
-    monkeypatch.setattr(train, "reward", rewards)
+    rewards = lambda policy, batch, problems: (torch.rand(len(batch.mask), generator=g) < 0.5).float()  # noqa: E731
+    monkeypatch.setattr(rollout, "reward", rewards)
     return new_policy(64, 1, 0, CPU)
 
 
@@ -841,8 +841,8 @@ def test_a_recording_holds_what_the_model_saw(policy):
 
 
 def test_a_recording_without_coefficients_is_refused(policy, monkeypatch):
-    from covgrpo_kernels.grpo import train
+    from covgrpo_kernels.grpo import rollout
 
-    monkeypatch.setattr(train, "reward", lambda policy, batch, problems: torch.zeros(len(problems)))
+    monkeypatch.setattr(rollout, "reward", lambda policy, batch, problems: torch.zeros(len(batch.mask)))
     with pytest.raises(ValueError, match="equal rewards"):
         record.record(policy, None, 2, 4, 5)

@@ -6,10 +6,11 @@ import copy
 import dataclasses
 import json
 import os
-import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -25,19 +26,32 @@ transformers = pytest.importorskip("transformers")
 from covgrpo_kernels import linear_logprob  # noqa: E402
 from covgrpo_kernels.grpo import checkpoint, tasks  # noqa: E402
 from covgrpo_kernels.grpo import train as training  # noqa: E402
-from covgrpo_kernels.grpo.config import LOSS_TYPES, TASKS, TrainConfig  # noqa: E402
+from covgrpo_kernels.grpo.checkpoint import TrainingError  # noqa: E402
+from covgrpo_kernels.grpo.config import LOSS_TYPES, TrainConfig  # noqa: E402
 from covgrpo_kernels.grpo.policy import Policy, byte_tokenizer, load_policy, new_policy  # noqa: E402
 from covgrpo_kernels.grpo.rollout import (  # noqa: E402
     Batch,
+    Rollout,
     encode_solutions,
     finished,
     group_advantages,
+    reward,
     sample,
-    texts,
 )
-from covgrpo_kernels.grpo.train import TrainingError, train  # noqa: E402
+from covgrpo_kernels.grpo.train import generator_of, train  # noqa: E402
 
 CPU = torch.device("cpu")
+FOLDER = tempfile.TemporaryDirectory()
+
+
+def guesses() -> str:
+    """A file of sums modulo 7: what a small policy does not work out it guesses, and one guess in seven is right."""
+    path = Path(FOLDER.name) / "sums.jsonl"
+    sums = ((a, b) for a in range(12) for b in range(12))
+    path.write_text("".join(f'{{"prompt": "{a} +{b} mod 7 =", "answer": "{(a + b) % 7}"}}\n' for a, b in sums))
+    return str(path)
+
+
 # After this warm start about one response in seven is right, a guess: groups differ, so every step learns.
 TINY = TrainConfig(
     hidden_size=64,
@@ -45,8 +59,7 @@ TINY = TrainConfig(
     warm_start_steps=25,
     warm_start_reward=1.0,
     warm_start_lr=5e-3,
-    task="arithmetic",
-    difficulty=1,
+    data=guesses(),
     steps=4,
     prompts_per_step=4,
     group_size=8,
@@ -69,7 +82,7 @@ def tiny(out: Path, **changes: object) -> TrainConfig:
 def metrics(out: Path) -> list[dict]:
     """What must not depend on when a run was interrupted."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds/")} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,6 +99,12 @@ def policy() -> Policy:
     return new_policy(64, 2, seed=0, device=CPU)
 
 
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a tiny run's time. That of `uninterrupted` is real: it runs before this."""
+    monkeypatch.setattr(training, "save_report", lambda run, runs: None)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("uninterrupted")
@@ -96,10 +115,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- tasks -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("difficulty", range(1, 9))
-@pytest.mark.parametrize("name", TASKS)
-def test_generated_problems(name: str, difficulty: int) -> None:
-    task, again, other = (tasks.generated_task(name, difficulty, seed) for seed in (3, 3, 4))
+@pytest.mark.parametrize("difficulty", [1, 2, 5, 8])
+def test_generated_problems(difficulty: int) -> None:
+    task, again, other = (tasks.countdown_task(difficulty, seed) for seed in (3, 3, 4))
     training_half = [task.training_problem("train", i) for i in range(200)]
     held_out = [task.held_out_problem(i) for i in range(50)]
     for problem in training_half + held_out:
@@ -116,29 +134,57 @@ def test_generated_problems(name: str, difficulty: int) -> None:
     assert [p.prompt for p in held_out] == [other.held_out_problem(i).prompt for i in range(50)]
 
 
-def test_arithmetic_is_right() -> None:
-    rng = random.Random(0)
-    for difficulty in range(1, 9):
-        for _ in range(50):
-            problem = tasks.modular_arithmetic(rng, difficulty)
-            start, *operations, _, modulus, _ = problem.prompt.split()
-            value, steps = int(start), []
-            for operation in operations:
-                a, b = value, int(operation[1:])
-                value = {"+": a + b, "-": a - b, "*": a * b}[operation[0]] % int(modulus)
-                steps.append(str(value))
-            assert len(steps) == difficulty
-            assert problem.solution == " ".join(steps)
-            for answer in range(int(modulus)):
-                assert problem.is_correct(f"1 2 {answer}") == (answer == value)
+def test_no_guess_solves_held_out_problems() -> None:
+    """Problems are different ones, and one response to all of them is right for a few percent at most."""
+    for difficulty in (1, 2):
+        held_out = tasks.countdown_task(difficulty, 0).held_out_problems(100)
+        assert len({problem.prompt for problem in held_out}) == 100
+        guesses = {problem.solution for problem in held_out[:50]} | {str(number) for number in range(40)}
+        assert max(sum(problem.is_correct(guess) for problem in held_out) for guess in guesses) <= 4
 
 
-def test_arithmetic_takes_the_last_number() -> None:
-    problem = tasks.Problem("", "", lambda response: tasks._ends_with(response, answer=7))
-    for response in ("7", "3 7", "1 2 7 ", "\t7\n"):
-        assert problem.is_correct(response), response
-    for response in ("07", "17", "-7", "7.", "7 3", "x7", "7a", "\u0667", "", " "):
-        assert not problem.is_correct(response), response
+def test_fewer_problems_than_were_asked_for() -> None:
+    held_out = tasks.countdown_task(1, 0).held_out_problems(200)
+    assert 100 < len({problem.prompt for problem in held_out}) == len(held_out) < 200
+
+
+def test_a_model_of_the_users_is_told_what_to_do() -> None:
+    plain, told = (tasks.countdown_task(2, 0, instruct=instruct) for instruct in (False, True))
+    problem = told.training_problem("train", 0)
+    assert problem.prompt.startswith("Use each of the numbers before =")
+    assert problem.is_correct(f"Let me see.\n1+1 is no good\n\n {problem.solution} \n")
+    assert not problem.is_correct(f"{problem.solution}\nor so")
+    assert plain.training_problem("train", 0).prompt[0].isdigit()
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        *(
+            ("It is 42.", "42"),
+            ("42", "42"),
+            ("so 6*7=42", "42"),
+            ("\\boxed{42}, as 7 says", "42"),
+            ("1,234.0 m", "1234"),
+        ),
+        *(("**Answer:** Paris.", "paris"), ("so\nthe answer is (b)", "(B)"), ("\\boxed{x+1}", "x+1"), ("-3", "-3")),
+        *(("10-3", "3"), ("1\\boxed{2}\\boxed{ 3 }4", "3")),
+    ],
+)
+def test_an_answer_is_found_at_the_end(response: str, answer: str) -> None:
+    assert tasks.ends_in(response, answer)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        *(("41, 42, 43", "42"), ("142", "42"), ("42 or 43", "42"), ("-42", "42"), ("", "42"), ("none", "42")),
+        *(("Paris\nLondon", "Paris"), ("Paris is it", "Paris"), ("Nonparis", "Paris"), ("", "Paris"), ("4.2", "2")),
+        *(("42 \\boxed{41}", "42"), ("\\boxed{42", "43")),
+    ],
+)
+def test_an_answer_in_passing_is_none(response: str, answer: str) -> None:
+    assert not tasks.ends_in(response, answer)
 
 
 @pytest.mark.parametrize("response", ["3*7+5", "5+7*3", " (3*7) + 5 ", "2+3*7+3", "26", "(((((26)))))", "28-2"])
@@ -205,21 +251,21 @@ def test_problems_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{'prompt': 1}", "line 3: not JSON"),
-        ('{"prompt": "a", "answer": "b"', "line 3: not JSON"),
-        ("[1, 2]", "line 3: not an object"),
-        ('{"prompt": "a"}', "line 3: 'answer' must be"),
-        ('{"answer": "a"}', "line 3: 'prompt' must be"),
-        ('{"prompt": "a", "answer": 3}', "line 3: 'answer' must be"),
-        ('{"prompt": " ", "answer": "3"}', "line 3: 'prompt' must be"),
-        ("\udcff", "line 3: not JSON"),
+        ("{'prompt': 1}", "JSONDecodeError"),
+        ('{"prompt": "a", "answer": "b"', "JSONDecodeError"),
+        ("[1, 2]", "TypeError"),
+        ('{"prompt": "a"}', "KeyError: 'answer'"),
+        ('{"answer": "a"}', "KeyError: 'prompt'"),
+        ('{"prompt": "a", "answer": 3}', "must be strings, and not empty"),
+        ('{"prompt": " ", "answer": "3"}', "must be strings, and not empty"),
+        ("\udcff", "UnicodeDecodeError"),
     ],
 )
 def test_malformed_rows(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "mine.jsonl"
     good = '{"prompt": "a", "answer": "b"}\n{"prompt": "b", "answer": "b"}\n'
     path.write_bytes((good + line + "\n").encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"mine.jsonl, line 3: not JSON of the form .*{message}"):
         train(tiny(tmp_path / "out", data=str(path)))
     assert not (tmp_path / "out").exists()  # before any work
 
@@ -303,6 +349,43 @@ def test_any_causal_lm(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=bound)
 
 
+def test_prompts_are_messages_where_there_is_a_chat_template(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>"
+    random_model("llama", tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for template, text in (("auto", "<user>1 +1</><assistant>"), ("none", "1 +1")):
+        policy = load_policy(str(tmp_path), CPU, chat_template=template)
+        assert policy.encode(["1 +1"]) == [tokenizer(text).input_ids]
+        tokens = sample(policy, ["1 +1"], 1, 1, 0.0).tokens
+        assert tokens[0, :-1].tolist() == list(tokenizer(text).input_ids)
+    byte_tokenizer().save_pretrained(tmp_path / "without")
+    random_model("llama", tokenizer).save_pretrained(tmp_path / "without")
+    assert (
+        load_policy(str(tmp_path / "without"), CPU, chat_template="auto").encode(["1 +1"])
+        == tokenizer(["1 +1"]).input_ids
+    )
+
+
+def test_products_in_bfloat16(tmp_path: Path) -> None:
+    """Parameters and their steps stay in float32; the log-probs of sampling and scoring are those of bfloat16."""
+    tokenizer = byte_tokenizer()
+    random_model("qwen2", tokenizer).save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    train(tiny(tmp_path / "out", model=str(tmp_path / "start"), dtype="bfloat16", warm_start_steps=0, steps=1))
+    row = metrics(tmp_path / "out")[1]
+    assert abs(row["ratio/mean"] - 1) < 0.2
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").dtype == torch.float32
+    policies = [load_policy(str(tmp_path / "start"), CPU, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    batch = sample(policies[0], ["1 +1 ="], 4, 6, 1.0, torch.Generator().manual_seed(0))
+    exact, rounded = (training.logprobs(policy, batch, TINY) for policy in policies)
+    logits = policies[1].forward(batch.tokens, batch.attention).logits[:, -batch.mask.shape[1] - 1 : -1]
+    assert logits.dtype == torch.bfloat16
+    eager = logits.log_softmax(-1).gather(-1, batch.responses.unsqueeze(-1)).squeeze(-1)
+    ours, eagers = ((x - exact)[batch.mask].norm() for x in (rounded, eager))
+    assert 0 < ours < 1.5 * eagers
+
+
 def test_unknown_head_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_tokenizer()
     random_model("granite", tokenizer).save_pretrained(tmp_path)
@@ -357,8 +440,10 @@ def test_end_of_sequence(policy: Policy) -> None:
     assert batch.mask.tolist() == [[True, True, False, False], [True, False, False, False], [True] * 4]
     assert batch.attention.tolist() == [[1, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
     assert finished(policy, batch).tolist() == [True, True, False]
+    seen: list[str] = []
+    reward(policy, batch, [tasks.Problem("", "", lambda text: bool(seen.append(text)))])
     decode = policy.tokenizer.decode
-    assert texts(policy, batch) == [decode([5]), "", decode([8, 9, 8, 9])]
+    assert seen == [decode([5]), "", decode([8, 9, 8, 9])]
 
 
 def test_sampling_stops_when_all_have_ended(policy: Policy) -> None:
@@ -369,18 +454,24 @@ def test_sampling_stops_when_all_have_ended(policy: Policy) -> None:
 
 
 def test_cut_off_responses_get_no_reward(policy: Policy) -> None:
-    problems = [tasks.Problem("", "", lambda text: text == "7")] * 3
+    problems = [tasks.Problem("", "", lambda text: text == "7")]  # of all three rows
     batch = encode_solutions(policy, ["a"] * 3, ["7", "7", "8"])
-    assert training.reward(policy, batch, problems).tolist() == [1, 1, 0]
+    assert reward(policy, batch, problems).tolist() == [1, 1, 0]
     cut = Batch(batch.tokens.clone(), batch.attention, batch.mask)
     cut.tokens[1, -1] = 9
     cut.mask[1, -1] = False  # "7", and no end of sequence
-    assert training.reward(policy, cut, problems).tolist() == [1, 0, 0]
+    assert reward(policy, cut, problems).tolist() == [1, 0, 0]
+
+
+def test_each_row_is_judged_by_its_problem(policy: Policy) -> None:
+    problems = [tasks.Problem("", "", partial(str.__eq__, answer)) for answer in ("7", "8")]
+    batch = encode_solutions(policy, ["a"] * 4, ["7", "8", "7", "8"])
+    assert reward(policy, batch, problems).tolist() == [1, 0, 0, 1]
 
 
 def test_sampling_follows_the_temperature(policy: Policy) -> None:
     """The first token's frequencies against the softmax the loss scores with, by a chi-squared test."""
-    draws, temperature = 20_000, 0.3
+    draws, temperature = 5_000, 0.3
     generator = torch.Generator().manual_seed(0)
     batch = sample(policy, ["1 +1 ="], draws, 1, temperature, generator)
     counts = batch.responses[:, 0].bincount(minlength=policy.model.config.vocab_size)
@@ -424,7 +515,9 @@ def gradients(config: TrainConfig, policy: Policy, reference: Policy | None) -> 
     optimizer = Recorder(policy.model.parameters(), lr=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "reward", lambda policy, batch, problems: (batch.responses.sum(1) % 2).float())
-        reported = training.train_step(1, policy, reference, optimizer, training.make_task(config), config)
+        problems = training.make_task(config).training_problems(1, config.prompts_per_step)
+        generator = torch.Generator().manual_seed(0)
+        reported = training.grpo_step(policy, reference, optimizer, problems, config, generator)
     assert 0.2 < reported["reward/mean"] < 0.8
     return seen, reported
 
@@ -443,7 +536,7 @@ EPS32, EPS64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float6
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_accumulation_is_exact(policy: Policy, loss_type: str, weighting: str) -> None:
     whole = dataclasses.replace(
-        TINY, loss_type=loss_type, weighting=weighting, beta=0.1, entropy_coef=0.01, grad_tol="0",
+        TINY, loss_type=loss_type, weighting=weighting, beta=0.1, entropy_coef=0.01, grad_tol=0.0,
         inner_steps=1, max_new_tokens=6, max_grad_norm=1e9,
     )  # fmt: skip
     policy, reference = (in_float64(p) for p in (policy, new_policy(64, 2, seed=1, device=CPU)))
@@ -471,8 +564,10 @@ def test_minibatches_are_whole_groups_and_cover_the_batch(
 
     rows = torch.arange(56.0)
     batch = encode_solutions(policy, [str(i) for i in range(56)], ["1"] * 56)
-    data = training.Rollout(batch, rows, rows.unsqueeze(1).expand(56, 2), None)
     real = training.covgrpo_loss
+
+    def numbered(data: Rollout) -> None:
+        data.batch, data.advantages, data.old_logprobs = batch, rows, rows.unsqueeze(1).expand(56, 2)
 
     def record(*head: torch.Tensor, **arguments: torch.Tensor) -> object:
         seen.append(arguments["advantages"].long().tolist())
@@ -482,7 +577,9 @@ def test_minibatches_are_whole_groups_and_cover_the_batch(
 
     monkeypatch.setattr(training, "covgrpo_loss", record)
     optimizer = torch.optim.SGD(copy.deepcopy(policy).model.parameters(), lr=0.0)
-    training.update(1, data, policy, optimizer, config, torch.Generator().manual_seed(0))
+    problems = training.make_task(config).training_problems(1, 7)
+    generator = torch.Generator().manual_seed(0)
+    training.grpo_step(policy, None, optimizer, problems, config, generator, before_update=numbered)
     sizes = {None: [3, 2, 2], 1: [1] * 7, 2: [2, 1, 2, 2]}[microbatch]
     assert [len(part) for part in seen] == [8 * size for size in sizes]
     assert sorted(normalizers) == sorted({None: [24, 16, 16], 1: [24] * 3 + [16] * 4, 2: [24, 24, 16, 16]}[microbatch])
@@ -539,45 +636,33 @@ def test_a_run_leaves(uninterrupted: Path) -> None:
     assert all(0 < row["reward/mean"] < 1 for row in rows[1:])  # or the tests below would test nothing
     assert [row["optim/lr"] for row in rows[1:]] == [5e-4, 1e-3, 1e-3, 1e-3]
     timed = json.loads((uninterrupted / "metrics.jsonl").read_text().splitlines()[1])
-    assert timed["seconds/rollout"] > 0
-    assert timed["seconds/update"] > 0
+    assert timed["seconds"] > 0
     assert (uninterrupted / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert not list(uninterrupted.rglob("*tmp"))
     model = transformers.AutoModelForCausalLM.from_pretrained(uninterrupted / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(uninterrupted / "model")
-    state = torch.load(uninterrupted / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 4
-    assert all(torch.equal(p, state["model"][name]) for name, p in model.state_dict().items())
+    assert json.loads((uninterrupted / "model" / checkpoint.RUN_FILE).read_text())["step"] == 4
+    state = torch.load(uninterrupted / "model" / "optimizer.pt", weights_only=True)["state"]
+    assert {name: moments["exp_avg"].shape for name, moments in state.items()} == {
+        name: p.shape for name, p in model.named_parameters()
+    }
+    assert model.dtype == torch.float32
     assert tokenizer.decode(tokenizer("1 +1").input_ids) == "1 +1"
 
 
 def test_runs_are_reproducible(uninterrupted: Path, tmp_path: Path) -> None:
     train(tiny(tmp_path))
     assert metrics(tmp_path) == metrics(uninterrupted)
-    train(tiny(tmp_path / "seed", seed=1))
-    assert metrics(tmp_path / "seed") != metrics(uninterrupted)
+    train(tiny(tmp_path / "seed", seed=1, steps=1, warm_start_steps=2))
+    assert metrics(tmp_path / "seed")[1]["reward/mean"] != metrics(uninterrupted)[1]["reward/mean"]
 
 
-def test_every_step_has_its_own_randomness(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_has_its_own_randomness(policy: Policy) -> None:
     """The same in every run, another one for every step and seed."""
-
-    class Seen(Exception):
-        pass
-
-    def stop(*arguments: torch.Generator) -> None:
-        raise Seen(arguments[-1].initial_seed())
-
-    def seed_of(seed: int, step: int) -> int:
-        with pytest.raises(Seen) as seen:
-            training.train_step(step, policy, None, optimizer, task, dataclasses.replace(TINY, seed=seed))
-        return seen.value.args[0]
-
-    monkeypatch.setattr(training, "rollout", stop)
-    optimizer, task = torch.optim.SGD(policy.model.parameters()), training.make_task(TINY)
     pairs = [(seed, step) for seed in range(5) for step in range(1, 20)]
-    seeds = [seed_of(*pair) for pair in pairs]
+    seeds = [generator_of(policy, *pair).initial_seed() for pair in pairs]
     assert len(set(seeds)) == len(pairs)
-    assert seeds == [seed_of(*pair) for pair in pairs]
+    assert seeds == [generator_of(policy, *pair).initial_seed() for pair in pairs]
 
 
 def test_a_finished_run_is_left_as_it_is(uninterrupted: Path) -> None:
@@ -604,8 +689,7 @@ class Killed(BaseException):
 
 
 def test_a_crash_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run is stopped at its k-th write, sync or rename, for every k (the writes leave half of their bytes);
-    then it is resumed."""
+    """A run is stopped before its k-th rename or within its k-th file, for every k; then it is resumed."""
     countdown = [0]
 
     def tick() -> None:
@@ -613,43 +697,29 @@ def test_a_crash_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         if countdown[0] == 0:
             raise Killed
 
-    real_replace, real_fsync, real_save, real_line = os.replace, os.fsync, torch.save, training.append_metrics
+    real_replace, real_save, real_rmtree = os.replace, torch.save, shutil.rmtree
 
     def replace(*arguments: object) -> None:
         tick()
         real_replace(*arguments)
 
-    def fsync(descriptor: int) -> None:
+    def save(state: object, path: Path) -> None:
+        path.write_bytes(b"half of a file")
         tick()
-        real_fsync(descriptor)
+        real_save(state, path)
 
-    def save(state: object, file: object) -> None:
-        try:
+    def rmtree(path: Path, **options: bool) -> None:
+        if path.exists():
             tick()
-        except Killed:
-            file.write(b"half a checkpoint")
-            file.flush()
-            raise
-        real_save(state, file)
-
-    def append(path: Path, row: dict) -> None:
-        try:
-            tick()
-        except Killed:
-            with open(path, "ab") as file:
-                file.write(checkpoint._line(row)[:-9])
-            raise
-        real_line(path, row)
+        real_rmtree(path, **options)
 
     monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(torch, "save", save)
-    monkeypatch.setattr(training, "append_metrics", append)
-    monkeypatch.setattr(training, "save_report", lambda run, runs: None)  # slow, and the last write of all
-    options = {"steps": 3, "warm_start_steps": 5, "eval_problems": 1, "inner_steps": 1}
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    options = dict(steps=2, warm_start_steps=3, eval_problems=1, inner_steps=1, checkpoint_every=1, prompts_per_step=2)
     train(tiny(tmp_path / "whole", **options))
     want = metrics(tmp_path / "whole")
-    weights = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)["model"]
+    weights = (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
     crashes, k = 0, 0
     while True:
         k += 1
@@ -662,20 +732,22 @@ def test_a_crash_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         else:
             break
         countdown[0] = 0
+        saved = (out / "model").exists() or (out / "model.old.covgrpo-tmp").exists()
+        first_lines = (out / "metrics.jsonl").read_text().splitlines()[:2] if saved else []
         train(tiny(out, **options))
         assert not list(out.rglob("*.covgrpo-tmp")), k
         assert metrics(out) == want, k
-        state = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
-        assert all(torch.equal(state[name], weights[name]) for name in weights), k
-        transformers.AutoModelForCausalLM.from_pretrained(out / "model")
-    assert crashes > 30
+        assert (out / "model" / "model.safetensors").read_bytes() == weights, k
+        # What a checkpoint has was not done again: that would have taken another time.
+        assert (out / "metrics.jsonl").read_text().splitlines()[: len(first_lines)] == first_lines, k
+    assert crashes > 10
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_kill_and_resume(tmp_path: Path) -> None:
-    """kill -9 of the command, wherever it is after some steps, twice; the third run ends it."""
-    options = {"steps": 20, "checkpoint_every": 3, "eval_every": 10}
+    """kill -9 of the command, wherever it is after some steps; the second run ends it."""
+    options = {"steps": 14, "checkpoint_every": 3, "eval_every": 10}
     train(tiny(tmp_path / "whole", **options))
     out = tmp_path / "killed"
     config = tiny(out, **options)
@@ -683,22 +755,18 @@ def test_kill_and_resume(tmp_path: Path) -> None:
     for field in dataclasses.fields(config):
         if (value := getattr(config, field.name)) is not None:
             arguments += [f"--{field.name.replace('_', '-')}", str(value)]
-    rng, reached = random.Random(0), 0
-    for _ in range(2):
-        command = subprocess.Popen(
-            [sys.executable, "-m", "covgrpo_kernels", "train", *arguments],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        lines = out / "metrics.jsonl"
-        while command.poll() is None and (not lines.exists() or lines.read_bytes().count(b"\n") < reached + 4):
-            time.sleep(0.005)
-        time.sleep(rng.random() * 0.2)
-        command.kill()
-        assert command.wait() == -signal.SIGKILL
-        reached = lines.read_bytes().count(b"\n")
-        assert 4 <= reached < 21
+    command = subprocess.Popen(
+        [sys.executable, "-m", "covgrpo_kernels", "train", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    lines = out / "metrics.jsonl"
+    while command.poll() is None and (not lines.exists() or lines.read_bytes().count(b"\n") < 5):
+        time.sleep(0.01)
+    command.kill()
+    assert command.wait() == -signal.SIGKILL
+    assert 5 <= lines.read_bytes().count(b"\n") < 15
     train(config)
     assert metrics(out) == metrics(tmp_path / "whole")
 
@@ -712,11 +780,12 @@ def test_nan_stops_the_run(uninterrupted: Path, tmp_path: Path, monkeypatch: pyt
         return result._replace(loss=result.loss * float("nan")) if calls[0] == 6 else result
 
     monkeypatch.setattr(training, "covgrpo_loss", poisoned)
-    with pytest.raises(TrainingError, match=r"step 3, inner step 2.*nan"):
+    with pytest.raises(
+        TrainingError, match=r"step 3: the norm of the gradient is nan: .* the last checkpoint is untouched"
+    ):
         train(tiny(tmp_path))
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 2
-    assert all(bool(value.isfinite().all()) for value in state["model"].values())
+    assert json.loads((tmp_path / "model" / checkpoint.RUN_FILE).read_text())["step"] == 2
+    assert all(bool(p.isfinite().all()) for p in load_policy(str(tmp_path / "model"), CPU).model.parameters())
     assert len(metrics(tmp_path)) == 3
     monkeypatch.undo()
     train(tiny(tmp_path))
@@ -725,9 +794,10 @@ def test_nan_stops_the_run(uninterrupted: Path, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("weighting", ["none", "clip_cov", "kl_cov"])
 def test_every_weighting_resumes(tmp_path: Path, weighting: str) -> None:
-    train(tiny(tmp_path / "whole", weighting=weighting, beta=0.01))
-    train(tiny(tmp_path / "parts", weighting=weighting, beta=0.01, steps=2))
-    train(tiny(tmp_path / "parts", weighting=weighting, beta=0.01))
+    options = dict(weighting=weighting, beta=0.01, warm_start_steps=5, eval_every=1)
+    train(tiny(tmp_path / "whole", **options, steps=2))
+    train(tiny(tmp_path / "parts", **options, steps=1))
+    train(tiny(tmp_path / "parts", **options, steps=2))
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
@@ -781,14 +851,26 @@ def test_log_probs_of_the_warm_start(policy: Policy) -> None:
         ("loss_type", "ppo", ValueError),
         ("hidden_size", 96, ValueError),
         ("inner_steps", 5, ValueError),
-        ("microbatch_prompts", 0, ValueError),
+        ("microbatch_prompts", -1, ValueError),
+        ("dtype", "float16", ValueError),
         ("warm_start_reward", 1.5, ValueError),
-        ("grad_tol", "small", ValueError),
-        ("grad_tol", "-1", ValueError),
-        ("grad_tol", "nan", ValueError),
+        ("grad_tol", "auto", TypeError),
+        ("grad_tol", -1.0, ValueError),
+        ("grad_tol", 1.0, ValueError),
+        ("grad_tol", float("nan"), ValueError),
         ("out", None, TypeError),
     ],
 )
 def test_wrong_options(option: str, value: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=option):
         dataclasses.replace(TINY, **{option: value})
+
+
+def test_defaults_with_a_model_are_those_of_real_ones() -> None:
+    small, real = TrainConfig(), TrainConfig(model="folder")
+    differ = {n: v for n, v in dataclasses.asdict(real).items() if v != getattr(small, n)}
+    assert differ == dict(
+        model="folder", warm_start_steps=0, warm_start_lr=1e-5, max_new_tokens=512, microbatch_prompts=1,
+        lr=1e-6, dtype="auto",
+    )  # fmt: skip
+    assert TrainConfig(model="folder", lr=1e-3).lr == 1e-3

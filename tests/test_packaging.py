@@ -173,7 +173,8 @@ sys.exit(main(["doctor"]))
     result = run_python("-c", code)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "transformers" in result.stdout
-    assert "not installed (pip install 'covgrpo-kernels[grpo]')" in result.stdout
+    assert f"not installed ({doctor.how_to_install('grpo')})" in result.stdout
+    assert "pip install '.[grpo]' in a checkout" in result.stdout
 
 
 def test_doctor_without_assertions_does_not_claim_success() -> None:

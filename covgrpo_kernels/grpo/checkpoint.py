@@ -1,7 +1,8 @@
 """The folder of a run.
 
 Whatever is in it is whole, whenever the run was killed. And nothing that the run did not write is ever overwritten or
-deleted: each of its files holds the run's id in its first bytes, and all are checked before the first write.
+deleted: each of its files holds the run's id in its first bytes, each of its folders a list of what is in it, and
+all are compared before the first write.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import json
 import math
 import os
 import shutil
-import zipfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
 RUN_FILE = "covgrpo_run.json"
-OUTPUTS = ("metrics.jsonl", "checkpoint.pt", "report.png", "warm_start", "model")
+OUTPUTS = ("warm_start", "model", "metrics.jsonl", "report.png")
 _TEMPORARY = ".covgrpo-tmp"
+_OLD = ".old" + _TEMPORARY
 
 
 class TrainingError(Exception):
@@ -31,46 +32,44 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     temporary = path.with_name(path.name + _TEMPORARY)
     with open(temporary, "wb") as file:
         write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    _sync(temporary)
     os.replace(temporary, path)
     _sync(path.parent)
 
 
 def save_folder_atomically(path: Path, save: Callable[[Path], Any]) -> None:
     """The folder exists only when it is whole."""
-    temporary, old = path.with_name(path.name + _TEMPORARY), path.with_name(path.name + ".old" + _TEMPORARY)
-    for folder in (temporary, old):
-        shutil.rmtree(folder, ignore_errors=True)
+    recover_folder(path)
+    temporary = path.with_name(path.name + _TEMPORARY)
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save(temporary)
-    for file in temporary.rglob("*"):
+    for file in (*temporary.rglob("*"), temporary):
         _sync(file)
-    _sync(temporary)
     if path.exists():  # moved away whole: a kill while it is deleted would leave a part of it
-        os.replace(path, old)
+        os.replace(path, path.with_name(path.name + _OLD))
     os.replace(temporary, path)
     _sync(path.parent)
+    recover_folder(path)
+
+
+def recover_folder(path: Path) -> None:
+    """Puts the old folder back where a kill left no new one; else deletes it."""
+    old = path.with_name(path.name + _OLD)
+    if old.exists() and not path.exists():
+        os.replace(old, path)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 class RunFolder:
-    """The folder OUT of one run.
-
-    Args:
-        path: OUT.
-        command: which command of `covgrpo` it is.
-        options: its options as JSON takes them; those that name files with digests of these.
-        free: options that may change when a run is resumed.
-    """
+    """The folder OUT of a run of a command of `covgrpo`, with the options as JSON takes them (those that name files
+    with digests of these). Those that are `free` may change when the run is resumed."""
 
     def __init__(self, path: Path, command: str, options: dict[str, Any], free: Collection[str]) -> None:
         self.path, self.settings = path, {"command": command, **options}
@@ -83,91 +82,70 @@ class RunFolder:
         anything is written, where it holds something else."""
         if self.path.exists() and not self.path.is_dir():
             raise TrainingError(f"{self.path} is a file: --out must be a folder")
-        there = [file.name for file in self.path.iterdir()] if self.path.exists() else []
-        if there := sorted(name for name in there if not name.endswith(_TEMPORARY)):
-            if RUN_FILE not in there:
-                names = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "")
-                raise TrainingError(
-                    f"{self.path} holds files that are not of a covgrpo run ({names}): give another --out"
-                )
-            self._compare_settings()
-            for name in OUTPUTS:
-                if os.path.lexists(self.path / name):
-                    self._check_output(self.path / name)
+        names = sorted(file.name for file in self.path.iterdir()) if self.path.exists() else []
+        if names := [name for name in names if not name.endswith(_TEMPORARY)]:
+            self._check(names)
+        for name in OUTPUTS:
+            recover_folder(self.path / name)
         content = json.dumps({"run": self.id, **self.settings}, indent=2).encode()
         write_atomically(self.path / RUN_FILE, lambda file: file.write(content))
 
-    def _compare_settings(self) -> None:
-        try:
-            there = json.loads((self.path / RUN_FILE).read_text())
-            command = there["command"]
-        except (OSError, ValueError, TypeError, KeyError):
-            raise TrainingError(f"{self.path / RUN_FILE} is damaged or not of a run: give another --out") from None
-        if command != self.settings["command"]:
-            raise TrainingError(f"{self.path} holds a run of covgrpo {command}: give another --out")
+    def _check(self, names: list[str]) -> None:
+        another, there = "give another --out", _read_json(self.path / RUN_FILE)
+        if RUN_FILE not in names:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise TrainingError(f"{self.path} holds files that are not of a covgrpo run ({some}): {another}")
+        if "command" not in there:
+            raise TrainingError(f"{self.path / RUN_FILE} is damaged or not of a run: {another}")
         for name, value in self.fixed.items():
             if there.get(name) != value:
+                option = f"--{name.replace('_', '-')} {there.get(name)}, not {value}"
                 raise TrainingError(
-                    f"{self.path} holds a run with --{name.replace('_', '-')} {there.get(name)}, not {value}: "
-                    "give the same value to resume it, or another --out"
+                    f"{self.path} holds a run with {option}: give the same value to resume it, or another --out"
+                )
+        for path in (self.path / name for name in OUTPUTS):
+            if path.is_dir():
+                ours = _read_json(path / RUN_FILE) == self._listed(path, self.step_of(path.name))
+            else:
+                ours = not os.path.lexists(path) or (path.is_file() and self.id.encode() in path.read_bytes()[:4096])
+            if not ours:
+                raise TrainingError(
+                    f"{path} is not as this run wrote it, but damaged or of another: put that back, or move "
+                    f"{path.name} away, and what it held is done again"
                 )
 
-    def _check_output(self, path: Path) -> None:
-        marked = path / RUN_FILE if path.is_dir() else path
-        if path.name == "checkpoint.pt":
-            _check_whole(path)
-        if not marked.is_file() or self.id.encode() not in _first_bytes(marked):
-            raise TrainingError(f"{path} was not written by the run in {self.path}: move it, or give another --out")
-        if path.name == "model":  # the folder that is replaced as a whole
-            listed = json.loads(marked.read_text())["files"]
-            if added := sorted({file.name for file in path.iterdir()} - {*listed, RUN_FILE}):
-                raise TrainingError(f"{path / added[0]} was not written by the run, which replaces {path}: move it")
+    def save_folder(self, name: str, save: Callable[[Path], Any], step: int = 0) -> None:
+        """With a list of the files that `save` writes, and the step of the run that they are of."""
 
-    def save_folder(self, name: str, save: Callable[[Path], Any]) -> None:
         def save_with_list(folder: Path) -> None:
             save(folder)
-            listed = {"run": self.id, "files": sorted(file.name for file in folder.iterdir())}
-            (folder / RUN_FILE).write_text(json.dumps(listed, indent=2))
+            (folder / RUN_FILE).write_text(json.dumps(self._listed(folder, step), indent=2))
 
         save_folder_atomically(self.path / name, save_with_list)
 
+    def _listed(self, folder: Path, step: int | None) -> dict[str, Any]:
+        sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != RUN_FILE}
+        return {"run": self.id, "step": step, "sizes": sizes}
 
-def _first_bytes(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(4096)
+    def step_of(self, name: str) -> int | None:
+        """That of a folder; None without one."""
+        return _read_json(self.path / name / RUN_FILE).get("step")
 
 
-def _check_whole(checkpoint: Path) -> None:
+def _read_json(path: Path) -> dict[str, Any]:
+    """Empty where there is no object in it."""
     try:
-        with zipfile.ZipFile(checkpoint) as file:
-            damaged = file.testzip()  # reads all of it, and compares check sums
-    except (OSError, zipfile.BadZipFile):
-        damaged = checkpoint.name
-    if damaged is not None:
-        raise TrainingError(
-            f"{checkpoint} is empty, cut off or damaged: put back a whole one, or delete it and the run begins again"
-        )
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def write_metrics(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """metrics.jsonl anew: a JSON line for each step."""
-    lines = [_line(row) for row in rows]
-    write_atomically(path, lambda file: file.writelines(lines))
-
-
-def append_metrics(path: Path, row: dict[str, Any]) -> None:
-    """Another line, which is on the disk when this returns. A kill may tear it."""
-    with open(path, "ab") as file:
-        file.write(_line(row))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(finite, allow_nan=False).encode() + b"\n"
+def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
+    """metrics.jsonl: a JSON line for each step, null for what is not finite."""
+    finite = [{k: None if v != v or v in (math.inf, -math.inf) else v for k, v in row.items()} for row in rows]
+    write_atomically(path, lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in finite))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]

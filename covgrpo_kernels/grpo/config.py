@@ -8,108 +8,101 @@ import operator
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .. import CovGRPOConfig
+if TYPE_CHECKING:  # torch takes seconds, which `covgrpo --help` need not wait for
+    from .. import CovGRPOConfig
 
-TASKS = ("arithmetic", "countdown")
 # The values of --weighting, and what progress lines, tables and plots call them.
 ALGORITHMS = {"covariance": "CW-GRPO", "none": "GRPO", "clip_cov": "Clip-Cov", "kl_cov": "KL-Cov"}
-WEIGHTINGS = tuple(ALGORITHMS)
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
-PARALLEL = ("ddp", "fsdp")
 
 
-def _option(default: Any, help: str, limits: str = "", choices: Sequence[str] | None = None) -> Any:
-    return field(default=default, metadata=dict(help=help, limits=limits, choices=choices))
+def _option(
+    default: Any, help: str, limits: str = "", choices: Sequence[str] | None = None, with_model: Any = None
+) -> Any:
+    """`with_model`: the default where --model is given, if it is another one."""
+    metadata = dict(default=default, help=help, limits=limits, choices=choices, with_model=with_model)
+    return field(default=default if with_model is None else None, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run of `covgrpo train`. Raises TypeError or ValueError, naming the option."""
+    """One run of `covgrpo train`. None stands for an option's default. Raises TypeError or ValueError, naming the
+    option."""
 
     out: str = _option("runs/train", "folder of the run, new or empty; an unfinished run in it is resumed")
 
     model: str | None = _option(None, "Hugging Face causal LM, a folder or a name; default: a small new Qwen2")
     hidden_size: int = _option(128, "width of the new model, a multiple of 64", ">= 64")
     layers: int = _option(4, "layers of the new model", ">= 1")
-    warm_start_steps: int | None = _option(
-        None, "most supervised steps before GRPO; default: 1000, none with --model", ">= 0"
-    )
+    warm_start_steps: int = _option(1000, "most supervised steps before GRPO", ">= 0", with_model=0)
     warm_start_reward: float = _option(0.35, "they end when this share of sampled responses is right", "> 0, <= 1")
-    warm_start_lr: float | None = _option(None, "their learning rate; default: 1e-3, 1e-5 with --model", "> 0")
+    warm_start_lr: float = _option(1e-3, "their learning rate", "> 0", with_model=1e-5)
 
-    task: str = _option("countdown", "generated problems to train on", choices=TASKS)
-    difficulty: int = _option(1, "of the generated problems, 1 to 8", ">= 1, <= 8")
-    data: str | None = _option(None, 'your problems instead: JSON lines {"prompt": ..., "answer": ...}')
+    data: str | None = _option(None, 'your problems, JSON lines {"prompt": ..., "answer": ...}; default: Countdown')
+    difficulty: int = _option(1, "of Countdown: how many operations", ">= 1, <= 8")
+    chat_template: str = _option("auto", "auto: the tokenizer's, where it has one", choices=("auto", "none"))
 
     steps: int = _option(80, "batches of responses to sample and train on", ">= 1")
     prompts_per_step: int = _option(32, "prompts (groups) in a batch", ">= 1")
     group_size: int = _option(8, "responses for each prompt", ">= 2")
     temperature: float = _option(0.7, "of sampling and of the loss", "> 0")
-    max_new_tokens: int = _option(8, "longest response; one that is cut off here gets no reward", ">= 1")
+    max_new_tokens: int = _option(
+        8, "longest response; one that is cut off here gets no reward", ">= 1", with_model=512
+    )
 
-    weighting: str = _option("covariance", "token weights of the policy loss; none: GRPO", choices=WEIGHTINGS)
+    weighting: str = _option("covariance", "token weights of the policy loss; none: GRPO", choices=tuple(ALGORITHMS))
     loss_type: str = _option("grpo", "how token losses are added up", choices=LOSS_TYPES)
     beta: float = _option(0.0, "coefficient of the KL to the starting policy; 0: no reference model", ">= 0")
     entropy_coef: float = _option(0.0, "coefficient of the entropy bonus")
-    grad_tol: str = _option("auto", 'certified error of the backward, a number or "auto"; 0: exact')
+    grad_tol: float | None = _option(None, "certified error of the backward, 0: exact; default: auto", ">= 0, < 1")
 
     inner_steps: int = _option(2, "optimiser steps on each batch, each on an equal share of its groups", ">= 1")
-    microbatch_prompts: int | None = _option(
-        None, "groups in memory at once; default: all those of an optimiser step", ">= 1"
+    microbatch_prompts: int = _option(
+        0, "groups in memory at once; 0: all those of an optimiser step", ">= 0", with_model=1
     )
-    lr: float = _option(1.5e-4, "learning rate of AdamW after the warm-up", "> 0")
+    lr: float = _option(1.5e-4, "learning rate of AdamW after the warm-up", "> 0", with_model=1e-6)
     warmup_steps: int = _option(10, "batches over which the learning rate rises", ">= 0")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm", "> 0")
 
     seed: int = _option(0, "of everything random", ">= 0")
     device: str = _option("auto", 'torch device; "auto": cuda where there is one, else cpu')
+    dtype: str = _option(
+        "float32", "of matrix products; auto: bfloat16 where the device has it. Parameters are always float32",
+        choices=("auto", "float32", "bfloat16"), with_model="auto",
+    )  # fmt: skip
     parallel: str = _option(
-        "ddp", "under torchrun: the model whole on every process, or sharded over them (FSDP2)", choices=PARALLEL
+        "ddp", "under torchrun: the model whole on every process, or sharded over them (FSDP2)", choices=("ddp", "fsdp")
     )
     checkpoint_every: int = _option(10, "steps between checkpoints", ">= 1")
     eval_every: int = _option(20, "steps between evaluations; 0: only before and after", ">= 0")
-    eval_problems: int = _option(256, "held-out problems of an evaluation, answered greedily", ">= 1")
+    eval_problems: int = _option(256, "held-out problems of an evaluation, at most; answered greedily", ">= 1")
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
-            _check(option, getattr(self, option.name))
+            value, about = getattr(self, option.name), option.metadata
+            if value is None and about["with_model"] is not None:
+                value = about["default"] if self.model is None else about["with_model"]
+                object.__setattr__(self, option.name, value)
+            _check(option.name, value, about)
         if self.hidden_size % 64:
             raise ValueError(f"hidden_size must be a multiple of 64, got {self.hidden_size}")
         if self.inner_steps > self.prompts_per_step:
             raise ValueError(
                 f"inner_steps must be at most prompts_per_step ({self.prompts_per_step}), got {self.inner_steps}"
             )
-        if self.grad_tol != "auto":
-            try:
-                valid = 0 <= float(self.grad_tol) < 1
-            except ValueError:
-                valid = False
-            if not valid:
-                raise ValueError(f'grad_tol must be "auto" or a number >= 0 and < 1, got {self.grad_tol!r}')
 
     @property
-    def rows_per_microbatch(self) -> int:
-        """At most so many responses go through the model at once."""
+    def groups_per_microbatch(self) -> int:
         groups = math.ceil(self.prompts_per_step / self.inner_steps)
-        return min(self.microbatch_prompts or groups, groups) * self.group_size
-
-    @property
-    def supervised_steps(self) -> int:
-        if self.warm_start_steps is None:
-            return 1000 if self.model is None else 0
-        return self.warm_start_steps
-
-    @property
-    def supervised_lr(self) -> float:
-        if self.warm_start_lr is None:
-            return 1e-3 if self.model is None else 1e-5
-        return self.warm_start_lr
+        return min(self.microbatch_prompts or groups, groups)
 
     @property
     def loss(self) -> CovGRPOConfig:
         """The options of the policy loss; everything not named here keeps its default."""
+        from .. import CovGRPOConfig
+
         return CovGRPOConfig(
             weighting=self.weighting,  # type: ignore[arg-type]  # any string: CovGRPOConfig checks it
             loss_type=self.loss_type,  # type: ignore[arg-type]
@@ -118,10 +111,6 @@ class TrainConfig:
             max_completion_length=self.max_new_tokens if self.loss_type == "dr_grpo" else None,
         )
 
-    @property
-    def gradient_tolerance(self) -> float | str:
-        return "auto" if self.grad_tol == "auto" else float(self.grad_tol)
-
 
 def option_type(name: str) -> type:
     """int, float or str: the type of an option's value where it is not None."""
@@ -129,21 +118,20 @@ def option_type(name: str) -> type:
     return next((t for t in typing.get_args(hint) if t is not type(None)), hint)
 
 
-_COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
+_COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
-def _check(option: dataclasses.Field[Any], value: Any) -> None:
-    name, kind, choices = option.name, option_type(option.name), option.metadata["choices"]
-    if value is None and option.default is None:
+def _check(name: str, value: Any, about: typing.Mapping[str, Any]) -> None:
+    if value is None and about["default"] is None:
         return
-    accepted: Any = (int, float) if kind is float else kind
-    if isinstance(value, bool) or not isinstance(value, accepted):
+    kind = option_type(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
         raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
-    if choices and value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    if about["choices"] and value not in about["choices"]:
+        raise ValueError(f"{name} must be one of {', '.join(about['choices'])}, got {value!r}")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value!r}")
-    for limit in filter(None, option.metadata["limits"].split(", ")):
+    for limit in filter(None, about["limits"].split(", ")):
         comparison, bound = limit.split()
         if not _COMPARE[comparison](value, float(bound)):
             raise ValueError(f"{name} must be {limit}, got {value!r}")

@@ -13,18 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_state_dict,
-)
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from .policy import Policy
+from .checkpoint import TrainingError
 
 T = TypeVar("T")
 
@@ -75,9 +70,6 @@ def device_of_rank(name: str) -> torch.device:
     return device
 
 
-# --- rows --------------------------------------------------------------------------------------------------
-
-
 def share(rows: int) -> Tensor:  # [rows of this rank] int64
     """Which of so many rows this rank works on: consecutive ones, as many as the others, or one more. Where there are
     fewer rows than ranks, some get the last row again: all ranks have to make the same calls."""
@@ -96,66 +88,60 @@ def gather(mine: Tensor, rows: int) -> Tensor:  # [rows of this rank, ...] -> [r
 
 def reduce(value: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
     """The sum, or what `operation` says, of the value of each rank."""
-    if group() is None:
-        return value
-    value = value.clone()
-    dist.all_reduce(value, operation)
+    if group() is not None:
+        dist.all_reduce(value := value.clone(), operation)
     return value
 
 
-# --- the model ---------------------------------------------------------------------------------------------
+def pooled(microbatches: list[dict[str, Tensor]], optimizer_steps: int) -> dict[str, float]:
+    """The metrics of the loss over all microbatches and ranks. Each of them has "tokens", how many it is of."""
+    stacked = {name: torch.stack([part[name] for part in microbatches]) for name in microbatches[0]}
+    tokens = stacked.pop("tokens")
+    share = tokens / reduce(tokens)  # of the tokens of all ranks
+
+    def pool(name: str, values: Tensor) -> float:  # [microbatches]
+        if name.startswith("loss"):  # the loss of an optimiser step is the sum over its microbatches
+            return reduce(values.sum()).item() / optimizer_steps
+        if name.endswith("/max"):
+            return reduce(values.max(), dist.ReduceOp.MAX).item()
+        if name.endswith("/min"):
+            return reduce(values.min(), dist.ReduceOp.MIN).item()
+        # Quantiles, deviations and effective sizes are no means over tokens: of them this is the mean over ranks.
+        return reduce(values * share).mean().item()
+
+    return {name: pool(name, values.float()) for name, values in stacked.items()}
 
 
-def distribute(policy: Policy, how: str) -> None:
+def distribute(model: PreTrainedModel, how: str) -> None:
     """With "ddp" every rank keeps the whole model; with "fsdp" each has a part of the parameters, their gradients and
     the optimiser's state (FSDP2)."""
     if group() is None or how == "ddp":
         return
-    model = policy.model
-    mesh = init_device_mesh(policy.device.type, (size(),))
+    mesh = init_device_mesh(model.device.type, (size(),))
     for module in list(model.modules()):
         if type(module).__name__ in (model._no_split_modules or ()):  # the layers
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
-def average_gradients(policy: Policy, max_norm: float) -> Tensor:  # []
+def clipped_gradients(model: nn.Module, max_norm: float) -> Tensor:  # []
     """Gives every rank the mean of all ranks' gradients, clipped to a norm; returns the norm that it had. FSDP2 has
-    averaged them already, in the backward pass."""
-    parameters = list(policy.model.parameters())
-    if group() is not None and not isinstance(policy.model, FSDPModule):
-        for parameter in parameters:
+    averaged them already, in the backward pass. Raises TrainingError where the norm is not finite."""
+    if group() is not None and not isinstance(model, FSDPModule):
+        for parameter in model.parameters():
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad.div_(size()))
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def whole_state(policy: Policy, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
-    """The state of the model, and of the optimiser if there is one, on the CPU of rank 0; empty on the others. It does
-    not depend on the number of ranks."""
-    state: dict[str, Any] = {"model": get_model_state_dict(policy.model, options=_WHOLE)}
-    if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(policy.model, optimizer, options=_WHOLE)
-    return state
-
-
-def load_whole_state(policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=group() is not None)
-    model, optim = state["model"], state["optimizer"]
-    set_state_dict(policy.model, optimizer, model_state_dict=model, optim_state_dict=optim, options=options)
-
-
-# --- errors ------------------------------------------------------------------------------------------------
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if not torch.isfinite(norm):
+        raise TrainingError(f"the norm of the gradient is {norm.item()}: a lower --lr may help")
+    return norm
 
 
 def together(function: Callable[..., T], *arguments: Any) -> T:
     """What the function returns here, once it has returned on every rank. An error on any of them is raised on all, so
     that none waits for one that has ended."""
-    error: Exception | None = None
+    result, error = None, None
     try:
         result = function(*arguments)
     except Exception as raised:
@@ -164,12 +150,11 @@ def together(function: Callable[..., T], *arguments: Any) -> T:
     if group() is not None:
         errors = [None] * size()
         dist.all_gather_object(errors, error)
-    for each in errors:
-        if each is not None:
-            raise each
-    return result
+    for each in filter(None, errors):
+        raise each
+    return result  # type: ignore[return-value]
 
 
-def on_rank_0(function: Callable[..., T], *arguments: Any) -> T | None:
-    """Runs the function on rank 0 while the others wait; None on those."""
-    return together(function if rank() == 0 else lambda *_: None, *arguments)
+def on_rank_0(function: Callable[..., Any], *arguments: Any) -> None:
+    """Runs the function on rank 0 while the others wait."""
+    together(function if rank() == 0 else lambda *_: None, *arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ class Policy:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
+    dtype: torch.dtype = torch.float32  # of the matrix products. Parameters, and so AdamW's steps, are float32
+    chat: bool = False  # whether a prompt is a message, in the tokenizer's chat template
 
     def __post_init__(self) -> None:
         # Without dropout, or a token's log-prob would differ between scoring and training.
@@ -42,10 +45,11 @@ class Policy:
         self.eos_ids = torch.tensor(ids, device=self.device)
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else ids[0]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the matrix products run in. The parameters, and so AdamW's steps, are always float32."""
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+    def encode(self, prompts: list[str]) -> list[list[int]]:
+        if self.chat:
+            apply = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+            prompts = [apply([{"role": "user", "content": prompt}]) for prompt in prompts]
+        return self.tokenizer(prompts, add_special_tokens=not self.chat).input_ids
 
     def forward(self, tokens: Tensor, attention: Tensor, **options: Any) -> Any:  # [B, L], [B, >= L]
         """The model over the tokens, the last ones of `attention`. Padding on the left has no position."""
@@ -64,17 +68,11 @@ def new_policy(hidden_size: int, layers: int, seed: int, device: torch.device) -
     """A small Qwen2 with random weights and a tokenizer of bytes: any text, no file, 258 tokens."""
     tokenizer = byte_tokenizer()
     config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 32,
-        num_key_value_heads=hidden_size // 64,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers, num_attention_heads=hidden_size // 32, num_key_value_heads=hidden_size // 64,
+        tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
-    )
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = Qwen2ForCausalLM(config)
@@ -96,7 +94,17 @@ def cached(output: Any) -> dict[str, Any]:
     return {name: output[name] for name in ("past_key_values", "cache_params") if output.get(name) is not None}
 
 
-def load_policy(name: str, device: torch.device) -> Policy:
+def usable_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What "auto" stands for: bfloat16 where the device multiplies in it."""
+    if name == "auto":
+        is_fast = torch.cuda.is_bf16_supported if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported
+        name = "bfloat16" if is_fast() else "float32"
+    return getattr(torch, name)
+
+
+def load_policy(
+    name: str, device: torch.device, dtype: torch.dtype = torch.float32, chat_template: str = "none"
+) -> Policy:
     """A causal LM by folder or name. Raises ValueError where it cannot be loaded, sampled from or trained here."""
     kind = ""
     try:
@@ -108,40 +116,35 @@ def load_policy(name: str, device: torch.device) -> Policy:
         model, loading = loaded
         if missing := sorted(loading["missing_keys"]):
             raise ValueError(f"its files lack weights: {', '.join(missing[:3])}")
-        policy = Policy(model, AutoTokenizer.from_pretrained(name), device)
-        _check_vocabulary(policy)
-        _check_sampling(policy)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        policy = Policy(model, tokenizer, device, chat=chat_template == "auto" and bool(tokenizer.chat_template))
+        _check(policy)
+        policy.dtype = dtype  # from now on: bfloat16 would hide what is wrong with a model
     except Exception as error:  # of many kinds, from the libraries that read the files and from the model itself
         what = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
         raise ValueError(f"model {name}{kind} cannot be used: {what}") from error
     return policy
 
 
-def _check_vocabulary(policy: Policy) -> None:
+@torch.no_grad()
+def _check(policy: Policy) -> None:
+    """Raises ValueError unless the log-prob of a token depends on the tokens before it alone, and sampling behind
+    padding, with a key-value cache, gives the same."""
     size = policy.model.get_input_embeddings().num_embeddings
     largest = max([*policy.tokenizer.get_vocab().values(), policy.pad_id, *policy.eos_ids.tolist()])
     if largest >= size:
         raise ValueError(f"its tokenizer has tokens up to {largest}, its vocabulary only {size}")
-
-
-@torch.no_grad()
-def _check_sampling(policy: Policy) -> None:
-    """Raises ValueError unless the log-prob of a token depends on the tokens before it alone, and sampling behind
-    padding, with a key-value cache, gives the same."""
-    tokens = torch.arange(4, device=policy.device).unsqueeze(0)
-    attention = torch.ones_like(tokens)
-    logits = policy.forward(tokens, attention).logits
+    tokens, attention = torch.tensor([[[policy.pad_id, 0, 1, 2, 3], [1] * 5]], device=policy.device).unbind(1)
+    logits, other = (policy.forward(tokens[:, ids], attention[:, 1:]).logits for ids in ([1, 2, 3, 4], [1, 4, 4, 4]))
     if logits.isnan().any():
         raise ValueError("its logits are NaN")
-    bound = 64 * torch.finfo(policy.dtype).eps * logits.abs().max()
-    other = policy.forward(tokens[:, [0, 3, 3, 3]], attention).logits
+    bound = 64 * torch.finfo(torch.float32).eps * logits.abs().max()
     if (other[:, 0] - logits[:, 0]).abs().max() > bound:
         raise ValueError("it is an encoder: a token's logits depend on the tokens after it")
-    padded = torch.cat([torch.full_like(tokens[:, :1], policy.pad_id), tokens], 1)
-    attention = (torch.arange(5, device=policy.device) > 0).long().unsqueeze(0)
-    prefix = policy.forward(padded[:, :-1], attention[:, :-1], use_cache=True)
+    attention[:, 0] = 0
+    prefix = policy.forward(tokens[:, :-1], attention[:, :-1], use_cache=True)
     if not cached(prefix):
         raise ValueError("it has no key-value cache, with which responses are sampled here")
-    last = policy.forward(padded[:, -1:], attention, use_cache=True, **cached(prefix)).logits
+    last = policy.forward(tokens[:, -1:], attention, use_cache=True, **cached(prefix)).logits
     if not (last[:, -1] - logits[:, -1]).abs().max() <= bound:
         raise ValueError("its logits behind padding, or with a cache, are not those without")

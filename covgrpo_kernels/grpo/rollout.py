@@ -1,16 +1,19 @@
-"""Sampling groups of responses, and the batch they make."""
+"""Groups of responses: sampling, rewards, advantages, and the batch they make."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from . import parallel
 from .policy import Policy, cached
+from .tasks import Problem
 
 
 @dataclass
@@ -41,6 +44,20 @@ class Batch:
         return Batch(self.tokens[rows], self.attention[rows], self.mask[rows])
 
 
+@dataclass
+class Rollout:
+    """A batch of whole groups, and what is known of it before the first update."""
+
+    batch: Batch  # [B, T] tokens
+    advantages: Tensor  # [B]
+    old_logprobs: Tensor  # [B, T]
+    ref_logprobs: Tensor | None  # [B, T]
+
+    def rows(self, rows: Tensor) -> Rollout:
+        ref = None if self.ref_logprobs is None else self.ref_logprobs[rows]
+        return Rollout(self.batch.rows(rows), self.advantages[rows], self.old_logprobs[rows], ref)
+
+
 @torch.no_grad()
 def sample(
     policy: Policy,
@@ -51,20 +68,22 @@ def sample(
     generator: torch.Generator | None = None,
 ) -> Batch:
     """Every rank samples its share of the rows, and returns all of them."""
-    tokens, attention = _encode_prompts(policy, prompts)
+    tokens, attention = _padded(policy, policy.encode(prompts))
     rows, prompt_length = len(prompts) * group_size, tokens.shape[1]
     mine = parallel.share(rows).to(policy.device)
     tokens, attention = tokens[mine // group_size], attention[mine // group_size]
     out = policy.forward(tokens, attention, use_cache=True, logits_to_keep=1)
     running = torch.ones(len(mine), dtype=torch.bool, device=policy.device)
     while True:
-        logits = out.logits[:, -1]
-        if temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            # A number for every row of all ranks: a row's tokens do not depend on which rank has it.
+        logits = out.logits[:, -1].float()
+        token = logits.argmax(-1)
+        if temperature > 0:
+            # A number for every row of all ranks: a row's tokens do not depend on which rank has it. The token is where
+            # the cumulative distribution passes it; the clamp is for rounding, and for no distribution at all.
             uniform = torch.rand(rows, generator=generator, dtype=torch.float64, device=policy.device)[mine]
-            token = _draw((logits.float() / temperature).softmax(-1), uniform)
+            cumulative = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+            place = torch.searchsorted(cumulative, uniform.unsqueeze(1) * cumulative[:, -1:], right=True)
+            token = place.squeeze(1).clamp(max=logits.shape[1] - 1)
         token = token.where(running, policy.pad_id)
         tokens = torch.cat([tokens, token.unsqueeze(1)], 1)
         attention = torch.cat([attention, running.unsqueeze(1).to(attention.dtype)], 1)
@@ -76,32 +95,18 @@ def sample(
         out = policy.forward(tokens[:, -1:], attention, use_cache=True, **cached(out))
 
 
-def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:  # [B, V], [B] in [0, 1) -> [B]
-    """Where the cumulative distribution passes the uniform number."""
-    cumulative = probabilities.cumsum(-1, dtype=uniform.dtype)
-    place = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(1), right=True)
-    return place.squeeze(1).clamp(max=probabilities.shape[1] - 1)  # rounding, or no distribution at all
-
-
 def encode_solutions(policy: Policy, prompts: list[str], solutions: list[str]) -> Batch:
     """The batch that sampling would have given, had it answered with the solutions."""
-    tokens, attention = _encode_prompts(policy, prompts)
-    eos = int(policy.eos_ids[0])
-    responses = [[*policy.tokenizer(s, add_special_tokens=False).input_ids, eos] for s in solutions]
-    reversed_tokens, mask = _padded_on_the_left(policy, [row[::-1] for row in responses])
-    tokens, attention = torch.cat([tokens, reversed_tokens.flip(1)], 1), torch.cat([attention, mask.flip(1)], 1)
-    return Batch(tokens, attention, mask.flip(1).bool())
+    eos = policy.eos_ids[:1].tolist()
+    responses = [ids + eos for ids in policy.tokenizer(solutions, add_special_tokens=False).input_ids]
+    (tokens, attention), (answer, mask) = _padded(policy, policy.encode(prompts)), _padded(policy, responses, "right")
+    return Batch(torch.cat([tokens, answer], 1), torch.cat([attention, mask], 1), mask.bool())
 
 
-def _encode_prompts(policy: Policy, prompts: list[str]) -> tuple[Tensor, Tensor]:  # [B, P], [B, P]
-    return _padded_on_the_left(policy, [policy.tokenizer(prompt).input_ids for prompt in prompts])
-
-
-def _padded_on_the_left(policy: Policy, rows: list[list[int]]) -> tuple[Tensor, Tensor]:  # tokens, attention
-    length = max(map(len, rows))
-    tokens = [[policy.pad_id] * (length - len(row)) + row for row in rows]
-    attention = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(tokens, device=policy.device), torch.tensor(attention, device=policy.device)
+def _padded(policy: Policy, ids: list[list[int]], side: str = "left") -> tuple[Tensor, Tensor]:  # tokens, attention
+    rows = [torch.tensor(row, device=policy.device) for row in ids]
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    return pad(rows, padding_value=policy.pad_id), pad([torch.ones_like(row) for row in rows])
 
 
 def finished(policy: Policy, batch: Batch) -> Tensor:  # [B]
@@ -109,11 +114,14 @@ def finished(policy: Policy, batch: Batch) -> Tensor:  # [B]
     return (torch.isin(batch.responses, policy.eos_ids) & batch.mask).any(1)
 
 
-def texts(policy: Policy, batch: Batch) -> list[str]:
+def reward(policy: Policy, batch: Batch, problems: list[Problem]) -> Tensor:  # [B]
+    """1 for a correct response, 0 for a wrong one or one that was cut off. As many rows for each problem."""
     keep = batch.mask & ~torch.isin(batch.responses, policy.eos_ids)
-    return policy.tokenizer.batch_decode(
-        [row[k].tolist() for row, k in zip(batch.responses, keep, strict=True)], skip_special_tokens=True
-    )
+    rows = [row[k].tolist() for row, k in zip(batch.responses, keep, strict=True)]
+    texts = policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    group_size = len(texts) // len(problems)
+    right = [problems[i // group_size].is_correct(text) for i, text in enumerate(texts)]
+    return (torch.tensor(right, device=policy.device) & finished(policy, batch)).float()
 
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:  # [B] -> [B]
@@ -123,3 +131,15 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:  # [B] -> [B]
     advantages = centred / (groups.std(1, keepdim=True) + 1e-4)
     # Equal rewards teach nothing: exactly zero, whatever the mean rounds to.
     return advantages.where(groups.max(1, keepdim=True)[0] > groups.min(1, keepdim=True)[0], 0.0).view(-1)
+
+
+def reward_metrics(policy: Policy, batch: Batch, rewards: Tensor, group_size: int) -> dict[str, Any]:
+    groups, lengths = rewards.view(-1, group_size), batch.mask.sum(1).float()
+    return {
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std().item(),
+        "reward/equal_groups": (groups == groups[:, :1]).all(1).float().mean().item(),
+        "response/length": lengths.mean().item(),
+        "response/truncated": 1 - finished(policy, batch).float().mean().item(),
+        "response/tokens": int(lengths.sum()),
+    }

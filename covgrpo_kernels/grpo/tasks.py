@@ -1,4 +1,4 @@
-"""Problems whose answers a program checks: generated arithmetic and Countdown, or your own from a file.
+"""Problems whose answers a program checks: generated ones of Countdown, or your own from a file.
 
 A `Task` gives the problem at an index, the same one every time, so a run that is killed and resumed sees the
 same problems. Whether a problem is held out for evaluation is a function of its prompt alone: no prompt can
@@ -15,9 +15,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 
-MODULI = (7, 11, 13, 17, 19, 23, 29, 31)  # by difficulty
+INSTRUCTION = (
+    "Use each of the numbers before = at most once, with + - * and parentheses, to reach the number after it. "
+    "End with a line that is the expression alone.\n\n"
+)
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,21 @@ class Task:
         """Problem `index` of a stream; streams ("train", "warm start") are independent of each other."""
         return self._draw(f"{self.seed}/{stream}/{index}", held_out=False)
 
+    def training_problems(self, step: int, count: int) -> list[Problem]:
+        return [self.training_problem("train", (step - 1) * count + i) for i in range(count)]
+
     def held_out_problem(self, index: int) -> Problem:
         # Not of the seed: runs are compared on the same problems.
         return self._draw(f"held out/{index}", held_out=True)
+
+    def held_out_problems(self, count: int) -> list[Problem]:
+        """As many different ones, or fewer where a long search finds no more."""
+        found: dict[str, Problem] = {}
+        for problem in map(self.held_out_problem, range(20 * count)):
+            found.setdefault(problem.prompt, problem)
+            if len(found) == count:
+                break
+        return list(found.values())
 
     def _draw(self, key: str, *, held_out: bool) -> Problem:
         rng = random.Random(key)
@@ -50,37 +66,20 @@ class Task:
                 return problem
 
 
-def generated_task(name: str, difficulty: int, seed: int) -> Task:
-    generate = {"arithmetic": modular_arithmetic, "countdown": countdown}[name]
-    return Task(partial(generate, difficulty=difficulty), lambda prompt: zlib.crc32(prompt.encode()) % 10 == 0, seed)
+def countdown_task(difficulty: int, seed: int, *, instruct: bool = False) -> Task:
+    """`instruct`: for models that do not know these problems. The last line of a response is then the answer."""
+
+    def generate(rng: random.Random) -> Problem:
+        problem = countdown(rng, difficulty)
+        if not instruct:
+            return problem
+        return Problem(INSTRUCTION + problem.prompt, problem.solution, lambda r: problem.is_correct(last_line(r)))
+
+    return Task(generate, in_a_tenth, seed)
 
 
-# --- chained modular arithmetic ---------------------------------------------------------------------------
-
-
-def modular_arithmetic(rng: random.Random, difficulty: int) -> Problem:
-    """`difficulty` operations, one after another from the left, modulo a prime that grows with it.
-
-    "5 *3 -9 mod 11 =" is worked as "4 6": a response gives whatever steps it likes, its last number counts.
-    """
-    modulus = MODULI[difficulty - 1]
-    value = rng.randrange(modulus)
-    prompt, steps = str(value), []
-    for _ in range(difficulty):
-        operator, operand = rng.choice("+-*"), rng.randrange(modulus)
-        value = _apply(operator, value, operand) % modulus
-        prompt += f" {operator}{operand}"
-        steps.append(str(value))
-    prompt += f" mod {modulus} ="
-    return Problem(prompt, " ".join(steps), partial(_ends_with, answer=value))
-
-
-def _ends_with(response: str, answer: int) -> bool:
-    last = re.search(r"(?:^|\s)([0-9]+)\s*$", response)
-    return last is not None and last[1] == str(answer)
-
-
-# --- Countdown ---------------------------------------------------------------------------------------------
+def in_a_tenth(prompt: str) -> bool:
+    return zlib.crc32(prompt.encode()) % 10 == 0
 
 
 def countdown(rng: random.Random, difficulty: int) -> Problem:
@@ -99,7 +98,7 @@ def countdown(rng: random.Random, difficulty: int) -> Problem:
                 a, b = (f"({e})" if "+" in e or "-" in e else e for e in (a, b))
             elif operator == "-" and ("+" in b or "-" in b):
                 b = f"({b})"
-            parts.append((a + operator + b, _apply(operator, x, y)))
+            parts.append((a + operator + b, apply_operator(operator, x, y)))
         [(expression, target)] = parts
         if 0 < target < 1000:
             prompt = f"{' '.join(map(str, numbers))}={target}:"
@@ -119,7 +118,7 @@ def _reaches(response: str, numbers: list[int], target: int) -> bool:
             used.append(node.value)
             return node.value
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-            return _apply(_OPERATORS[type(node.op)], value(node.left), value(node.right))
+            return apply_operator(_OPERATORS[type(node.op)], value(node.left), value(node.right))
         raise SyntaxError("not an expression of numbers, + - * and parentheses")
 
     try:
@@ -132,16 +131,13 @@ def _reaches(response: str, numbers: list[int], target: int) -> bool:
 _OPERATORS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
 
 
-def _apply(operator: str, a: int, b: int) -> int:
+def apply_operator(operator: str, a: int, b: int) -> int:
     return a + b if operator == "+" else a - b if operator == "-" else a * b
 
 
-# --- your own ----------------------------------------------------------------------------------------------
-
-
 def file_task(path: str, seed: int) -> Task:
-    """Rows {"prompt": ..., "answer": ...}; a response is right if it is the answer, but for blanks around it.
-    A tenth of the prompts, at least one, is held out. Raises ValueError naming the line."""
+    """Rows {"prompt": ..., "answer": ...}; a response is right that ends in the answer. A tenth of the prompts, at
+    least one, is held out. Raises ValueError naming the line."""
     problems = []
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -149,15 +145,15 @@ def file_task(path: str, seed: int) -> Task:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:  # not JSON, not UTF-8
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: not an object with a prompt and an answer")
-            for key in ("prompt", "answer"):
-                if not (isinstance(row.get(key), str) and row[key].strip()):
-                    raise ValueError(f"{path}, line {number}: {key!r} must be a non-empty string")
+                if not all(isinstance(row[key], str) and row[key].strip() for key in ("prompt", "answer")):
+                    raise TypeError("a prompt and an answer must be strings, and not empty")
+            except (ValueError, TypeError, KeyError) as error:  # not JSON, not UTF-8, no object
+                raise ValueError(
+                    f'{path}, line {number}: not JSON of the form {{"prompt": ..., "answer": ...}} '
+                    f"({type(error).__name__}: {error})"
+                ) from None
             answer = row["answer"].strip()
-            problems.append(Problem(row["prompt"], answer, partial(_is_exactly, answer=answer)))
+            problems.append(Problem(row["prompt"], answer, partial(ends_in, answer=answer)))
     prompts = sorted({p.prompt for p in problems}, key=lambda prompt: (zlib.crc32(prompt.encode()), prompt))
     if len(prompts) < 2:
         raise ValueError(f"{path}: at least two different prompts are needed, one of them to hold out")
@@ -165,5 +161,20 @@ def file_task(path: str, seed: int) -> Task:
     return Task(lambda rng: rng.choice(problems), held_out.__contains__, seed, tuple(prompts))
 
 
-def _is_exactly(response: str, answer: str) -> bool:
-    return response.strip() == answer
+NUMBER = r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
+
+
+def ends_in(response: str, answer: str) -> bool:
+    r"""Whether what the response comes to is the answer: the last \boxed{}, or else the last number of all where the
+    answer is one, or else the end of the last line. Never an answer in passing: a list of all numbers would be right.
+    """
+    boxed = re.findall(r"\\boxed\s*\{([^{}]*)\}", response)
+    given = boxed[-1].strip() if boxed else response
+    if re.fullmatch(NUMBER, answer):
+        value, *last = (Fraction(n.replace(",", "")) for n in (answer, *re.findall(NUMBER, given)[-1:]))
+        return last == [value]
+    return re.search(rf"(?<!\w){re.escape(answer.lower())}\W*$", last_line(given).lower()) is not None
+
+
+def last_line(response: str) -> str:
+    return (response.strip().splitlines() or [""])[-1]

@@ -30,11 +30,12 @@ from torch import Tensor
 from covgrpo_kernels import CovGRPOConfig, covgrpo_loss
 from covgrpo_kernels.grpo.config import TrainConfig
 from covgrpo_kernels.grpo.policy import Policy, new_policy
-from covgrpo_kernels.grpo.rollout import Batch, sample
+from covgrpo_kernels.grpo.rollout import Batch, Rollout, sample
 from covgrpo_kernels.grpo.tasks import Task
-from covgrpo_kernels.grpo.train import Rollout, make_task, rollout, train_step, warm_start
+from covgrpo_kernels.grpo.train import generator_of, grpo_step, warm_start
 
 from ..covariances import group_statistics
+from ..rollouts import make_task, rollout
 
 LOGITS = "gradient of each state's logits"
 STATES = ("own", "fresh")
@@ -60,6 +61,7 @@ class Plan:
     grpo_steps: tuple[int, ...]  # how long the policy was trained when its updates are measured
     batches: int  # updates at each of these times, all from the same policy
     steps: dict[str, tuple[float, ...]]  # step sizes of each optimiser; the parts are compared at the middle one
+    task: str = "countdown"
 
 
 def plan(seed: int, quick: bool) -> Plan:
@@ -67,10 +69,9 @@ def plan(seed: int, quick: bool) -> Plan:
     if quick:
         # A guess: one answer in seven is right.
         policy = dataclasses.replace(
-            policy, layers=1, task="arithmetic", prompts_per_step=6, max_new_tokens=4, warm_start_steps=25,
-            warm_start_lr=5e-3,
-        )  # fmt: skip
-        return Plan(policy, (seed,), (0, 2), 6, {"SGD": (0.01,), "AdamW": (1e-4,)})
+            policy, layers=1, prompts_per_step=6, max_new_tokens=4, warm_start_steps=25, warm_start_lr=5e-3
+        )
+        return Plan(policy, (seed,), (0, 2), 6, {"SGD": (0.01,), "AdamW": (1e-4,)}, task="arithmetic")
     return Plan(
         policy, (seed, seed + 1, seed + 2), (0, 40), 48, {"SGD": (0.001, 0.01, 0.1), "AdamW": (1e-5, 1e-4, 1e-3)}
     )
@@ -272,14 +273,17 @@ def measure(plan: Plan) -> dict[str, Any]:
 def measure_policy(seed: int, plan: Plan) -> Iterator[dict[str, Any]]:
     """A stage of its training after the other."""
     config = dataclasses.replace(plan.policy, seed=seed)
-    task = make_task(config)
+    task = make_task(plan.task, config)
     policy = new_policy(config.hidden_size, config.layers, config.seed, torch.device("cpu"))
     warm_start(policy, task, config)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0)
     done = 0
     for grpo_steps in plan.grpo_steps:
         for step in range(done + 1, grpo_steps + 1):
-            train_step(step, policy, None, optimizer, task, config)
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * min(1.0, step / max(config.warmup_steps, 1))
+            problems = task.training_problems(step, config.prompts_per_step)
+            grpo_step(policy, None, optimizer, problems, config, generator_of(policy, config.seed, step))
         done = grpo_steps
         exact = copy.deepcopy(policy)
         exact.model.double()
@@ -293,12 +297,13 @@ def measure_stage(policy: Policy, task: Task, config: TrainConfig, grpo_steps: i
         key = f"{config.seed}/entropy law/{grpo_steps}/{i}"
         generator = torch.Generator().manual_seed(random.Random(key).getrandbits(63))
         # Problems that no training step has seen.
-        data, metrics = rollout(plan.grpo_steps[-1] + 1 + i, policy, None, task, config, generator)
+        problems = task.training_problems(plan.grpo_steps[-1] + 1 + i, config.prompts_per_step)
+        data, mean_reward = rollout(policy, problems, config, generator)
         if i == 0:
             logits = response_logits(policy, data.batch, config.temperature).detach()
             advantages = tokens_of(data, logits, config.group_size).A
             law = logit_law(logits, advantages, data.batch.responses[data.batch.mask], generator)
-        batches.append({"reward": metrics["reward/mean"], **measure_batch(policy, data, fresh, plan)})
+        batches.append({"reward": mean_reward, **measure_batch(policy, data, fresh, plan)})
         if (i + 1) % 10 == 0:
             print(f"seed {config.seed}, {grpo_steps} steps of GRPO: batch {i + 1} of {plan.batches}", flush=True)
     return {"logits": law, **collated(batches)}

@@ -47,8 +47,8 @@ _SIZES = TrainConfig(
     steps=300,
 )
 TASKS = {
-    "countdown": dataclasses.replace(_SIZES, task="countdown", difficulty=1, warm_start_reward=0.3),
-    "arithmetic": dataclasses.replace(_SIZES, task="arithmetic", difficulty=2, warm_start_reward=0.45),
+    "countdown": dataclasses.replace(_SIZES, difficulty=1, warm_start_reward=0.3),
+    "arithmetic": dataclasses.replace(_SIZES, difficulty=2, warm_start_reward=0.45),
 }
 EVALUATION = Evaluation(problems=64, samples=16, every=50)
 SEEDS = 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import multiprocessing
@@ -21,24 +22,17 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from covgrpo_kernels.grpo.checkpoint import save_folder_atomically, write_atomically
+from covgrpo_kernels.grpo.checkpoint import TrainingError, save_folder_atomically, write_atomically
 from covgrpo_kernels.grpo.config import TrainConfig
 from covgrpo_kernels.grpo.policy import Policy, load_policy, new_policy
 from covgrpo_kernels.grpo.progress import ProgressBar
-from covgrpo_kernels.grpo.rollout import sample
-from covgrpo_kernels.grpo.tasks import Problem, Task
-from covgrpo_kernels.grpo.train import (
-    TrainingError,
-    make_task,
-    reference_policy,
-    reward,
-    rollout,
-    update,
-    warm_start,
-)
+from covgrpo_kernels.grpo.rollout import Rollout, reward, sample
+from covgrpo_kernels.grpo.tasks import Problem
+from covgrpo_kernels.grpo.train import grpo_step, warm_start
 
 from ..covariances import group_statistics, statistics_metrics, weight_metrics
-from .arms import ALL_ARMS, Evaluation
+from ..rollouts import make_task
+from .arms import ALL_ARMS, Arm, Evaluation
 from .statistics import pass_at_k, tail_means
 
 CPU = torch.device("cpu")
@@ -122,32 +116,22 @@ def perform(spec: RunSpec) -> None:
     if spec.after is not None:
         lr *= mean(row["advantages/kept"] for row in read_run(spec.after.path).steps[1:])
     policy = load_policy(str(spec.start / "warm_start"), CPU)
-    reference = reference_policy(policy, config) if arm.loss.beta else None
+    reference = copy.deepcopy(policy) if arm.loss.beta else None
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.0)
-    task = make_task(config)
-    held_out = held_out_problems(task, spec.evaluation.problems)
+    task = make_task(spec.task, config)
+    held_out = task.held_out_problems(spec.evaluation.problems)
 
     steps: list[dict[str, Any]] = [{"step": 0, **evaluate(policy, held_out, config, spec.evaluation.samples)}]
     covariances = []
     for step in range(1, config.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, step / max(config.warmup_steps, 1))
+        watched = Watched(arm, config.group_size, _generator(spec.seed, "weights", step))
+        problems = task.training_problems(step, config.prompts_per_step)
         generator = _generator(spec.seed, "step", step)
-        data, metrics = rollout(step, policy, reference, task, config, generator)
-        valid = data.batch.mask.flatten()
-        found = group_statistics(data.old_logprobs, data, config.group_size)
-        covariances.append(found.covariance[valid])
-        metrics |= statistics_metrics(found, data)
-        weights = None
-        if arm.weights is not None:
-            # From a generator of its own: the rest is drawn as in the other arms.
-            own = _generator(spec.seed, "weights", step)
-            weights = arm.weights(data.old_logprobs, data.advantages, data.batch.mask, config.group_size, own)
-            data = dataclasses.replace(data, advantages=data.advantages.unsqueeze(1) * weights)
-        updated = update(step, data, policy, optimizer, config, generator, arm.loss)
-        if weights is not None:  # the loss does not know of them
-            updated |= weight_metrics(weights, found, data)
-        metrics = updated | metrics
+        metrics = grpo_step(policy, reference, optimizer, problems, config, generator, arm.loss, watched)
+        metrics |= watched.metrics
+        covariances.append(watched.covariance)
         if step % spec.evaluation.every == 0 or step == config.steps:
             metrics |= evaluate(policy, held_out, config, spec.evaluation.samples)
         steps.append({"step": step, **{name: metrics[name] for name in metrics if name in KEPT or "eval" in name}})
@@ -156,19 +140,29 @@ def perform(spec: RunSpec) -> None:
     write_atomically(spec.path, lambda file: file.write("".join(lines).encode()))
 
 
+class Watched:
+    """Called with the rollout of a step before its updates: the covariances are kept, and where the arm has weights of
+    its own, the advantages are weighted."""
+
+    def __init__(self, arm: Arm, group_size: int, generator: torch.Generator) -> None:
+        self._arm, self._group_size, self._generator = arm, group_size, generator
+
+    def __call__(self, data: Rollout) -> None:
+        found = group_statistics(data.old_logprobs, data, self._group_size)
+        self.covariance = found.covariance[data.batch.mask.flatten()]
+        statistics, self.metrics = statistics_metrics(found, data), {}
+        if self._arm.weights is not None:
+            # From a generator of its own: the rest is drawn as in the other arms.
+            weights = self._arm.weights(
+                data.old_logprobs, data.advantages, data.batch.mask, self._group_size, self._generator
+            )
+            data.advantages = data.advantages.unsqueeze(1) * weights
+            self.metrics = weight_metrics(weights, found, data)  # the loss does not know of them
+        self.metrics |= statistics
+
+
 def _generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(63))
-
-
-def held_out_problems(task: Task, count: int) -> list[Problem]:
-    """Distinct ones, the same for every seed."""
-    problems: dict[str, Problem] = {}
-    index = 0
-    while len(problems) < count:
-        problem = task.held_out_problem(index)
-        problems.setdefault(problem.prompt, problem)
-        index += 1
-    return list(problems.values())
 
 
 @torch.no_grad()
@@ -176,7 +170,7 @@ def evaluate(policy: Policy, problems: Sequence[Problem], config: TrainConfig, s
     prompts = [problem.prompt for problem in problems]
     generator = _generator("evaluation")
     batch = sample(policy, prompts, samples, config.max_new_tokens, config.temperature, generator)
-    right = reward(policy, batch, [problem for problem in problems for _ in range(samples)])
+    right = reward(policy, batch, list(problems))
     counts = right.view(-1, samples).sum(1).long()  # [problems]
     return {f"eval/pass@{k}": pass_at_k(counts, samples, k).mean().item() for k in (1, 8)}
 
@@ -231,7 +225,7 @@ def make_start(spec: RunSpec) -> None:
         return
     write_atomically(file, lambda opened: opened.write(json.dumps(options).encode()))
     policy = new_policy(config.hidden_size, config.layers, config.seed, CPU)
-    warm_start(policy, make_task(config), config)
+    warm_start(policy, make_task(spec.task, config), config)
     save_folder_atomically(folder, policy.save)
 
 

@@ -17,8 +17,7 @@ pytest.importorskip("transformers")
 
 from covgrpo_kernels import covgrpo_loss, reference
 from covgrpo_kernels.grpo.policy import Policy, new_policy
-from covgrpo_kernels.grpo.rollout import sample
-from covgrpo_kernels.grpo.train import Rollout
+from covgrpo_kernels.grpo.rollout import Rollout, sample
 from research import RESULTS
 from research.entropy_law import law
 from research.entropy_law.law import States, entropy, first_order, gradients, measure_step

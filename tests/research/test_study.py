@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import re
 import signal
 import subprocess
@@ -25,10 +26,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from covgrpo_kernels import CovarianceWeighting, CovGRPOConfig, covariance_weights, covgrpo_loss
-from covgrpo_kernels.grpo.rollout import Batch
-from covgrpo_kernels.grpo.train import Rollout, TrainingError
+from covgrpo_kernels.grpo.checkpoint import TrainingError
+from covgrpo_kernels.grpo.rollout import Batch, Rollout
+from covgrpo_kernels.grpo.tasks import Problem
 from covgrpo_kernels.testing import random_batch
-from research import RESULTS
+from research import RESULTS, arithmetic
 from research.__main__ import main
 from research.covariances import group_statistics, statistics_metrics
 from research.entropy_law import run as entropy_law
@@ -234,6 +236,31 @@ def test_each_ablation_changes_one_reading() -> None:
             assert dataclasses.replace(arm.loss, weighting="covariance") == CovGRPOConfig.paper()
             there = dataclasses.asdict(arm.loss.weighting)
             assert sum(there[option] != default[option] for option in default) == 1, name
+
+
+def test_arithmetic_is_right() -> None:
+    rng = random.Random(0)
+    for difficulty in range(1, 9):
+        for _ in range(50):
+            problem = arithmetic.modular_arithmetic(rng, difficulty)
+            start, *operations, _, modulus, _ = problem.prompt.split()
+            value, steps = int(start), []
+            for operation in operations:
+                a, b = value, int(operation[1:])
+                value = {"+": a + b, "-": a - b, "*": a * b}[operation[0]] % int(modulus)
+                steps.append(str(value))
+            assert len(steps) == difficulty
+            assert problem.solution == " ".join(steps)
+            for answer in range(int(modulus)):
+                assert problem.is_correct(f"1 2 {answer}") == (answer == value)
+
+
+def test_arithmetic_takes_the_last_number() -> None:
+    problem = Problem("", "", lambda response: arithmetic._ends_with(response, answer=7))
+    for response in ("7", "3 7", "1 2 7 ", "\t7\n"):
+        assert problem.is_correct(response), response
+    for response in ("07", "17", "-7", "7.", "7 3", "x7", "7a", "\u0667", "", " "):
+        assert not problem.is_correct(response), response
 
 
 # --- runs --------------------------------------------------------------------------------------------------

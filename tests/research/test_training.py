@@ -11,8 +11,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from covgrpo_kernels import CovGRPOConfig, linear_logprob, reference
-from covgrpo_kernels.grpo.rollout import Batch
-from covgrpo_kernels.grpo.train import Rollout
+from covgrpo_kernels.grpo.rollout import Batch, Rollout
 from covgrpo_kernels.testing import random_batch
 from research import training
 from research.languages import Languages, make_batch
