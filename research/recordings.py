@@ -29,6 +29,7 @@ TEMPERATURES = (0.6, 1.0)
 MANY = (64, 128, 256)  # entries above the floor
 BLOCK = 128  # rows that have their logits at a time
 ROWS = 2048  # that are measured, of each recording
+PROMPTS_USED = 60  # of bench/prompts.jsonl, which are in random order: 7,680 tokens
 PROBES = 512  # rows whose dL/dlogits is measured
 
 
@@ -49,12 +50,12 @@ def _measure_all(models: Sequence[str], temperatures: Sequence[float], rows: int
     wanted = {f"{name} at {t}": recorded(name, t) for name in models for t in temperatures}
     for label, path in wanted.items():
         print(f"{label}: {path}", flush=True)
-        found["inputs"][label] = statistics(first_groups(torch.load(path, weights_only=True), rows))
+        found["inputs"][label] = statistics(torch.load(path, weights_only=True), rows)
         write_json(file, found)
     for policy in POLICIES:
         label = f"rl_head, {policy}"
         print(label, flush=True)
-        found["inputs"][label] = statistics(rl_head(0, rows, 576, 49152, policy=policy))
+        found["inputs"][label] = statistics(rl_head(0, rows, 576, 49152, policy=policy), rows)
         write_json(file, found)
 
 
@@ -66,7 +67,7 @@ def recorded(name: str, temperature: float) -> Path:
     path = cache_folder() / "recordings" / f"{name}_t{temperature}.pt"
     if not path.exists():
         policy = load_policy(str(model_folder(name)), torch.device("cpu"))
-        problems = read_problems(PROMPTS)
+        problems = read_problems(PROMPTS)[:PROMPTS_USED]
         save(record(policy, problems, group_size=4, max_new_tokens=32, temperature=temperature), path)
     return path
 
@@ -76,7 +77,7 @@ def first_groups(recording: dict[str, Any], rows: int) -> dict[str, Any]:
     tokens."""
     size = int((recording["group_ids"] == 0).sum())
     n = len(recording["targets"])
-    kept = min(n, rows // size * size)
+    kept = min(n, max(rows // size, 1) * size)
     part = {name: x[:kept] if torch.is_tensor(x) and len(x) == n else x for name, x in recording.items()}
     before, after = ((x["targets"] != IGNORE_INDEX).sum() for x in (recording, part))
     return part | dict(logprob_grad=part["logprob_grad"] * (before / after))
@@ -85,14 +86,18 @@ def first_groups(recording: dict[str, Any], rows: int) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------- measurements
 
 
-def statistics(head: dict[str, Any], dtype: torch.dtype = torch.bfloat16, probes: int = PROBES) -> dict[str, Any]:
-    """Of the rows of a recording, or of a generator of `covgrpo_kernels.testing`, in inputs of a dtype."""
+def statistics(
+    head: dict[str, Any], rows: int = ROWS, dtype: torch.dtype = torch.bfloat16, probes: int = PROBES
+) -> dict[str, Any]:
+    """Of a recording, or of a generator of `covgrpo_kernels.testing`, in inputs of a dtype: the distributions of all
+    rows; gradients of the first whole groups, of ``rows`` rows at most; the error of dL/dlogits of the first
+    ``probes``."""
     from bench.measure import Problem
 
-    problem = Problem.of(head, dtype, torch.device("cpu"))
-    tolerance = resolve_grad_tol("auto", dtype)
+    every, problem = (Problem.of(x, dtype, torch.device("cpu")) for x in (head, first_groups(head, rows)))
     result: dict[str, Any] = dict(size=problem.size, coefficients=_share(problem.logprob_grad != 0))
-    result |= distribution(problem.hidden, problem.weight, problem.targets, min_probability(tolerance))
+    floor = min_probability(resolve_grad_tol("auto", dtype))
+    result |= distribution(every.hidden, every.weight, every.targets, floor)
     result |= gradient_errors(problem)
     result["dlogits"] = dlogits_error(problem, probes)
     return result
@@ -232,8 +237,9 @@ def report(found: dict[str, Any]) -> str:
     return (
         "# What the heads of real policies see\n\n"
         "Written by `python -m research recordings`; `research/recordings.py` says how each line is measured. "
-        "Responses of SmolLM2-135M-Instruct and Gemma 3 270M (4-bit weights, computed in float32) to 100 prompts on "
-        f"mathematics, code and prose, sampled at the temperature named; {found['rows']} tokens of each, in bfloat16. "
+        "Responses of SmolLM2-135M-Instruct and Gemma 3 270M (4-bit weights, computed in float32) to 60 prompts on "
+        "mathematics, code and prose, sampled at the temperature named, in bfloat16. Distributions are of all tokens, "
+        f"errors and row classes of the first {found['rows']}. "
         "Advantages are of real answers in mathematics and made up elsewhere. `rl_head` is the generator of the "
         "benchmark's inputs, at SmolLM2's size, for its three policies: the last two are fitted to SmolLM2's "
         "recordings.\n\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ def train(trainer_class: type, folder: Path, files: Path, follow: bool, bf16: bo
                 exact.add(compute_loss, model, inputs, is_first=True)
             steps.exact_losses.append(exact.losses.pop())
             steps.exact_norms.append(total_norm(exact.grads.pop().values()))
+            gc.collect()  # the copies in float64, two gigabytes each
         return loss
 
     trainer._compute_loss = recorded

@@ -1,4 +1,4 @@
-"""The cache of real models, with small made-up packages in place of the downloads; and what is measured of recordings."""
+"""The cache of real models, with small made-up packages in place of the downloads; what is measured of recordings."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_statistics_are_those_of_the_distribution() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_line_of_the_report(policy: str) -> None:
     """At a toy size; the error of dL/dlogits keeps what was certified, and is not nothing."""
-    found = recordings.statistics(rl_head(0, 256, 32, 3000, policy=policy), probes=256)
+    found = recordings.statistics(rl_head(0, 256, 32, 3000, policy=policy), probes=128)
     assert 0 < found["dlogits"]["error"] <= found["dlogits"]["certificate"]
     assert sum(found["row_classes"].values()) == pytest.approx(1)
     text = recordings.report(dict(environment=dict(commit="c", torch="t", backend="b"), rows=256, inputs={"x": found}))
