@@ -225,7 +225,7 @@ class RecordedPolicy:
 # when it samples at a temperature of 0.6 or 1.
 POLICIES: dict[str, RecordedPolicy | None] = {
     "sure": None,
-    "recorded-0.6": RecordedPolicy(exponent=1.67, noise=(4.0, 8.2), lead=2.0),
+    "recorded-0.6": RecordedPolicy(exponent=1.67, noise=(3.75, 9.5), lead=1.2),
     "recorded-1.0": RecordedPolicy(exponent=1.0, noise=(2.25, 5.7), lead=0.7),
 }
 

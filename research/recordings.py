@@ -142,7 +142,7 @@ def distribution(hidden: Tensor, weight: Tensor, targets: Tensor, floor: float) 
         entries=dict(mean=x["entries"].mean().item(), **quantiles(x["entries"])),
         entries_above={str(n): _share(x["entries"] > n) for n in MANY},
         tail_mass=dict(mean=x["tail_mass"].mean().item(), **quantiles(x["tail_mass"])),
-        tail_fill=quantiles(x["tail_fill"]),
+        tail_fill=quantiles(x["tail_fill"][x["tail_mass"] > 0]),
         exponent=quantiles(x["exponent"]),
     )
 
