@@ -225,7 +225,7 @@ class RecordedPolicy:
 # when it samples at a temperature of 0.6 or 1.
 POLICIES: dict[str, RecordedPolicy | None] = {
     "sure": None,
-    "recorded-0.6": RecordedPolicy(exponent=1.67, noise=(3.75, 9.5), lead=1.2),
+    "recorded-0.6": RecordedPolicy(exponent=1.67, noise=(4.0, 10.0), lead=1.0),
     "recorded-1.0": RecordedPolicy(exponent=1.0, noise=(2.25, 5.7), lead=0.7),
 }
 
@@ -245,7 +245,7 @@ def rl_head(
     """A step of GRPO, as the policy's head sees it. All float32 but the integers.
 
     The policy is one of `POLICIES`. "recorded-0.6" and "recorded-1.0" are as unsure as a real model of 135 million
-    parameters at that temperature, some 0.8 and 2 nats: `RecordedPolicy` says how they are made. "sure" is a reasoning
+    parameters at that temperature, some 0.7 and 2 nats: `RecordedPolicy` says how they are made. "sure" is a reasoning
     policy after some training: four of five tokens are nearly certain and the rest forks (arXiv 2506.01939), more of
     them where ``mean_entropy`` (nats, 0.05 to 1.5) asks for more than forks have. A fork has a dozen candidates. Behind
     them stands the tail of every row: a Zipf prior over the vocabulary, which hidden states and embeddings have in
