@@ -137,13 +137,14 @@ def test_every_line_of_the_report(policy: str) -> None:
     assert text.count("|\n") == len(recordings._LINES) + 2
 
 
-def test_first_groups_are_whole() -> None:
+def test_some_groups_are_whole() -> None:
     n = 24
     head = random_head(0, n, 4, 11) | dict(group_ids=torch.arange(n) // 6)
-    part = recordings.first_groups(head, 13)
-    assert len(part["hidden"]) == len(part["targets"]) == 12
+    part = recordings.some_groups(head, 13)
+    assert part["group_ids"].tolist() == [0] * 6 + [3] * 6
+    assert part["hidden"].equal(torch.cat([head["hidden"][:6], head["hidden"][18:]]))
     valid = [(x["targets"] >= 0).sum().item() for x in (head, part)]
-    torch.testing.assert_close(part["logprob_grad"], head["logprob_grad"][:12] * (valid[0] / valid[1]))
+    torch.testing.assert_close(part["logprob_grad"][6:], head["logprob_grad"][18:] * (valid[0] / valid[1]))
     assert part["weight"] is head["weight"]
 
 
