@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,9 +75,16 @@ def _scaled(factor: float) -> Callable[..., dict[str, Any]]:
     return head
 
 
-def all_cases(kind: str, smoke: bool = False) -> list[Case]:
-    """For a kind of device, in the order in which they are run and shown."""
+def policy_points(size: Size, policies: Sequence[str]) -> list[Point]:
+    """The same size, for policies of `covgrpo_kernels.testing`."""
+    return [Point(f"RL-like, {name} policy", size, inputs=dict(policy=name)) for name in policies]
+
+
+def all_cases(kind: str, smoke: bool = False, policies: Sequence[str] | None = None) -> list[Case]:
+    """For a kind of device, in the order in which they are run and shown. ``policies``: of the headline, by default all
+    of `testing.POLICIES`, in a smoke run the first."""
     headline = SMOKE if smoke else HEADLINE[kind]
+    policies = policies or list(testing.POLICIES)[: 1 if smoke else None]
 
     def one(label: str, head: Callable[..., dict[str, Any]] = testing.rl_head, **inputs: Any) -> Point:
         return Point(label, headline, head, inputs)
@@ -96,7 +103,10 @@ def all_cases(kind: str, smoke: bool = False) -> list[Case]:
 
     dense: dict[str, Any] = dict(mean_entropy=1.5, zero_advantage=0.0, padding=0.0)
     return [
-        Case("headline", "forward and backward on RL-like inputs", [one("RL-like")], both_dtypes=True, memory=True),
+        Case(
+            "headline", "forward and backward on RL-like inputs", policy_points(headline, policies),
+            both_dtypes=True, memory=True,
+        ),
         Case("forward", "log-probs alone", [Point("no gradient", headline, options=dict(backward=False))]),
         Case("frozen", "no gradient for the head", [Point("frozen head", headline, options=dict(frozen=True))]),
         Case("small", "few tokens", [Point("RL-like", SMOKE if smoke else SMALL[kind])]),

@@ -148,9 +148,53 @@ def summary(reports: list[Report]) -> str:
             "",
             table(header, rows),
             "",
+            *policies(headlines[0]),
             f"![Error of the gradients against the time of a step](bench/results/{headlines[0]['device']}_pareto.png)",
         ]
     )
+
+
+def policies(report: Report) -> list[str]:
+    """How the step depends on the policy, where more than one was measured."""
+    if len(report["points"]) < 2:
+        return []
+    header = [
+        "", "mean entropy", "rows dense / sparse / dropped", "ours", "ours (exact)", "eager", "fastest peer",
+        "error of dW, x eager's",
+    ]  # fmt: skip
+    rows = []
+    for point in report["points"]:
+        by_name = {line.name: line for line in lines(point)}
+        if (ours := by_name.get("ours")) is None or ours.certificate is None:
+            continue
+
+        def over_ours(line: Line | None, base: float = ours.step) -> str:
+            return "" if line is None else f"{line.step / base:.2f}"
+
+        # From the fastest on; compiled eager is eager.
+        peers = [line for name, line in by_name.items() if not name.startswith(("ours", "eager"))]
+        rows_of = ours.certificate["rows"]
+        classes = (rows_of["dense"], rows_of["sparse"], 1 - rows_of["dense"] - rows_of["sparse"])
+        error = ours.errors["dweight"]["of_eager"]
+        rows.append(
+            [
+                point["label"],
+                f"{point['mean_entropy']:.2f}",
+                " / ".join(f"{share:.0%}" for share in classes),
+                seconds(ours.step),
+                over_ours(by_name.get("ours (exact)")),
+                over_ours(by_name.get("eager")),
+                f"{over_ours(peers[0])} ({peers[0].name})" if peers else "",
+                "" if error is None else f"{error:.2g}",
+            ]
+        )
+    return [
+        f"The same in {report['dtype']} for policies that are more or less sure; all but ours is in multiples of ours. "
+        "The recorded ones are fitted to a real model, whose statistics are in `research/results/recordings.md`:",
+        "",
+        table(header, rows),
+        "",
+    ]
 
 
 def _short(line: Line | None) -> list[str]:

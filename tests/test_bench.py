@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import random
 import re
 import statistics
 import subprocess
@@ -784,24 +785,22 @@ def test_without_results_the_documents_say_so(tmp_path):
 # ------------------------------------------------------------------------------------------------------ recordings
 
 
+PROBLEMS = [{"prompt": "1+1="}, {"prompt": "Why?"}, {"prompt": "2+2=", "answer": "4"}]
+
+
 @pytest.fixture
-def policy(monkeypatch):
-    """A new policy, whose responses are right or wrong at random: groups differ."""
+def policy():
     pytest.importorskip("transformers")
-    from covgrpo_kernels.grpo import rollout
     from covgrpo_kernels.grpo.policy import new_policy
 
-    g = torch.Generator().manual_seed(0)
-    rewards = lambda policy, batch, problems: (torch.rand(len(batch.mask), generator=g) < 0.5).float()  # noqa: E731
-    monkeypatch.setattr(rollout, "reward", rewards)
     return new_policy(64, 1, 0, CPU)
 
 
-def test_a_recording_is_replayed(policy, tmp_path, monkeypatch, capsys):
+def test_a_recording_is_replayed(policy, tmp_path, capsys):
     """Of a model that is saved and loaded as a user's would be; log-probs are those of its own logits."""
     policy.save(tmp_path / "model")
     file = tmp_path / "recorded.pt"
-    words = ["--prompts", "3", "--group-size", "4", "--max-new-tokens", "6", "--device", "cpu"]
+    words = ["--prompts", "6", "--group-size", "4", "--max-new-tokens", "6", "--device", "cpu", "--temperature", "0.7"]
     parser = argparse.ArgumentParser()
     record.add_arguments(parser)
     record.run(parser.parse_args(["--model", str(tmp_path / "model"), "--out", str(file), *words]))
@@ -820,29 +819,49 @@ def test_a_recording_is_replayed(policy, tmp_path, monkeypatch, capsys):
     assert made["what"] == file.name
 
 
-def test_a_recording_holds_what_the_model_saw(policy):
-    """The log-probs that follow from it are those that the rollout scored."""
-    from covgrpo_kernels.grpo import train
-
-    scored = []
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_recording_holds_what_the_model_saw(policy, monkeypatch, temperature):
+    """The log-probs that follow from it are those of the model's own logits at the temperature, on what it sampled."""
     policy.eos_ids = torch.arange(60)  # responses of different lengths, and padding
-    logprobs = train.logprobs
-    train_logprobs = lambda *a: scored.append(logprobs(*a)) or scored[-1]  # noqa: E731
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "logprobs", train_logprobs)
-        recording = record.record(policy, None, 2, 4, 5)
+    sampled = []
+    sample = record._sample
+    monkeypatch.setattr(record, "_sample", lambda *a: sampled.append(sample(*a)) or sampled[-1])
+    recording = record.record(policy, PROBLEMS, group_size=4, max_new_tokens=5, temperature=temperature)
+    [(tokens, attention, mask)] = sampled
+    logits = policy.forward(tokens, attention).logits[:, -mask.shape[1] - 1 : -1] / temperature
+    responses = tokens[:, -mask.shape[1] :]
+    wanted = logits.log_softmax(-1).gather(2, responses.unsqueeze(2)).squeeze(2).where(mask, 0).flatten()
     problem = Problem.of(recording, torch.float32, CPU)
-    x = measure.step(EAGER, dataclasses.replace(problem, backward=False)).results["logprob"]
-    torch.testing.assert_close(x, scored[0].flatten(), rtol=1e-5, atol=1e-5)
+    x = measure.step(EAGER, dataclasses.replace(problem, backward=False)).results["logprob"].where(mask.flatten(), 0)
+    for ours in (x, recording["old_logprobs"]):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+    # The end of a sequence is a target, and nothing after it.
+    ended = torch.isin(responses, policy.eos_ids)
+    assert ended.where(mask, False).sum(1).equal(ended.any(1).long())
     ignored = problem.targets == -100
     assert ignored.any()
     assert not problem.logprob_grad[ignored].any()
     assert not recording["logprob_grad"][ignored].any()
 
 
-def test_a_recording_without_coefficients_is_refused(policy, monkeypatch):
-    from covgrpo_kernels.grpo import rollout
-
-    monkeypatch.setattr(rollout, "reward", lambda policy, batch, problems: torch.zeros(len(batch.mask)))
+def test_a_recording_without_coefficients_is_refused(policy):
     with pytest.raises(ValueError, match="equal rewards"):
-        record.record(policy, None, 2, 4, 5)
+        record.record(policy, [{"prompt": "2+2=", "answer": "no such word"}], group_size=4, max_new_tokens=5)
+
+
+def test_rewards_of_recordings():
+    """An answer counts as a word; made-up rewards differ in 3 of 5 groups of four."""
+    texts = ["it is 42.", "142", "42", "4 2"]
+    assert record._rewards(dict(prompt="", answer="42"), texts, random.Random(0)) == [1, 0, 1, 0]
+    rng = random.Random(0)
+    groups = [record._rewards(dict(prompt=""), [""] * 4, rng) for _ in range(500)]
+    assert 0.5 < sum(len(set(group)) == 2 for group in groups) / len(groups) < 0.7
+
+
+def test_prompts_are_read_or_refused(tmp_path):
+    assert len(record.read_problems(record.PROMPTS)) == 100
+    bad = tmp_path / "problems.jsonl"
+    for line in ("[1]", '{"answer": "1"}', '{"prompt": 3}'):
+        bad.write_text('{"prompt": "fine"}\n' + line)
+        with pytest.raises(ValueError, match="line 2"):
+            record.read_problems(bad)
