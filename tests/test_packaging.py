@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -151,9 +152,66 @@ def test_pins_fit_the_extras() -> None:
 def test_doctor() -> None:
     result = run_python("-m", "covgrpo_kernels", "doctor")
     assert result.returncode == 0, result.stdout + result.stderr
-    for expected in (covgrpo_kernels.__version__, torch.__version__, "cpu ", "eager", "self-test passed"):
+    for expected in (covgrpo_kernels.__version__, str(ROOT), torch.__version__, "cpu ", "eager", "self-test passed"):
         assert expected in result.stdout
     assert "FAILED" not in result.stdout
+
+
+def test_doctor_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "self_test", lambda device: [(f"{device} test", False, "FAILED: no kernel image")])
+    assert doctor.main(as_json=True) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["torch"] == torch.__version__
+    assert set(report["backends"]) >= {"eager", "cpp", "triton"}
+    assert report["self-test"]["cpu test"] == "FAILED: no kernel image"
+    assert report["passed"] is False
+
+
+def _package(folder: Path, *, csrc: bool) -> Path:
+    (folder / "covgrpo_kernels").mkdir(parents=True)
+    if csrc:
+        (folder / "csrc").mkdir()
+    return folder / "covgrpo_kernels"
+
+
+def _installation(site: Path, url: str) -> Path:
+    """Of a package that pip built from a folder."""
+    info = site / "covgrpo_kernels-0.1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.4\nName: covgrpo-kernels\nVersion: 0.1.0\n")
+    (info / "direct_url.json").write_text(json.dumps({"url": url, "dir_info": {}}))
+    return _package(site, csrc=False)
+
+
+def test_doctor_says_how_to_build_the_extension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an installed package from the folder that pip notes; in a checkout from the checkout, which hides it."""
+    source, site = _package(tmp_path / "source code", csrc=True), tmp_path / "site"
+    installed = _installation(site, (tmp_path / "source code").as_uri())
+    monkeypatch.setattr(sys, "path", [str(site)])
+
+    monkeypatch.setattr(doctor, "FOLDER", installed)
+    [command] = doctor.how_to_build()
+    assert command.startswith(f"COVGRPO_BUILD_CPP=1 pip install '{source.parent}' ")
+
+    monkeypatch.setattr(doctor, "FOLDER", source)
+    hidden, command = doctor.how_to_build()
+    assert f"hides the package in {installed}" in hidden
+    assert command.startswith(f"COVGRPO_BUILD_CPP=1 pip install -e '{source.parent}' ")
+
+    monkeypatch.setattr(sys, "path", [])
+    [command] = doctor.how_to_build()  # nothing is installed, and nothing is hidden
+    assert f"-e '{source.parent}'" in command
+
+    monkeypatch.setattr(doctor, "FOLDER", installed)
+    [command] = doctor.how_to_build()
+    assert "FOLDER_OF_A_CHECKOUT" in command
+
+
+def test_doctor_gives_that_advice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor.kernels, "report", lambda: [("cpp", False, "the C++ extension was not built")])
+    monkeypatch.setattr(doctor, "self_test", lambda device: [])
+    assert doctor.main() == 0
+    assert re.search(r"to have it +.*COVGRPO_BUILD_CPP=1 pip install", capsys.readouterr().out, re.S)
 
 
 def test_doctor_with_torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +231,7 @@ sys.exit(main(["doctor"]))
     result = run_python("-c", code)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "transformers" in result.stdout
-    assert "not installed (pip install 'covgrpo-kernels[grpo]')" in result.stdout
+    assert "not installed (pip install '.[grpo]' in a checkout" in result.stdout
 
 
 def test_doctor_without_assertions_does_not_claim_success() -> None:
@@ -257,7 +315,7 @@ def test_doctor_says_why_a_backend_is_not_usable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor.kernels, "report", lambda: [("other", False, "its compiler is missing")])
-    monkeypatch.setattr(doctor, "self_test", lambda device: True)
+    monkeypatch.setattr(doctor, "self_test", lambda device: [])
     assert doctor.main() == 0
     assert re.search(r"other +not usable: its compiler is missing", capsys.readouterr().out)
 
