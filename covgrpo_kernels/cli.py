@@ -102,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         help="versions, devices, backends and a numeric self-test",
         description="Versions, devices, backends, and a self-test of the numbers on every device.",
     )
-    doctor.add_argument("--json", action="store_true", dest="as_json", help="one object of JSON, for a program or an issue")
+    doctor.add_argument(
+        "--json", action="store_true", dest="as_json", help="one object of JSON, for a program or an issue"
+    )
     return parser
 
 

@@ -89,9 +89,7 @@ def main(as_json: bool = False) -> int:
             for i, advice in enumerate(how_to_build()):
                 report.row("" if i else "to have it", advice)
 
-    report.section(
-        "self-test", "self-test: errors against float64, as multiples of eager PyTorch's in the same dtype"
-    )
+    report.section("self-test", "self-test: errors against float64, as multiples of eager PyTorch's in the same dtype")
     if not __debug__:
         return report.verdict(False, "python -O removes the assertions it is made of")
     start, passed = time.perf_counter(), True

@@ -9,14 +9,15 @@ import io
 import os
 import posixpath
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 DOCS = "docs/"
 ELSEWHERE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "bench/README.md", "research/results/study.md")
+FOLDERS = ("bench", "covgrpo_kernels", "csrc", "docs", "examples", "research", "tests")
 PICTURES = ("bench/results/*.png", "research/results/*.png")
+PICTURE = re.compile(r"!\[[^]]*\]\(([^)]+\.png)\)")
 LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(?=[)#])")
 
 
@@ -32,6 +33,7 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     here = page.file.src_uri if page.file.src_uri in ELSEWHERE else DOCS + page.file.src_uri
     markdown = LINK.sub(lambda match: _on_the_site(match[1], here), markdown)
+    markdown = PICTURE.sub(r"[\g<0>](\g<1>)", markdown)  # a click shows it in full
     markdown = re.sub(r"<!-- help: (.*) -->", lambda match: _help(match[1].split()), markdown)
     return markdown.replace("<!-- files -->", _files_by_folder())
 
@@ -78,12 +80,10 @@ def _files_by_folder() -> str:
 
 
 def source_files() -> list[str]:
-    """Those that git knows, of every folder with Python or C++."""
-    names = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*/*.py", "*/*.h", "*/*.cpp"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split()  # fmt: skip
-    return sorted(set(names), key=lambda name: (posixpath.dirname(name), name))
+    """All Python and C++ of the repository, by folder."""
+    found = [path for folder in FOLDERS for end in ("py", "h", "cpp") for path in (ROOT / folder).rglob(f"*.{end}")]
+    names = [path.relative_to(ROOT).as_posix() for path in found]
+    return sorted(names, key=lambda name: (posixpath.dirname(name), name))
 
 
 def first_sentence(path: Path) -> str:

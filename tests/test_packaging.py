@@ -100,6 +100,19 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> Non
     assert not {part for name in packed for part in Path(name).parts} & {"study", "recipe", *NOT_INSTALLED}
 
 
+def test_no_code_comes_from_data() -> None:
+    """What SECURITY.md says: no pickles, no code of a model's repository, nothing evaluated."""
+    for path in [*ROOT.glob("covgrpo_kernels/**/*.py"), *ROOT.glob("research/**/*.py"), *ROOT.glob("bench/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "pickle.load", "pickle.loads"), f"{path}:{node.lineno}"
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert keywords.get("trust_remote_code", "False") == "False", f"{path}:{node.lineno}"
+            assert keywords.get("weights_only", "True") == "True", f"{path}:{node.lineno}"
+
+
 def test_package_imports_nothing_that_is_not_installed() -> None:
     for path in (ROOT / "covgrpo_kernels").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -115,7 +128,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     required = metadata.get_all("Requires-Dist")
     assert [r for r in required if "extra ==" not in r] == ["torch>=2.11"]
-    assert {"grpo", "trl", "research", "bench", "dev"} == set(metadata.get_all("Provides-Extra"))
+    assert {"grpo", "trl", "research", "bench", "docs", "dev"} == set(metadata.get_all("Provides-Extra"))
     assert "covgrpo = covgrpo_kernels.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert "Apache License" in wheel.read(f"{info}/licenses/LICENSE").decode()
 
@@ -324,11 +337,11 @@ def test_doctor_says_why_a_backend_is_not_usable(
 
 # A Python that writes down what it is asked for; venv makes an environment with it, and pip can be made to fail.
 FAKE_PYTHON = """#!/bin/sh
-echo "$*" >> {log}
+echo "COVGRPO_BUILD_CPP is $COVGRPO_BUILD_CPP: $*" | sed 's/^COVGRPO_BUILD_CPP is : //' >> {log}
+if [ -e {broken} ]; then case "$*" in $(cat {broken})) exit 1;; esac; fi
 case "$*" in
   "-m venv"*) for last; do :; done; mkdir -p "$last/bin"; touch "$last/pyvenv.cfg"
     for tool in python clang-format clang-tidy; do cp "$0" "$last/bin/$tool"; done;;
-  *"-e .[dev]"*) [ ! -e {broken} ];;
 esac
 """
 
@@ -346,10 +359,12 @@ class Make:
         """Exit status, and what Python was asked to do."""
         self.log.write_text("")
         settings = ("PYTHON", "VENV", "TORCH", "TRITON", "TORCH_INDEX", "VERL", "MAKEFLAGS", "MAKELEVEL")
+        settings += ("COVGRPO_BUILD_CPP",)
         env = {k: v for k, v in os.environ.items() if k not in settings}
         result = subprocess.run(
-            ["make", *arguments, f"PYTHON={self.python}"], cwd=self.folder, env=env, capture_output=True
+            ["make", *arguments, f"PYTHON={self.python}"], cwd=self.folder, env=env, capture_output=True, text=True
         )
+        self.said = result.stdout
         return result.returncode, self.log.read_text()
 
 
@@ -363,7 +378,7 @@ def make(tmp_path: Path) -> Make:
 def test_make_installs_once(make: Make) -> None:
     status, log = make("test")
     assert status == 0
-    assert log.count("pip install") == 3
+    assert log.count("pip install") == 4
     assert "-m venv .venv" in log
     assert log.splitlines()[-1].startswith("-m pytest")
     for target, command in (("test", "-m pytest"), ("demo", "-m covgrpo_kernels demo"), ("lint", "-m ruff")):
@@ -372,18 +387,47 @@ def test_make_installs_once(make: Make) -> None:
         assert any(line.startswith(command) for line in log.splitlines())
 
 
-def test_make_never_trusts_a_half_made_environment(make: Make) -> None:
-    make.broken.touch()
+def test_make_demo_installs_little_and_the_tests_add_to_it(make: Make) -> None:
+    """Nothing is made twice, and the extension is built once: by whoever comes first."""
+    status, log = make("demo")
+    assert (status, "-e .[grpo]" in log, "[dev]" in log) == (0, True, False)
+    assert log.splitlines()[-1].startswith("-m covgrpo_kernels demo")
+    status, log = make("test")
+    assert (status, "-e .[dev]" in log, "[grpo]" in log, "venv" in log) == (0, True, False, False)
+    assert "COVGRPO_BUILD_CPP is 0: -m pip" in log
+    status, log = make("docs")
+    assert (status, "-e .[docs]" in log, "[dev]" in log) == (0, True, False)
+    assert log.splitlines()[-1].startswith("-m mkdocs build --strict")
+
+
+def test_make_says_what_it_is_doing(make: Make) -> None:
+    make("test")
+    said = [line for line in make.said.splitlines() if line.startswith("make: ")]
+    assert len(said) == 3
+    assert "torch==" in said[0]
+    assert "C++" in said[1]
+
+
+@pytest.mark.parametrize("extra", ["grpo", "dev"])
+def test_make_never_trusts_a_half_made_environment(make: Make, extra: str) -> None:
+    make.broken.write_text(f"*-e?.[[]{extra}[]]*")
     assert make("test")[0] != 0
     assert "-m pytest" not in make("test")[1]
     make.broken.unlink()
     status, log = make("test")
-    assert (status, "-m venv --clear .venv" in log, "-m pytest" in log) == (0, True, True)
+    assert (status, f"-e .[{extra}]" in log, "-m pytest" in log) == (0, True, True)
+
+
+def test_make_begins_again_where_the_environment_is_not_of_this_build(make: Make) -> None:
+    make("test")
+    (make.folder / ".venv/.base").unlink()
+    status, log = make("test")
+    assert (status, "-m venv --clear .venv" in log, "-e .[dev]" in log) == (0, True, True)
 
 
 def test_make_updates_where_the_project_changed(make: Make) -> None:
     make("test")
-    later = (make.folder / ".venv/.ready").stat().st_mtime + 10
+    later = (make.folder / ".venv/.small").stat().st_mtime + 10
     os.utime(make.folder / "pyproject.toml", (later, later))
     status, log = make("test")
     assert (status, "-e .[dev]" in log, "venv" in log) == (0, True, False)
