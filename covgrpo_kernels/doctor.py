@@ -116,8 +116,9 @@ def how_to_build() -> Iterator[str]:
         )
     where = checkout or _built_from()
     source = "FOLDER_OF_A_CHECKOUT" if where is None else shlex.quote(str(where))
-    # torch was not there at the first time, or no compiler. With 1 a build without them is an error that says so.
-    yield f"COVGRPO_BUILD_CPP=1 pip install {'-e ' if checkout else ''}{source}    (torch is there now; needs a compiler)"
+    # The first time torch was not there, or no compiler. With 1 a build without them is an error that says so.
+    editable = "-e " if checkout else ""
+    yield f"COVGRPO_BUILD_CPP=1 pip install {editable}{source}    (torch is there now; needs a compiler)"
 
 
 def _installed_elsewhere() -> Path | None:

@@ -38,8 +38,8 @@ class CovGRPOOutput(NamedTuple):
 
     Attributes:
         loss: [], float32 (float64 for float64 inputs); the only one with a gradient, once differentiable.
-        logprobs: of the shape of ``targets``, [B, T] or [N], in the dtype of ``loss``, nats; zero where masked, NaN where
-            not scored.
+        logprobs: of the shape of ``targets``, [B, T] or [N], in the dtype of ``loss``, nats; zero where masked, NaN
+            where not scored.
         entropy: likewise; None without ``metrics`` and ``entropy_coef``.
         weights: likewise, the weight of each token; zero where masked.
         metrics: tensors [] on the device; empty without ``metrics``.

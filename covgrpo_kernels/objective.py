@@ -172,8 +172,8 @@ def weighting_metrics(
 
     Args:
         weights: [N] float32 or float64, zero where masked.
-        covariance: [N], likewise, in nats times the unit of the advantages: both as `covariance_weights` gives them with
-            ``return_covariance=True``, flat.
+        covariance: [N], likewise, in nats times the unit of the advantages: both as `covariance_weights` gives them
+            with ``return_covariance=True``, flat.
         valid: [N] bool.
 
     Returns:

@@ -3,8 +3,8 @@
 What it shows: `covgrpo_loss` in micro-batches. The denominator of the loss is that of the whole batch, passed as
 `normalizer`, and groups may be cut by micro-batches: their statistics are taken before, by `GroupMoments`.
 
-What to expect: the gradient that two micro-batches accumulate is that of the whole batch in one call. The difference that
-is printed is rounding, some 1e-7 of the gradient.
+What to expect: the gradient that two micro-batches accumulate is that of the whole batch in one call. The difference
+that is printed is rounding, some 1e-7 of the gradient.
 
     python examples/accumulation.py
 """

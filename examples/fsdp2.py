@@ -1,11 +1,11 @@
 """FSDP2: a model whose parameters are sharded over the processes of torchrun, each with its own part of the batch.
 
 What it shows: `patch_model` runs the loss within the model's forward, where FSDP2 has gathered the head's weight. With
-`process_group` groups and the denominator are those of the batch of all ranks. This is how Accelerate shards a model, too;
-with it, `accelerator.prepare` takes the place of the calls of `fully_shard`.
+`process_group` groups and the denominator are those of the batch of all ranks. Accelerate shards a model in this way,
+too: with it, `accelerator.prepare` takes the place of the calls of `fully_shard`.
 
-What to expect: every rank prints the same loss and the same norm of the gradient, whatever the number of processes: rows
-are dealt out over them. It takes some seconds on CPUs, by gloo; on GPUs it uses NCCL.
+What to expect: every rank prints the same loss and the same norm of the gradient, whatever the number of processes, over
+which the rows are dealt out. It takes some seconds on CPUs, by gloo; on GPUs it uses NCCL.
 
     torchrun --nproc-per-node 2 examples/fsdp2.py
 """

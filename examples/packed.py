@@ -1,10 +1,10 @@
 """Packed sequences: responses of different lengths in one line, and nothing spent on padding.
 
-What it shows: the packed layout of `covgrpo_loss`, with what `packed_sequences` makes of the tokens and positions that a
-model of transformers takes. A token's id of its sequence and of its group are all that tells responses apart.
+What it shows: the packed layout of `covgrpo_loss`, with what `packed_sequences` makes of the tokens and positions that
+a model of transformers takes. Only the ids of its sequence and of its group say which response a token is of.
 
-What to expect: the loss and its gradient are those of the padded layout, in fewer tokens. The differences that are printed
-are rounding, some 1e-6.
+What to expect: the loss and its gradient are those of the padded layout, in fewer tokens. The differences that are
+printed are rounding, some 1e-7.
 
     pip install '.[grpo]'
     python examples/packed.py

@@ -1,11 +1,11 @@
 """Tensor parallelism of the head: each process has a slice of the vocabulary.
 
-What it shows: `vocab_group`. The ranks have the same hidden states and consecutive slices of the rows of the head. None of
-them ever has the whole head, or logits. Log-probs, loss and the gradient of the hidden states are whole on every rank;
-the gradient of the head is that of the rank's slice.
+What it shows: `vocab_group`. The ranks have the same hidden states and consecutive slices of the rows of the head; the
+loss takes the slice, and nobody has logits. Log-probs, loss and the gradient of the hidden states are whole on every
+rank; the gradient of the head is that of the rank's slice.
 
-What to expect: the loss is that of one process with the whole head, and so are the gradients. The differences that every
-rank prints are rounding, some 1e-7.
+What to expect: the loss is that of one process with the whole head, and so are the gradients. The differences that
+every rank prints are rounding, some 1e-7.
 
     torchrun --nproc-per-node 2 examples/vocab_parallel.py
 """

@@ -1,7 +1,7 @@
 """TRL's GRPO without the logits: a script for `GRPOTrainer` with its import changed.
 
-What it shows: `CovGRPOTrainer` in place of `GRPOTrainer`. With `weighting="none"` the algorithm is TRL's own; without it
-the advantages are weighted token by token, which is CW-GRPO.
+What it shows: `CovGRPOTrainer` in place of `GRPOTrainer`. With `weighting="none"` the algorithm is TRL's own; without
+it the advantages are weighted token by token, which is CW-GRPO.
 
 What to expect: a tiny model with random weights learns to write sevens, one character of twelve by chance. Eight
 generations take some seconds on a CPU, and the share of sevens is several times as high after them.
@@ -14,7 +14,7 @@ import tempfile
 
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
 from trl import GRPOConfig
 
 from covgrpo_kernels.integrations.trl import CovGRPOTrainer  # was: from trl import GRPOTrainer
@@ -71,6 +71,7 @@ def main(steps: int = 8) -> list[float]:
         train_dataset=Dataset.from_dict({"prompt": ["123", "456"] * 64}),
         processing_class=tokenizer,
     )
+    trainer.remove_callback(PrinterCallback)  # which prints every entry of the log
     trainer.train()
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     print(f"share of sevens: {rewards[0]:.2f} at first, {rewards[-1]:.2f} after {steps} steps")
