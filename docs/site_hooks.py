@@ -1,5 +1,5 @@
-"""What the site has beyond the files in docs/: documents and pictures that stand elsewhere in the repository, the help of
-every command, and the map of files. Hooks of mkdocs, which calls them by their names; mkdocs.yml names this file."""
+"""What the site has beyond the files in docs/: documents and pictures that stand elsewhere in the repository, the help
+of commands, and the map of files. Hooks of mkdocs, which calls them by their names; mkdocs.yml names this file."""
 
 from __future__ import annotations
 

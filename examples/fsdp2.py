@@ -4,8 +4,8 @@ What it shows: `patch_model` runs the loss within the model's forward, where FSD
 `process_group` groups and the denominator are those of the batch of all ranks. Accelerate shards a model in this way,
 too: with it, `accelerator.prepare` takes the place of the calls of `fully_shard`.
 
-What to expect: every rank prints the same loss and the same norm of the gradient, whatever the number of processes, over
-which the rows are dealt out. It takes some seconds on CPUs, by gloo; on GPUs it uses NCCL.
+What to expect: every rank prints the same loss and the same norm of the gradient, whatever the number of processes,
+over which the rows are dealt out. It takes some seconds on CPUs, by gloo; on GPUs it uses NCCL.
 
     torchrun --nproc-per-node 2 examples/fsdp2.py
 """
