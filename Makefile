@@ -25,6 +25,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 # In a terminal pip shows what it downloads.
 PIP := $(RUN) -m pip install --disable-pip-version-check $(shell [ -t 2 ] || echo --quiet)
+# CUDA builds of torch bring Triton; with a CPU build it is for the tests alone, which interpret its kernels.
 REQUIREMENTS := "$(TORCH)" $(if $(TRITON),"$(TRITON)")
 # What verl imports where it computes advantages and losses on a CPU.
 VERL_NEEDS := ray codetiming torchdata cachetools fastapi uvicorn hydra-core aiohttp pyzmq msgspec cloudpickle orjson \
@@ -85,13 +86,13 @@ $(BASE):
 	@rm -f $@ $(SMALL) $(READY) $(SITE)
 	@$(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV)
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	@$(PIP) -c constraints.txt $(REQUIREMENTS) setuptools
+	@$(PIP) -c constraints.txt "$(TORCH)" setuptools
 	@echo $(BUILD) > $@
 
 $(SMALL): $(BASE) pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(call say,this package with its C++ backend and transformers and matplotlib: about a minute)
 	@rm -f $@ $(READY) $(SITE)
-	@$(PIP) -c constraints.txt $(REQUIREMENTS) --no-build-isolation -e ".[grpo]"
+	@$(PIP) -c constraints.txt "$(TORCH)" --no-build-isolation -e ".[grpo]"
 	@touch $@
 
 # The extension is there by then: with 0 it stays as it is.
@@ -104,7 +105,7 @@ $(READY): $(SMALL)
 
 $(SITE): $(SMALL)
 	$(call say,mkdocs and its theme: 20 MB)
-	@COVGRPO_BUILD_CPP=0 $(PIP) -c constraints.txt $(REQUIREMENTS) --no-build-isolation -e ".[docs]"
+	@COVGRPO_BUILD_CPP=0 $(PIP) -c constraints.txt "$(TORCH)" --no-build-isolation -e ".[docs]"
 	@touch $@
 
 clean:
