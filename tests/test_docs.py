@@ -298,6 +298,19 @@ def test_version_has_a_changelog_entry_with_a_line_on_numerics() -> None:
     assert not [version for version, entry in entries.items() if "\n- Numerics: " not in entry]
 
 
+def test_forms_for_issues_and_the_citation() -> None:
+    """They can be read; whoever reports something wrong is asked for `covgrpo doctor --json`; versions are the same."""
+    yaml = pytest.importorskip("yaml")
+    forms = {path.stem: yaml.safe_load(path.read_text()) for path in ROOT.glob(".github/ISSUE_TEMPLATE/*.yml")}
+    for name in ("bug", "slow"):
+        [doctor] = [field for field in forms[name]["body"] if field["id"] == "doctor"]
+        assert "`covgrpo doctor --json`" in doctor["attributes"]["label"]
+        assert doctor["validations"]["required"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == covgrpo_kernels.__version__
+    assert citation["license"] == "Apache-2.0"
+
+
 def _layers() -> dict[str, int]:
     """Module or folder of the package -> number, by the list in CONTRIBUTING.md."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
