@@ -46,6 +46,7 @@ class _Report:
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
         self.sections: dict[str, dict[str, str]] = {}
+        self.rows: dict[str, str] = {}  # of the section that is printed
 
     def section(self, name: str, title: str) -> None:
         self.sections[name] = self.rows = {}
