@@ -1,4 +1,5 @@
 # make demo       train GRPO and CW-GRPO from one warm start; ends with a table and runs/demo/report.png
+# make docs       the documentation as a site, in site/; warnings are errors
 # make study      does CW-GRPO do what its paper says? Some two hours on two cores; goes on where it was
 # make test       the tests of the library, the benchmark and the documents
 # make test-research  the tests of research/
@@ -7,8 +8,8 @@
 # make lint       ruff, mypy, clang-format and clang-tidy
 # make clean      remove the environment and what was built
 #
-# Each makes the environment VENV first, if it is not there or not of this torch build. VENV belongs to make: an
-# unfinished one, or one of another build, is made anew. Which torch build:
+# Each makes the environment VENV first, if it is not there or not of this torch build: for the demo a small one, which
+# the others extend. VENV belongs to make: one of another build is made anew, an unfinished one is finished. Which build:
 #   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu     the same version from another index
 #   make test TORCH=torch==2.12.1 TRITON=triton==3.6.0             other versions; TRITON= for none
 # verl, which only its tests need, comes without its own pins: VERL= leaves it out.
@@ -22,24 +23,34 @@ WORKERS ?= logical
 
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+# In a terminal pip shows what it downloads.
+PIP := $(RUN) -m pip install --disable-pip-version-check $(shell [ -t 2 ] || echo --quiet)
+# CUDA builds of torch bring Triton; with a CPU build it is for the tests alone, which interpret its kernels.
 REQUIREMENTS := "$(TORCH)" $(if $(TRITON),"$(TRITON)")
 # What verl imports where it computes advantages and losses on a CPU.
 VERL_NEEDS := ray codetiming torchdata cachetools fastapi uvicorn hydra-core aiohttp pyzmq msgspec cloudpickle orjson \
 	importlib_metadata
 
-# The file is written last and holds the build, so that an interrupted or different installation has no right one.
+# Four steps, each on top of the one before. The file of a step is written last, so that an interrupted one has none; the
+# first holds the build, so that a different one has no right file.
+BASE := $(VENV)/.base
+SMALL := $(VENV)/.small
 READY := $(VENV)/.ready
+SITE := $(VENV)/.site
 BUILD := $(strip $(TORCH) $(TRITON) $(TORCH_INDEX) $(VERL))
-ifneq ($(BUILD),$(strip $(shell cat $(READY) 2>/dev/null)))
-.PHONY: $(READY)
-NEW_VENV = $(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV)
+ifneq ($(BUILD),$(strip $(shell cat $(BASE) 2>/dev/null)))
+.PHONY: $(BASE)
 endif
+say = @echo "make: $(1)"
 
-.PHONY: demo study test test-research test-deep sanitize lint clean
+.PHONY: demo docs study test test-research test-deep sanitize lint clean
 
-demo: $(READY)
+demo: $(SMALL)
 	$(RUN) -m covgrpo_kernels demo --out runs/demo
+
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+	$(call say,open site/index.html or run $(RUN) -m http.server --directory site)
 
 study: $(READY)
 	$(RUN) -m research study --out runs/study --results research/results
@@ -69,16 +80,33 @@ lint: $(READY)
 	$(VENV)/bin/clang-format --dry-run -Werror csrc/* tests/race.cpp
 	$(VENV)/bin/clang-tidy --quiet csrc/bindings.cpp -- $(TIDY_FLAGS)
 
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(BASE):
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
-	rm -f $@
-	$(NEW_VENV)
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(PIP) -c constraints.txt $(REQUIREMENTS) setuptools
-	$(PIP) -c constraints.txt $(REQUIREMENTS) --no-build-isolation -e ".[dev]"
-	$(if $(VERL),$(PIP) -c constraints.txt $(REQUIREMENTS) $(VERL_NEEDS))
-	$(if $(VERL),$(PIP) -c constraints.txt --no-deps $(VERL) tensordict pyvers TransferQueue)
-	echo $(BUILD) > $@
+	$(call say,a new environment in $(VENV) with $(TORCH): the CUDA build is a download of gigabytes and the CPU build of 200 MB)
+	@rm -f $@ $(SMALL) $(READY) $(SITE)
+	@$(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV)
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@$(PIP) -c constraints.txt "$(TORCH)" setuptools
+	@echo $(BUILD) > $@
+
+$(SMALL): $(BASE) pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	$(call say,this package with its C++ backend and transformers and matplotlib: about a minute)
+	@rm -f $@ $(READY) $(SITE)
+	@$(PIP) -c constraints.txt "$(TORCH)" --no-build-isolation -e ".[grpo]"
+	@touch $@
+
+# The extension is there by then: with 0 it stays as it is.
+$(READY): $(SMALL)
+	$(call say,what the tests need beyond that (trl and peers and linters$(if $(VERL), and verl with ray)): some minutes)
+	@COVGRPO_BUILD_CPP=0 $(PIP) -c constraints.txt $(REQUIREMENTS) --no-build-isolation -e ".[dev]"
+	@$(if $(VERL),$(PIP) -c constraints.txt $(REQUIREMENTS) $(VERL_NEEDS))
+	@$(if $(VERL),$(PIP) -c constraints.txt --no-deps $(VERL) tensordict pyvers TransferQueue)
+	@touch $@
+
+$(SITE): $(SMALL)
+	$(call say,mkdocs and its theme: 20 MB)
+	@COVGRPO_BUILD_CPP=0 $(PIP) -c constraints.txt "$(TORCH)" --no-build-isolation -e ".[docs]"
+	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

@@ -39,6 +39,12 @@ def extensions() -> list[Extension]:
     if torch is None:
         if wanted == "1":
             sys.exit(f"{VARIABLE}=1 needs torch to build against, and a system other than Windows")
+        if wanted == "auto" and sys.platform != "win32":
+            print(
+                "covgrpo-kernels: WITHOUT its C++ backend, since torch is not installed where this is built for. On a "
+                "CPU it will run on plain PyTorch. To have it: install torch, then this again.",
+                file=sys.stderr,
+            )
         return []
     return [
         Extension(

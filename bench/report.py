@@ -142,14 +142,15 @@ def summary(reports: list[Report]) -> str:
     turns = len(next(iter(point["contenders"].values()))["forward"])
     return "\n".join(
         [
+            f"![Error of the gradients against the time of a step](bench/results/{headlines[0]['device']}_pareto.png)",
+            "",
+            *_claim(headlines[0]["dtype"], by_dtype[0]),
             f"Forward and backward on RL-like inputs, {_size(point)}, {1 - point['coefficients']:.0%} of the tokens "
             f"without a coefficient, median of {turns} turns; memory beyond inputs and gradients; errors against "
             f"float64, as shares of dW ({where(headlines[0])}):",
             "",
             table(header, rows),
-            "",
             *policies(headlines[0]),
-            f"![Error of the gradients against the time of a step](bench/results/{headlines[0]['device']}_pareto.png)",
         ]
     )
 
@@ -189,12 +190,20 @@ def policies(report: Report) -> list[str]:
             ]
         )
     return [
+        "",
         f"The same in {report['dtype']} for policies that are more or less sure; all but ours is in multiples of ours. "
         "The recorded ones are fitted to a real model, whose statistics are in `research/results/recordings.md`:",
         "",
         table(header, rows),
-        "",
     ]
+
+
+def _claim(dtype: str, of: dict[str, Line]) -> list[str]:
+    """The table in one sentence, where ours and eager were measured."""
+    if any(name not in of or of[name].peak_mib is None for name in ("ours", "eager")):
+        return []
+    ours, eager = (f"{step} and {peak} MiB" for step, peak, _ in (_short(of["ours"]), _short(of["eager"])))
+    return [f"**In {dtype} a step takes {ours}; eager PyTorch takes {eager}.**", ""]
 
 
 def _short(line: Line | None) -> list[str]:

@@ -27,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = vars(_parser().parse_args(arguments))
     command = options.pop("command")
     if command == "doctor":
-        from . import doctor
+        from .doctor import main as doctor
 
-        return doctor.main()
+        return doctor(**options)
     if command == "demo" and _processes() > 1:
         return _fail("covgrpo demo runs in one process; torchrun is for covgrpo train")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -99,7 +99,14 @@ def _parser() -> argparse.ArgumentParser:
         if field.name in ("out", "steps", "seed", "device"):
             _add_option(demo, field, getattr(DEMO, field.name))
 
-    commands.add_parser("doctor", help="versions, devices, backends and a numeric self-test")
+    doctor = commands.add_parser(
+        "doctor",
+        help="versions, devices, backends and a numeric self-test",
+        description="Versions, devices, backends, and a self-test of the numbers on every device.",
+    )
+    doctor.add_argument(
+        "--json", action="store_true", dest="as_json", help="one object of JSON, for a program or an issue"
+    )
     return parser
 
 

@@ -24,14 +24,18 @@ KLEstimator = Literal["k1", "k2", "k3"]
 class CovarianceWeighting:
     """Gaussian covariance weights (arXiv 2605.11538) and the readings of the paper that differ.
 
-    scope: ``"group"`` or ``"batch"``: the tokens over which means, bandwidth and normaliser are taken.
-    centering: ``"scope"`` or ``"sequence"``: whose mean is taken off a token's log-prob.
-    advantage_centering: ``"token"`` (mean over the scope's tokens) or ``"response"`` (plain mean over its
-        responses, each counted once by the mean advantage of its valid tokens).
-    normalizer: ``"valid"``, weights of a scope sum to its number of valid tokens; ``"numel"``, to its number
-        of mask elements, padding included.
-    differentiate_weights: the exact gradient through the weights joins the loss's; else they are constants.
-    bandwidth_eps: added to the standard deviation of the covariances (nats times advantage).
+    Args:
+        scope: ``"group"`` or ``"batch"``: the tokens over which means, bandwidth and normaliser are taken.
+        centering: ``"scope"`` or ``"sequence"``: whose mean is taken off a token's log-prob.
+        advantage_centering: ``"token"`` (mean over the scope's tokens) or ``"response"`` (plain mean over its
+            responses, each counted once by the mean advantage of its valid tokens).
+        normalizer: ``"valid"``, weights of a scope sum to its number of valid tokens; ``"numel"``, to its number
+            of mask elements, padding included.
+        differentiate_weights: the exact gradient through the weights joins the loss's; else they are constants.
+        bandwidth_eps: added to the standard deviation of the covariances (nats times the unit of the advantages).
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
     """
 
     scope: Scope = "group"
@@ -53,7 +57,15 @@ class CovarianceWeighting:
 @dataclass(frozen=True)
 class ClipCov:
     """Clip-Cov (arXiv 2505.22617): of the tokens with ``low < cov < high`` that PPO did not clip, a random
-    ``max(int(ratio * n), 1)`` lose their policy term."""
+    ``max(int(ratio * n), 1)`` lose their policy term.
+
+    Args:
+        ratio: share of the n valid tokens of the call, from 0 to 1.
+        low, high: bounds of the covariance, in nats times the unit of the advantages.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+    """
 
     ratio: float = 2e-4
     low: float = 1.0
@@ -70,7 +82,15 @@ class ClipCov:
 @dataclass(frozen=True)
 class KLCov:
     """KL-Cov (arXiv 2505.22617): the ``max(int(fraction * n), 1)`` tokens of highest covariance get
-    ``coef * |x - old|`` added; there is no PPO clip."""
+    ``coef * |x - old|`` added; there is no PPO clip.
+
+    Args:
+        fraction: share of the n valid tokens of the call, from 0 to 1.
+        coef: of the penalty, the distance of log-prob and old log-prob in nats.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+    """
 
     fraction: float = 2e-3
     coef: float = 1.0
@@ -87,21 +107,23 @@ _WEIGHTINGS = {"covariance": CovarianceWeighting, "none": None, "clip_cov": Clip
 class CovGRPOConfig:
     """The policy loss. Defaults are CW-GRPO as the paper states it (arXiv 2605.11538).
 
-    weighting: ``"covariance"``, ``"none"``, ``"clip_cov"``, ``"kl_cov"``, or an instance of
-        `CovarianceWeighting`, `ClipCov` or `KLCov`.
-    loss_type: how token losses are added up. ``"grpo"``: mean over sequences of the mean over their valid
-        tokens; ``"bnpo"``, ``"dapo"``: mean over valid tokens (they differ in what a trainer passes as
-        ``normalizer``); ``"dr_grpo"``: sum over ``sequences * max_completion_length``; ``"cispo"``
-        (arXiv 2506.13585): mean over valid tokens of ``-sg(min(r, 1 + clip_high)) * a * x``. Sequences
-        without a valid token do not count.
-    importance_level: ``"token"``, or ``"sequence"`` (GSPO, arXiv 2507.18071).
-    clip_low, clip_high: the ratio is clipped to ``[1 - clip_low, 1 + clip_high]``; None is no bound.
-    dual_clip: a number > 1 bounds the loss of a negative advantage by ``dual_clip * |a|``; None is no bound.
-    beta, kl_estimator: ``beta`` times ``"k1"``, ``"k2"`` or ``"k3"`` of the KL divergence to the reference.
-    entropy_coef: this times the token entropy is subtracted from the token loss.
-    max_completion_length: tokens; needed by ``"dr_grpo"``, not used elsewhere.
+    Args:
+        weighting: ``"covariance"``, ``"none"``, ``"clip_cov"``, ``"kl_cov"``, or an instance of
+            `CovarianceWeighting`, `ClipCov` or `KLCov`.
+        loss_type: how token losses are added up. ``"grpo"``: mean over sequences of the mean over their valid
+            tokens; ``"bnpo"``, ``"dapo"``: mean over valid tokens (they differ in what a trainer passes as
+            ``normalizer``); ``"dr_grpo"``: sum over ``sequences * max_completion_length``; ``"cispo"``
+            (arXiv 2506.13585): mean over valid tokens of ``-sg(min(r, 1 + clip_high)) * a * x``. Sequences
+            without a valid token do not count.
+        importance_level: ``"token"``, or ``"sequence"`` (GSPO, arXiv 2507.18071).
+        clip_low, clip_high: the ratio is clipped to ``[1 - clip_low, 1 + clip_high]``; None is no bound.
+        dual_clip: a number > 1 bounds the loss of a negative advantage by ``dual_clip * |a|``; None is no bound.
+        beta, kl_estimator: ``beta`` times ``"k1"``, ``"k2"`` or ``"k3"`` of the KL divergence to the reference.
+        entropy_coef: this times the token entropy is subtracted from the token loss.
+        max_completion_length: tokens; needed by ``"dr_grpo"``, not used elsewhere.
 
-    Raises ValueError or TypeError, naming the field.
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
     """
 
     weighting: WeightingName | CovarianceWeighting | ClipCov | KLCov = "covariance"

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
+import shlex
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 import torch
 from torch import Tensor
@@ -30,46 +36,110 @@ PACKAGES = {
     "trl": how_to_install("trl"),
     "liger-kernel": how_to_install("bench"),
 }
+NAME = "covgrpo-kernels"
+FOLDER = Path(__file__).parent  # of the package that is imported
 
 
-def main() -> int:
-    """Prints the report. 0 when the self-test passed on every device, else 1."""
-    _section("versions")
-    _row("covgrpo-kernels", __version__)
-    _row("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
+class _Report:
+    """Rows of sections, printed as they come; or all of them at the end, as JSON."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.sections: dict[str, dict[str, str]] = {}
+        self.rows: dict[str, str] = {}  # of the section that is printed
+
+    def section(self, name: str, title: str) -> None:
+        self.sections[name] = self.rows = {}
+        self._print(f"\n{title}")
+
+    def row(self, name: str, what: str) -> None:
+        self.rows[name] = what
+        self._print(f"  {name:<22} {what}")
+
+    def verdict(self, passed: bool, remark: str) -> int:
+        self._print(f"\nself-test {'passed' if passed else 'FAILED'} ({remark})")
+        if self.as_json:
+            print(json.dumps(self.sections | {"passed": passed, "remark": remark}, indent=2))
+        return 0 if passed else 1
+
+    def _print(self, line: str) -> None:
+        if not self.as_json:
+            print(line, flush=True)
+
+
+def main(as_json: bool = False) -> int:
+    """Prints the report, or the same as one object of JSON. 0 when the self-test passed on every device, else 1."""
+    report = _Report(as_json)
+    report.section("versions", "versions")
+    report.row(NAME, f"{__version__}, in {FOLDER}")
+    report.row("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
     for package, hint in PACKAGES.items():
-        _row(package, _version(package) or f"not installed ({hint})")
+        report.row(package, _version(package) or f"not installed ({hint})")
 
-    _section("devices")
+    report.section("devices", "devices")
     devices = _devices()
     for device, what in devices:
-        _row(str(device), what)
+        report.row(str(device), what)
     if len(devices) == 1:
-        _row("cuda", _why_no_gpu())
+        report.row("cuda", _why_no_gpu())
 
-    _section("backends")
+    report.section("backends", "backends")
     for name, usable, why in kernels.report():
-        _row(name, f"{'usable' if usable else 'not usable'}: {why}")
+        report.row(name, f"{'usable' if usable else 'not usable'}: {why}")
+        if name == "cpp" and not usable:
+            for i, advice in enumerate(how_to_build()):
+                report.row("" if i else "to have it", advice)
 
-    _section("self-test: errors against float64, as multiples of eager PyTorch's in the same dtype")
+    report.section("self-test", "self-test: errors against float64, as multiples of eager PyTorch's in the same dtype")
     if not __debug__:
-        return _verdict(False, "python -O removes the assertions it is made of")
-    start = time.perf_counter()
-    passed = all([self_test(device) for device, _ in devices])
-    return _verdict(passed, f"{time.perf_counter() - start:.1f} s")
+        return report.verdict(False, "python -O removes the assertions it is made of")
+    start, passed = time.perf_counter(), True
+    for device, _ in devices:
+        for what, right, result in self_test(device):
+            report.row(what, result)
+            passed &= right
+    return report.verdict(passed, f"{time.perf_counter() - start:.1f} s")
 
 
-def _verdict(passed: bool, remark: str) -> int:
-    print(f"\nself-test {'passed' if passed else 'FAILED'} ({remark})")
-    return 0 if passed else 1
+# ------------------------------------------------------------------------------------------- the C++ backend's absence
 
 
-def _section(title: str) -> None:
-    print(f"\n{title}")
+def how_to_build() -> Iterator[str]:
+    """What to do where the C++ extension is not there: commands, and why an installed one may not be seen."""
+    if sys.platform == "win32":
+        yield "there is no C++ backend on Windows"
+        return
+    checkout = FOLDER.parent if (FOLDER.parent / "csrc").is_dir() else None
+    if checkout is not None and (installed := _installed_elsewhere()):
+        yield (
+            f"this is the source folder, which hides the package in {installed}: call covgrpo, start Python in another "
+            "folder, or build here"
+        )
+    where = checkout or _built_from()
+    source = "FOLDER_OF_A_CHECKOUT" if where is None else shlex.quote(str(where))
+    # The first time torch was not there, or no compiler. With 1 a build without them is an error that says so.
+    editable = "-e " if checkout else ""
+    yield f"COVGRPO_BUILD_CPP=1 pip install {editable}{source}    (torch is there now; needs a compiler)"
 
 
-def _row(name: str, what: str) -> None:
-    print(f"  {name:<22} {what}")
+def _installed_elsewhere() -> Path | None:
+    """Another folder that has an installed copy of the package."""
+    folders = (Path(str(d.locate_file(FOLDER.name))) for d in importlib.metadata.distributions(name=NAME))
+    return next((folder for folder in folders if folder.is_dir() and folder.resolve() != FOLDER.resolve()), None)
+
+
+def _built_from() -> Path | None:
+    """The checkout that the installed package was built from, as pip notes it."""
+    try:
+        noted = importlib.metadata.distribution(NAME).read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    url = urlparse(json.loads(noted)["url"]) if noted else None
+    folder = Path(unquote(url.path)) if url and url.scheme == "file" else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+# ------------------------------------------------------------------------------------------------ what there is
 
 
 def _version(distribution: str) -> str | None:
@@ -127,17 +197,16 @@ def check_loss(device: torch.device, dtype: torch.dtype) -> ErrorBook:
 CHECKS = {"log-prob": check_logprob, "loss": check_loss}
 
 
-def self_test(device: torch.device) -> bool:
-    passed = True
+def self_test(device: torch.device) -> Iterator[tuple[str, bool, str]]:
+    """(what was tested, whether it passed, the result in words) for each check."""
     for dtype in (torch.float32, torch.bfloat16):
         for what, check in CHECKS.items():
             try:
                 ratios = check(device, dtype).ratios()
-                result = "passed: " + ", ".join(f"{name} {ratio:.2g}" for name, ratio in ratios.items())
+                passed, result = True, "passed: " + ", ".join(f"{name} {x:.2g}" for name, x in ratios.items())
             except Exception as error:  # whatever goes wrong on a device is what the doctor is asked for
-                result, passed = f"FAILED: {type(error).__name__}: {error}", False
-            _row(f"{device} {str(dtype).removeprefix('torch.')} {what}", result)
-    return passed
+                passed, result = False, f"FAILED: {type(error).__name__}: {error}"
+            yield f"{device} {str(dtype).removeprefix('torch.')} {what}", passed, result
 
 
 def _book(ours: Results, eager: Results, exact: Results) -> ErrorBook:

@@ -118,7 +118,8 @@ def prepare_head(
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != hidden.dtype:
             raise TypeError(
-                f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}: cast one of them"
+                f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}: pass "
+                f"{name}.to(hidden.dtype), whose gradient reaches {name} in its own dtype, or use torch.autocast"
             )
     tolerance, group = resolve_grad_tol(grad_tol, hidden.dtype), check_process_group("vocab_group", vocab_group)
     inputs = HeadInputs(

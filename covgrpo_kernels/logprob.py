@@ -18,6 +18,13 @@ from .vocab_parallel import VocabSlice
 
 
 class LinearLogprob(NamedTuple):
+    """What `linear_logprob` returns.
+
+    Attributes:
+        logprob: [...], of the shape of ``targets``; float32 (float64 for float64 inputs), nats.
+        entropy: likewise; None unless asked for.
+    """
+
     logprob: Tensor  # [...] float32 (float64 for float64 inputs)
     entropy: Tensor | None  # [...], likewise; None unless asked for
 

@@ -34,6 +34,17 @@ from .weighting import check_ids, weighting_scopes, with_moments
 
 
 class CovGRPOOutput(NamedTuple):
+    """What `covgrpo_loss` returns.
+
+    Attributes:
+        loss: [], float32 (float64 for float64 inputs); the only one with a gradient, once differentiable.
+        logprobs: of the shape of ``targets``, [B, T] or [N], in the dtype of ``loss``, nats; zero where masked, NaN
+            where not scored.
+        entropy: likewise; None without ``metrics`` and ``entropy_coef``.
+        weights: likewise, the weight of each token; zero where masked.
+        metrics: tensors [] on the device; empty without ``metrics``.
+    """
+
     loss: Tensor  # [] float32 (float64 for float64 inputs), the only one with a gradient
     logprobs: Tensor  # [B, T] or [N]; zero where masked, NaN where not scored
     entropy: Tensor | None  # likewise, nats; None without metrics and entropy_coef
@@ -326,6 +337,9 @@ class CovGRPOLoss(nn.Module):
     Args:
         config: see `CovGRPOConfig`; None: the paper's.
         temperature, logit_scale, softcap, metrics, grad_tol, grad_mode: as `covgrpo_loss`; keywords of a call override.
+
+    Raises:
+        TypeError: ``config`` is something else. All other arguments are checked by a call.
     """
 
     def __init__(
@@ -359,7 +373,17 @@ class CovGRPOLoss(nn.Module):
         mask: Tensor | None = None,
         **inputs: Any,
     ) -> CovGRPOOutput:
-        """See `covgrpo_loss`, whose other keywords ``inputs`` may hold."""
+        """What `covgrpo_loss` returns, whose other keywords ``inputs`` may hold.
+
+        Args:
+            hidden: [B, T, D] or [N, D].
+            weight: [V, D].
+            targets, mask: [B, T] or [N].
+            advantages: [B], [B, T] or [N].
+
+        Raises:
+            TypeError, ValueError: a wrong argument, by name.
+        """
         return covgrpo_loss(hidden, weight, targets, advantages, mask, config=self.config, **(self.settings | inputs))
 
     def extra_repr(self) -> str:

@@ -167,5 +167,16 @@ def weighting_metrics(
     covariance: Tensor,  # [N]
     valid: Tensor,  # [N] bool
 ) -> dict[str, Tensor]:
-    """What the weights and the covariances under them are like over the valid tokens; [] each."""
+    """What the weights and the covariances under them are like over the valid tokens: the metrics ``weight/*`` and
+    ``covariance/*`` of `covgrpo_loss`.
+
+    Args:
+        weights: [N] float32 or float64, zero where masked.
+        covariance: [N], likewise, in nats times the unit of the advantages: both as `covariance_weights` gives them
+            with ``return_covariance=True``, flat.
+        valid: [N] bool.
+
+    Returns:
+        Tensors [] by name, on the device.
+    """
     return dict(zip(WEIGHTING_METRICS, weighting_summary(weights, covariance, valid).unbind(), strict=True))

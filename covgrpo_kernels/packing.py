@@ -12,6 +12,14 @@ from .config import IGNORE_INDEX
 
 
 class PackedSequences(NamedTuple):
+    """What `packed_sequences` returns.
+
+    Attributes:
+        targets: [N] or [1, N] as ``input_ids``, int64: the token after each; -100 at the last one of a sequence.
+        sequence_ids: likewise, from 0 on.
+        position_ids: likewise, for the model: with them and no attention mask, sequences do not see each other.
+    """
+
     targets: Tensor  # [N] or [1, N] int64, the token after each; -100 at the last one of a sequence
     sequence_ids: Tensor  # likewise, from 0 on
     position_ids: Tensor  # likewise, for the model: with them and no attention mask, sequences don't see each other

@@ -20,6 +20,13 @@ from .segments import Segments
 
 
 class CovarianceWeights(NamedTuple):
+    """What `covariance_weights` returns with ``return_covariance=True``.
+
+    Attributes:
+        weights: of the shape of ``logprobs``, [B, T] or [N]; zero where masked.
+        covariance: likewise, (x - mean x)(A - mean A) in nats times the unit of the advantages; without a gradient.
+    """
+
     weights: Tensor  # [B, T] or [N], zero where masked
     covariance: Tensor  # likewise, c_t in nats times advantage; without a gradient
 
@@ -225,7 +232,7 @@ def covariance_weights(
         group_size: instead, responses per prompt, where rows of one group follow each other.
         sequence_ids: integers [N] for packed tokens, where the weighting needs sequences.
         weighting: which reading of the paper; the default is `CovarianceWeighting()`.
-        return_covariance: return the covariances c_t too.
+        return_covariance: return the covariances c_t too, in nats times the unit of the advantages.
         moments, process_group, sequence_group: as `covgrpo_loss`. With differentiated weights the gradient is that of
             the sum over the ranks, all of which have to run the backward.
 

@@ -271,5 +271,6 @@ def test_ten_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]
 
 def test_doctor_is_wired(monkeypatch: pytest.MonkeyPatch) -> None:
     doctor = pytest.importorskip("covgrpo_kernels.doctor")
-    monkeypatch.setattr(doctor, "main", lambda: 7)
+    monkeypatch.setattr(doctor, "main", lambda as_json: 8 if as_json else 7)
     assert cli.main(["doctor"]) == 7
+    assert cli.main(["doctor", "--json"]) == 8

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
 import inspect
 import io
+import os
 import re
+import subprocess
+import sys
 import tokenize
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
@@ -28,6 +34,8 @@ except ImportError:  # Python 3.10
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "README.md"])
 README = (ROOT / "README.md").read_text()
+LOSS = (ROOT / "docs" / "loss.md").read_text()
+MADE = {"site/", "runs/"}  # by commands; not in a fresh clone
 FOLDERS = ("covgrpo_kernels", "examples", "bench", "research", "tests")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 FILES = {
@@ -56,19 +64,48 @@ def test_snippet_runs(code: str, document: Path) -> None:
         exec(compile(code, str(document), "exec"), {"__name__": "snippet"})
 
 
-def test_readme_has_snippets_and_the_loss_takes_ten_lines() -> None:
+@pytest.mark.parametrize(("code", "document"), _blocks("diff"))
+def test_what_a_diff_adds_is_there(code: str, document: Path) -> None:
+    """Its imports are made, and its keywords are taken."""
+    pytest.importorskip("trl")
+    trainer = importlib.import_module("covgrpo_kernels.integrations.trl").CovGRPOTrainer
+    taken = inspect.signature(trainer).parameters.keys() | inspect.signature(trainer.__mro__[1]).parameters.keys()
+    for line in re.findall(r"^\+(.*)", code, re.M):
+        [statement] = ast.parse(line).body
+        if isinstance(statement, ast.ImportFrom):
+            exec(line, {})
+        else:
+            assert isinstance(statement, ast.Assign)
+            assert isinstance(statement.value, ast.Call)
+            assert ast.unparse(statement.value.func) == "CovGRPOTrainer"
+            assert {keyword.arg for keyword in statement.value.keywords} <= taken
+
+
+def test_first_screen() -> None:
+    """The claim, a figure and how to install it; and all of it is no longer than what one reads."""
+    first = "\n".join(README.splitlines()[:30])
+    assert re.search(r"never builds the `\[tokens, vocabulary\]` logits", first)
+    assert re.search(r"!\[.+\]\(bench/results/\w+\.png\)", first)
+    assert re.search(r"\*\*In \w+ a step takes", first)
+    assert re.search(r"^pip install", first, re.M)
+    assert len(README.splitlines()) <= 200
+
+
+def test_the_step_of_the_first_page_is_short() -> None:
     snippets = [block.values[0] for block in _blocks("python") if block.values[1].name == "README.md"]
-    [step] = [code for code in snippets if "# What you add" in code]
-    added = step.split("# What you add")[1].split("optimizer.step()")[0].splitlines()[1:]
-    assert len([line for line in added if line.strip()]) == 10
+    [step] = [code for code in snippets if "covgrpo_loss(" in code]
+    lines = [line for line in step.splitlines() if line.strip()]
+    assert len(lines) <= 24
+    begin, end = (next(i for i, line in enumerate(lines) if part in line) for part in ("config = ", ".backward()"))
+    assert end - begin <= 10
 
 
 # ------------------------------------------------------------------------------------------------- the tables
 
 
 def _tables(header: str) -> list[list[list[str]]]:
-    """Rows of cells of the README's tables with this header."""
-    lines = README.splitlines()
+    """Rows of cells of the tables of docs/loss.md with this header."""
+    lines = LOSS.splitlines()
     tables = []
     for i, line in enumerate(lines):
         if line == header:
@@ -136,51 +173,49 @@ def test_metrics() -> None:
     assert sorted(name for row in rows for name in _code(row[0])) == sorted(loss._METRICS)
 
 
-def test_public_names_are_mentioned() -> None:
-    mentioned = set(re.findall(r"\w+", README))
-    missing = {*covgrpo_kernels.__all__} - mentioned - {"LinearLogprob"}
-    assert not missing
-    assert f"CovGRPOOutput({', '.join(covgrpo_kernels.CovGRPOOutput._fields)})" in README
+def test_public_names_are_in_the_reference_and_explained() -> None:
+    reference = re.findall(r"^::: covgrpo_kernels\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
+    assert sorted(reference) == sorted(covgrpo_kernels.__all__)
+    missing = {*covgrpo_kernels.__all__} - set(re.findall(r"\w+", LOSS + (ROOT / "docs" / "devices.md").read_text()))
+    assert missing <= {"LinearLogprob"}
+    assert f"CovGRPOOutput({', '.join(covgrpo_kernels.CovGRPOOutput._fields)})" in LOSS
+
+
+def _described(docstring: str, section: str) -> set[str]:
+    """Names in a section of a docstring: those before a colon."""
+    lines = inspect.cleandoc(docstring).split(f"{section}:\n")[1].split("\n\n")[0].splitlines()
+    return {name.strip("* ") for line in lines if (m := re.match(r"    (\S[^:]*):", line)) for name in m[1].split(",")}
+
+
+@pytest.mark.parametrize("name", covgrpo_kernels.__all__)
+def test_docstrings_have_every_argument_and_the_errors(name: str) -> None:
+    public = getattr(covgrpo_kernels, name)
+    docstring = public.__doc__
+    if hasattr(public, "_fields"):
+        assert _described(docstring, "Attributes") == set(public._fields)
+        return
+    if name == "GroupMoments":  # made by `of`
+        public, docstring = public.of, public.of.__doc__
+    parameters = {parameter for parameter in inspect.signature(public).parameters if parameter != "self"}
+    assert _described(docstring, "Args") == parameters
+    assert "Raises:" in docstring or name == "weighting_metrics"  # which takes what the other has made
 
 
 def test_workspace_figures() -> None:
     cpu, gpu = (WORKSPACE_BYTES[kind] >> 20 for kind in ("cpu", "cuda"))
-    assert re.search(rf"at most {cpu} MiB on a CPU\s+and {gpu} MiB on a GPU", README)
+    performance = (ROOT / "docs" / "performance.md").read_text()
+    assert re.search(f"at most {cpu} MiB on a CPU and {gpu} MiB on a GPU", " ".join(performance.split()))
 
 
 # -------------------------------------------------------------------------------------- files, paths, commands
 
 
-def _file_tree() -> dict[str, str]:
-    """Path -> description of the README's tree; folders end in "/"."""
-    [block] = [b.values[0].strip("\n") for b in _blocks("text") if b.values[1].name == "README.md"]
-    tree: dict[str, str] = {}
-    folders: list[str] = []
-    for line in block.splitlines():
-        name, _, description = line.strip().partition(" ")
-        folders = folders[: (len(line) - len(line.lstrip())) // 2]
-        tree["".join(folders) + name] = description.strip()
-        if name.endswith("/"):
-            folders.append(name)
-    return tree
-
-
-def test_file_tree() -> None:
-    tree = _file_tree()
-    absent = [path for path in tree if not ((ROOT / path).is_dir() if path.endswith("/") else path in FILES)]
-    assert not absent
-    undescribed = [path for path, what in tree.items() if not what and path not in ("covgrpo_kernels/", "tests/")]
-    assert not undescribed
-    # A folder without entries of its own stands for all that is in it.
-    covers = [path for path in tree if path.endswith("/") and not any(p != path and p.startswith(path) for p in tree)]
-    unlisted = [
-        path
-        for path in sorted(FILES)
-        if path not in tree
-        and not path.startswith((".g", "README.md", *covers))
-        and path.count("/") <= (1 if path.startswith(("bench/", "tests/")) else 9)
-    ]
-    assert not unlisted
+def test_every_file_says_what_it_is() -> None:
+    """In its first sentence, of which the map of files is made."""
+    hooks = _site_hooks()
+    files = hooks.source_files()
+    assert {"covgrpo_kernels/loss.py", "csrc/gemm.h", "tests/test_docs.py"} <= set(files)
+    assert not [name for name in files if len(hooks.first_sentence(ROOT / name)) < 10]
 
 
 def _exists(path: str) -> bool:
@@ -197,7 +232,7 @@ def test_paths_in_documents() -> None:
         code = set(_code(re.sub(r"```.*?```", "", text, flags=re.S)))
         named = {path for path in code if path.endswith("/") or path.startswith(".ci")} | set(NAMED_FILE.findall(text))
         links = {target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target}
-        missing = {path for path in named if path not in links and not _exists(path)}
+        missing = {path for path in named if path not in links and not _exists(path)} - MADE
         missing |= {target for target in links if not (document.parent / target).exists()}
         assert not missing, document.name
 
@@ -251,7 +286,9 @@ def test_commands_and_extras() -> None:
     subcommands = next(a.choices for a in cli._parser()._actions if a.dest == "command")
     assert commands == set(subcommands)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {e for e in re.findall(r"^\[([a-z]+)\]$", _commands(), re.M)} == set(project["optional-dependencies"])
+    page = (ROOT / "docs" / "installation.md").read_text()
+    extras = page.split("| extra | for |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", extras, re.M) == list(project["optional-dependencies"])
 
 
 def test_version_has_a_changelog_entry_with_a_line_on_numerics() -> None:
@@ -259,6 +296,19 @@ def test_version_has_a_changelog_entry_with_a_line_on_numerics() -> None:
     entries = dict(re.findall(r"^## (\S+).*?\n(.*?)(?=^## |\Z)", changelog, re.M | re.S))
     assert covgrpo_kernels.__version__ in entries
     assert not [version for version, entry in entries.items() if "\n- Numerics: " not in entry]
+
+
+def test_forms_for_issues_and_the_citation() -> None:
+    """They can be read; whoever reports something wrong is asked for `covgrpo doctor --json`; versions are the same."""
+    yaml = pytest.importorskip("yaml")
+    forms = {path.stem: yaml.safe_load(path.read_text()) for path in ROOT.glob(".github/ISSUE_TEMPLATE/*.yml")}
+    for name in ("bug", "slow"):
+        [doctor] = [field for field in forms[name]["body"] if field["id"] == "doctor"]
+        assert "`covgrpo doctor --json`" in doctor["attributes"]["label"]
+        assert doctor["validations"]["required"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == covgrpo_kernels.__version__
+    assert citation["license"] == "Apache-2.0"
 
 
 def _layers() -> dict[str, int]:
@@ -292,3 +342,75 @@ def test_figures_are_those_of_the_benchmark() -> None:
     """None is typed by hand: the documents are what `python -m bench report` makes of the results."""
     for document, figures in report.documents(report.RESULTS).items():
         assert document.read_text() == report.updated(document.read_text(), figures), document
+
+
+# --------------------------------------------------------------------------------------------------------- the site
+
+
+def _site_hooks() -> Any:
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site_hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_links_of_documents_are_turned_into_those_of_the_site() -> None:
+    """In which docs/ is the root, and all else is where it is in the repository."""
+    turned = _site_hooks()._on_the_site
+    assert turned("docs/loss.md", "README.md") == "loss.md"
+    assert turned("../README.md", "docs/loss.md") == "README.md"
+    assert turned("../bench/results/cpu_limit.png", "docs/performance.md") == "bench/results/cpu_limit.png"
+    assert turned("results/cpu_limit.png", "bench/README.md") == "results/cpu_limit.png"
+    assert turned("../docs/numerics.md", "bench/README.md") == "../numerics.md"
+
+
+class _Page(HTMLParser):
+    """Anchors of a page, where it links to, and what it loads."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        found = dict(attributes)
+        self.anchors |= {value for name in ("id", "name") if (value := found.get(name))}
+        if tag == "a" and found.get("href"):
+            self.links.append(str(found["href"]))
+        is_loaded = tag == "link" and found.get("rel") in ("stylesheet", "icon")
+        source = found.get("href") if is_loaded else found.get("src")
+        if source:
+            self.loads.append(source)
+
+
+def test_site_builds_without_warnings_and_its_links_lead_somewhere(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings")
+    pytest.importorskip("material")
+    result = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT, env=os.environ | dict(NO_MKDOCS_2_WARNING="1"), capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    pages = {path: _Page(path) for path in tmp_path.rglob("*.html") if path.name != "404.html"}
+    assert len(pages) > 15
+    broken = []
+    for path, page in pages.items():
+        for target in [*page.links, *page.loads]:
+            link = urlsplit(target)
+            if link.scheme or link.netloc:
+                if target in page.loads:
+                    broken.append(f"{path.relative_to(tmp_path)} loads {target} from elsewhere")
+                continue
+            there = (path.parent / unquote(link.path)).resolve() if link.path else path
+            there = there / "index.html" if there.is_dir() else there
+            is_anchor = not link.fragment or there not in pages or unquote(link.fragment) in pages[there].anchors
+            if not there.exists() or not is_anchor:
+                broken.append(f"{path.relative_to(tmp_path)}: {target}")
+    assert not broken
+    # What the site has beyond the documents.
+    assert "--group-size" in (tmp_path / "commands" / "index.html").read_text()
+    assert "which rows are dense" in (tmp_path / "CONTRIBUTING" / "index.html").read_text()

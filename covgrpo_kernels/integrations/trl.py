@@ -28,7 +28,8 @@ class CovGRPOTrainer(GRPOTrainer):
 
         from covgrpo_kernels.integrations.trl import CovGRPOTrainer as GRPOTrainer
 
-    TRL's own loss runs on the weighted advantages, so that all its loss types and options mean what they did.
+    TRL's own loss runs on the weighted advantages, so that all its loss types and options mean what they did. With
+    ``weighting="none"`` the algorithm is TRL's own too, without the logits.
 
     A token is compared with all tokens of all completions of its prompt (tool output and padding left out), exactly,
     although TRL spreads these over ranks and shuffles them over micro-batches. Which log-probs the weights come from:

@@ -52,8 +52,19 @@ def compute_covgrpo_advantage(
 ) -> tuple[Tensor, Tensor]:  # [B, T], [B, T]
     """verl's GRPO advantages times their covariance weights; the returns are the advantages without weights.
 
-    ``config["norm_adv_by_std_in_grpo"]`` (True) is passed on. As for all of verl's estimators but ``grpo``, where a
-    session has several outputs each counts as a response. Raises TypeError without ``old_log_probs`` or ``index``.
+    As for all of verl's estimators but ``grpo``, where a session has several outputs each counts as a response.
+
+    Args:
+        token_level_rewards, response_mask: [B, T].
+        index: [B], the prompt of each response: any labels in any order.
+        old_log_probs: [B, T], nats; None: those of the batch that verl is at.
+        config: verl's ``algorithm``, of which ``norm_adv_by_std_in_grpo`` (True) is passed on.
+
+    Returns:
+        Weighted advantages and returns, [B, T] each.
+
+    Raises:
+        TypeError: there are no ``old_log_probs``, or no ``index``.
     """
     old_log_probs = _log_probs.get() if old_log_probs is None else old_log_probs
     if old_log_probs is None:
@@ -76,8 +87,20 @@ def compute_policy_loss_covgrpo(
     config: Any = None,  # verl's ActorConfig
     rollout_is_weights: Tensor | None = None,  # [B, T]
 ) -> tuple[Tensor, dict[str, Any]]:  # [], metrics
-    """verl's ``vanilla`` loss on advantages times the covariance weights of this micro-batch. The weights carry no
-    gradient."""
+    """verl's ``vanilla`` loss on advantages times the covariance weights of this micro-batch (arXiv 2605.11538). The
+    weights carry no gradient.
+
+    Args:
+        old_log_prob, log_prob: [B, T], nats.
+        advantages, response_mask: [B, T].
+        loss_agg_mode, config, rollout_is_weights: as verl's loss takes them; the last is [B, T].
+
+    Returns:
+        The loss, [], and verl's metrics.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+    """
     weights = covariance_weights(log_prob, advantages, response_mask, weighting=CovarianceWeighting(scope="batch"))
     return compute_policy_loss_vanilla(
         old_log_prob, log_prob, weights * advantages, response_mask, loss_agg_mode, config, rollout_is_weights
