@@ -43,7 +43,7 @@ _PLAIN: Arguments = dict(bias=None, temperature=None, SCALE=1.0, CAP=None)
 _ALL: Arguments = dict(bias="*fp32", temperature="*fp32", SCALE=0.5, CAP=30.0)
 _RUNNING: Arguments = dict(maximum="*fp32", sums="*fp32", entropy_sum="*fp32", target="*fp32")
 _NO_CANDIDATES: Arguments = dict(min_logits=None, found=None, vocab_ids=None, logits=None, CAPACITY=0)
-_CANDIDATES: Arguments = dict(min_logits="*fp32", found="*i32", vocab_ids="*i32", logits="*fp32", CAPACITY=64)
+_CANDIDATES: Arguments = dict(min_logits="*fp32", found="*i32", vocab_ids="*i32", logits="*fp32", CAPACITY=256)
 _COEFFICIENTS: Arguments = dict(
     maximum="*fp32", log_sum="*fp32", at_target="*fp32", entropy="*fp32", logprob_grad="*fp32"
 )
@@ -53,7 +53,7 @@ _WEIGHTS: Arguments = dict(advantages="*fp32", weights="*fp64", covariance="*fp6
 _READING: Arguments = dict(NOISE=1e-6, BANDWIDTH_EPS=0.0, NUMEL=False)
 
 _ROWS: Arguments = dict(rows="*i32", count="*i32", first="i32", room="i32", n_tokens="i32")
-_HEAD: Arguments = dict(weight="*bf16", depth="i32", vocab="i32", weight_stride="i32", UPCAST=False)
+_HEAD: Arguments = dict(weight="*bf16", depth="i32", vocab="i32", weight_stride="i32")
 _SCOPE_GRAD: Arguments = dict(
     weights_grad="*fp32", weights="*fp64", covariance="*fp64", deviation="*fp64", valid="*i1", order="*i64",
     offsets="*i64", std="*fp64", ddx="*fp64", BANDWIDTH_EPS=0.0,
@@ -100,8 +100,8 @@ _FORWARD: Arguments = {
 _FORWARD_PLAIN: Arguments = {**_FORWARD, **_PLAIN, "ENTROPY": False}
 _FORWARD_ALL: Arguments = {**_FORWARD, **_ALL, "ENTROPY": True, "peaks": "*bf16"}
 _PRODUCTS: Arguments = {
-    "hidden": "*bf16", "min_logits": "*fp32", "ends": "*i64", "item_ends": "*i32", "pairs": "*i32", "found": "*i32",
-    "vocab_ids": "*i32", "logits": "*fp32", "tiles": "i32", "room": "i32", "row_stride": "i32", "column_stride": 1,
+    "hidden": "*bf16", "floors": "*fp32", "ends": "*i64", "item_ends": "*i32", "pairs": "*i32", "found": "*i32",
+    "vocab_ids": "*i32", "logits": "*fp32", "tiles": "i32", "row_stride": "i32", "column_stride": 1,
     **_HEAD, "B_V": 256, "B_T": 1024, "K": 64,
 }  # fmt: skip
 _SOFTMAX_ALL: Arguments = {"tile": "*fp32", **_TILE, **_ALL, **_RUNNING, **_CANDIDATES, "ENTROPY": True}
@@ -111,18 +111,18 @@ _SPARSE: Arguments = dict(
 )
 
 # Of the backward: the plan, the tails, the pairs and the gradients.
-_NO_TAILS: Arguments = dict(rows=None, log_min_prob="fp32", TAILS=0)
-_TAILS: Arguments = dict(rows="*i64", log_min_prob="fp32", TAILS=16)
+_NO_TAILS: Arguments = dict(rows=None, log_floor=None, log_min_prob="fp32", TAILS=0)
+_TAILS: Arguments = dict(rows="*i64", log_floor="*fp32", log_min_prob="fp32", TAILS=16)
 _PLAN_ROWS: Arguments = dict(
-    found="*i32", vocab_ids="*i32", logits="*fp32", stats="*fp32", targets="*i64", logprob_grad="*fp32",
-    entropy_grad=None, temperature=None, kind="*i8", kept="*i32", per_row="*fp32", bounds="*fp64", n_rows="i32",
-    log_min_prob="fp32", SCALE=1.0, CAP=None, K=64,
+    found="*i32", vocab_ids="*i32", logits="*fp32", min_logits="*fp32", stats="*fp32", targets="*i64",
+    logprob_grad="*fp32", entropy_grad=None, temperature=None, kind="*i8", kept="*i32", per_row="*fp32",
+    bounds="*fp64", n_rows="i32", SCALE=1.0, CAP=None, K=64,
 )  # fmt: skip
 _PLAN_ROWS_ALL: Arguments = dict(entropy_grad="*fp32", temperature="*fp32", SCALE=0.5, CAP=30.0)
 _ASSIGN_TAILS: Arguments = dict(
-    hidden="*bf16", tail_rows="*i64", temperature="*fp32", tail="*fp32", mass="*fp32", plan_kind="*i8",
-    plan_bound="*fp64", tail_bound="*fp64", shares="*fp32", kind="*i8", bound="*fp64", n_rows="i32", depth="i32",
-    hidden_stride="i32", min_prob="fp32", SCALE=0.5, SHARPNESS=10.0, ENTROPY=True, T=16,
+    hidden="*bf16", tail_rows="*i64", temperature="*fp32", tail="*fp32", mass="*fp32", log_floor="*fp32",
+    plan_kind="*i8", plan_bound="*fp64", tail_bound="*fp64", shares="*fp32", kind="*i8", bound="*fp64", n_rows="i32",
+    depth="i32", hidden_stride="i32", SCALE=0.5, SHARPNESS=10.0, ENTROPY=True, T=16,
 )  # fmt: skip
 _CLASSES: Arguments = dict(row_class="*i8", place="*i32")
 _CLASSIFY_ROWS: Arguments = dict(
@@ -218,7 +218,7 @@ CASES = [
     Case("plan rows, 256 candidates", "plan_rows.plan_rows_kernel", {**_PLAN_ROWS, "K": 256}, "plan_rows"),
     Case(
         "plan rows without candidates", "plan_rows.plan_rows_kernel",
-        {**_PLAN_ROWS, "found": None, "vocab_ids": None, "logits": None, "K": 1}, "plan_rows",
+        {**_PLAN_ROWS, "found": None, "vocab_ids": None, "logits": None, "min_logits": None, "K": 1}, "plan_rows",
     ),
     Case("assign tails", "tails.assign_tails_kernel", _ASSIGN_TAILS, "assign_tails"),
     Case("assign tails of float32", "tails.assign_tails_kernel", {**_ASSIGN_TAILS, "hidden": "*fp32"}, "assign_tails"),
@@ -296,8 +296,8 @@ CASES = [
     Case(
         "limits", "collect.limits_kernel",
         {
-            "peaks": "*bf16", "place": "*i32", "min_logits": "*fp32", "limits": "*fp32", "found": "*i32",
-            "n_tokens": "i32", "tiles": "i32", "K": 64,
+            "peaks": "*bf16", "place": "*i32", "min_logits": "*fp32", "limits": "*fp32", "floors": "*fp32",
+            "found": "*i32", "n_tokens": "i32", "tiles": "i32", "K": 64, "MAX_TILES": 32,
         },
         "limits",
     ),
@@ -307,13 +307,13 @@ CASES = [
     ),
     Case(
         "ends", "collect.ends_kernel",
-        {"counts": "*i32", "ends": "*i64", "item_ends": "*i32", "tiles": "i32", "room": "i32", "B_R": 64}, "ends",
+        {"counts": "*i32", "ends": "*i64", "item_ends": "*i32", "tiles": "i32", "B_R": 64}, "ends",
     ),
     Case(
         "list", "collect.list_kernel",
         {
             "peaks": "*bf16", "limits": "*fp32", "rows": "*i32", "count": "*i32", "ends": "*i64", "pairs": "*i32",
-            "found": "*i32", "n_tokens": "i32", "room": "i32", "K": 64,
+            "n_tokens": "i32",
         },
         "list",
     ),
@@ -361,8 +361,6 @@ def compile_case(case: Case, architecture: str) -> dict[str, int]:
     options = dict(_cuts(architecture)[case.config])
     compiler = {key: options.pop(key) for key in ("num_warps", "num_stages") if key in options}
     arguments: dict[str, Any] = {**case.arguments, **options}
-    if "ACCUMULATOR" in kernel.arg_names:
-        arguments["ACCUMULATOR"] = triton.language.float32
     if options.get("DESCRIPTORS") and "dz" in arguments:
         arguments["dz"] = f"tensordesc<bf16[{options['B_K']}, {options['B_V']}]>"
         arguments["states"] = f"tensordesc<bf16[{options['B_K']}, {options['B_D']}]>"

@@ -2,8 +2,8 @@
 sync.
 
 - *dense*: the row enters the matrix products.
-- *sparse*: its candidates, the vocabulary ids more probable than ``min_prob``, have their gradient each. The rest of
-  the row, its tail, is replaced by the tail of a dense row, scaled so that the row sums to zero.
+- *sparse*: its most probable entries, those above the row's own floor, have their gradient each. The rest of the row,
+  its tail, is replaced by a mixture of the tails of dense rows, scaled so that the row sums to zero.
 - *dropped*: the row gets no gradient.
 
 Errors are bounded in the Frobenius norm: it is what the rounding of dL/dlogits to a dtype is measured in, and a tail of
@@ -11,7 +11,6 @@ many small entries is small in it."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -60,14 +59,17 @@ class BackwardPlan(NamedTuple):
         return coefficient * self.inverse_prob.to(coefficient.dtype)
 
 
-def min_probability(grad_tol: float) -> float:
-    """Vocabulary ids less probable than this belong to a row's tail; 0 where there is to be none.
+def min_probability(grad_tol: float, factor: float = 4.0) -> float:
+    """Vocabulary ids less probable than this belong to a row's tail; 0 where there is to be none. The floor of a row
+    that has no room for all of the others is higher.
 
-    A tail of mass m contributes at most sqrt(m * min_prob) to the row's error, and m is some hundredths of 1 - p in a
-    policy's batch: 25 grad_tol^2 then spends about the tolerance. Above 1e-4 nothing is saved, since few ids are more
-    probable than that anyway; below 1e-6 most rows would have more candidates than there is room for."""
-    min_prob = 25 * grad_tol**2
-    return min(min_prob, 1e-4) if min_prob >= 1e-6 else 0.0
+    A tail of mass m and floor f contributes at most sqrt(m f) to the row's error, and m is some hundredths of 1 - p in
+    a policy's batch. So with f = 25 grad_tol^2 the rows' own tails take some tenths of the tolerance, and borrowed ones
+    the rest. A lower floor makes both smaller: 4 grad_tol^2 halves the error that is left, for ten more entries a row,
+    which is little where an entry costs next to nothing (``factor``). Above 1e-4 nothing is saved, since few ids are
+    more probable than that anyway; below 1e-6 there is no room. With a tolerance below 2e-4 hardly a row would be
+    sparse."""
+    return min(max(factor * grad_tol**2, 1e-6), 1e-4) if grad_tol >= 2e-4 else 0.0
 
 
 def can_have_tails(rows: int, capacity: int, grad_tol: float) -> bool:
@@ -113,14 +115,11 @@ def plan_backward(
     finite = bound.isfinite() & norm.isfinite()
     can_be_sparse = torch.zeros_like(live)
     if can_have_tails(len(live), candidates.capacity, precision.grad_tol):
-        min_prob = min_probability(precision.grad_tol)
-        entries = sparse_entries(inputs, stats, candidates, logprob_grad, entropy_grad, min_prob)
+        entries = sparse_entries(inputs, stats, candidates, logprob_grad, entropy_grad)
         finite &= entries.values.isfinite().all(1) & entries.tail.isfinite()
         can_be_sparse = live & finite & (candidates.found <= candidates.capacity)
         norm = torch.linalg.vector_norm(entries.values, dim=1, dtype=torch.float64).square()
-        tail_rows, sparse_bound = _choose_tails(
-            inputs, stats, entries, can_be_sparse, logprob_grad, entropy_grad, min_prob
-        )
+        tail_rows, sparse_bound = _choose_tails(inputs, stats, entries, can_be_sparse, logprob_grad, entropy_grad)
         plan = plan._replace(tail_rows=tail_rows)
         bound = sparse_bound.where(can_be_sparse, bound)
     return _within_budget(plan, live, finite, can_be_sparse, bound, norm, precision.grad_tol)
@@ -151,17 +150,17 @@ def _choose_tails(
     can_be_sparse: Tensor,  # [N] bool
     g: Tensor,
     e: Tensor | None,
-    min_prob: float,
 ) -> tuple[Tensor, Tensor]:  # [TAIL_ROWS] int64, [N] float64
     """(rows whose tails are used, bound on the squared error of each row as a sparse one).
 
     The rows with the heaviest tails are dense anyway and give theirs; `sparse.tail_mix` says how a row mixes them.
 
-    In a tail of mass m every p is below min_prob, and p (|g| + |e| (|log p| + H))^2 grows with p below 1/10: the sum of
-    squares is at most m times its value at min_prob. What replaces the tail is its sum times a mixture of
-    distributions, whose sum of squares is at most its largest entry, min_prob over the mass of the tails that it is
-    made of. Both have one sign where there is no entropy coefficient, so that their squares add up; with one, twice
-    them. A softcap only makes all of this smaller."""
+    In a tail of mass m every p is below the row's own floor f, and p (|g| + |e| (|log p| + H))^2 grows with p below
+    1/10: the sum of squares is at most m times its value at f. What replaces the tail is its sum times a mixture of the
+    tails of other rows, each divided by its mass. The sum of a distribution's squares is at most its largest entry, and
+    that of this mixture is at most the mixture of f / m of the rows that give the tails. Both have one sign where there
+    is no entropy coefficient, so that their squares add up; with one, twice them. A softcap only makes all of this
+    smaller."""
     slope = inputs.transform.size_of_slope(inputs.temperature)
     # What a subtraction leaves of 1 - p is known up to a few roundings of it.
     mass = entries.mass - torch.expm1(stats.logprob) * (16 * torch.finfo(stats.packed.dtype).eps)
@@ -171,12 +170,12 @@ def _choose_tails(
     # Where fewer rows than that can be sparse, all of them are dense: a tail is never that of a row without a gradient.
     weight = (torch.minimum(coefficient, most.sqrt()) * mass * slope).where(can_be_sparse, -1.0)
     tail_rows = weight.topk(TAIL_ROWS).indices
-    largest = (min_prob / mass[tail_rows]).clamp(max=1).double()
+    largest = (entries.floor / mass)[tail_rows].clamp(max=1).double()
     largest = tail_mix(inputs.hidden, inputs.hidden[tail_rows]).double() @ largest
     per_p = g.abs()
     if e is not None:
-        per_p = per_p + e.abs() * (stats.entropy - math.log(min_prob))
-    own_tail = mass.double() * min_prob * (per_p * slope).double().square()
+        per_p = per_p + e.abs() * (stats.entropy - entries.floor.log())
+    own_tail = mass.double() * entries.floor * (per_p * slope).double().square()
     borrowed_tail = entries.tail.double().square() * largest
     bound = own_tail + borrowed_tail if e is None else 2 * (own_tail + borrowed_tail)
     bound[tail_rows] = torch.inf

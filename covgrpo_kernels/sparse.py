@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class SparseEntries(NamedTuple):
-    """dL/dproducts of R rows: of each candidate that is above ``min_prob`` and of the target, and of all others
-    together."""
+    """dL/dproducts of R rows: of each candidate and of the target, and of all others together, the tail."""
 
     vocab_ids: Tensor  # [R, K + 1] int64, the target last
     values: Tensor  # [R, K + 1], zero where not used
     used: Tensor  # [R, K + 1] bool
-    tail: Tensor  # [R] the sum over all others
-    mass: Tensor  # [R] their probability
+    tail: Tensor  # [R] the sum over the tail
+    mass: Tensor  # [R] its probability
+    floor: Tensor  # [R] what every probability in it is below
 
 
 def sparse_entries(
@@ -36,12 +36,11 @@ def sparse_entries(
     candidates: Candidates,
     logprob_grad: Tensor,  # [R] g
     entropy_grad: Tensor | None,  # [R] e
-    min_prob: float,
 ) -> SparseEntries:
     coefficients = Coefficients.of(stats, logprob_grad, entropy_grad)
     targets, temperature, transform = inputs.targets, inputs.temperature, inputs.transform
     z, vocab_ids = candidates.logits, candidates.vocab_ids.long()
-    used = candidates.present() & (z >= stats.min_logits(min_prob).unsqueeze(1)) & (vocab_ids != targets.unsqueeze(1))
+    used = candidates.present() & (vocab_ids != targets.unsqueeze(1))
     log_p = (z - stats.maximum.unsqueeze(1)) - stats.log_sum.unsqueeze(1)
     p = log_p.exp().where(used, 0)
     per_p = logprob_grad.unsqueeze(1)
@@ -58,7 +57,9 @@ def sparse_entries(
         target_logit = (stats.logprob + stats.log_sum) + stats.maximum
         dz = dz * transform.softcap_slope(torch.cat([z, target_logit.unsqueeze(1)], 1), temperature)
     used = pad(used, (0, 1), value=True)
-    return SparseEntries(torch.cat([vocab_ids, targets.unsqueeze(1)], 1), dz.where(used, 0), used, tail * slope, mass)
+    vocab_ids = torch.cat([vocab_ids, targets.unsqueeze(1)], 1)
+    floor = stats.probability(candidates.min_logits)
+    return SparseEntries(vocab_ids, dz.where(used, 0), used, tail * slope, mass, floor)
 
 
 # What similarities are multiplied by before the softmax. At 10 two kinds of context with disjoint tails keep their own
@@ -132,7 +133,7 @@ class SparseGradient:
                 temperature=None if inputs.temperature is None else inputs.temperature[rows],
             )
             e_rows = None if e is None else e[rows]
-            return sparse_entries(taken, stats.take(rows), candidates.take(rows), g[rows], e_rows, min_prob)
+            return sparse_entries(taken, stats.take(rows), candidates.take(rows), g[rows], e_rows)
 
         self.rows = plan.sparse.nonzero().squeeze(1)  # [S]
         entries = entries_of(self.rows)
@@ -157,7 +158,7 @@ class SparseGradient:
             hidden = inputs.hidden[self.rows[block]]
             self._tail[block] = entries.tail[block].unsqueeze(1) * tail_mix(hidden, tail_hidden) * size
             states += self._tail[block].T @ hidden.to(self.dtype)
-        min_logits = stats.take(self.tail_rows).min_logits(min_prob)
+        min_logits = candidates.min_logits[self.tail_rows]
         self.tails = Tails(states, min_logits, self._tail.sum(0), 1 / min_prob)
 
     def weight_rows(self, edges: list[int], need_weight: bool, need_bias: bool) -> Iterator[WeightRows]:

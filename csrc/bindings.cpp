@@ -113,14 +113,14 @@ CoefficientRows<T> coefficients_of(const Tensor& t, int64_t rows) {
       packed[0], packed[1], packed[2], packed[3], has_entropy ? packed[4] : nullptr, has_entropy ? packed[5] : nullptr};
 }
 
-// Of R rows: min_logits, found, vocab_ids, logits; or nothing.
+// Of R rows: min_logits, found, vocab_ids, logits, floors; or nothing.
 template <class T>
 Candidates<T> candidates_of(const std::vector<Tensor>& t, int64_t rows) {
   if (t.empty()) return {};
-  check(t.size() == 4, "candidates are four tensors");
-  const int64_t capacity = t[2].size(1);
-  return {data<T>(t[0], rows), data<int32_t>(t[1], rows), data<int32_t>(t[2], rows * capacity),
-          data<T>(t[3], rows * capacity), capacity};
+  check(t.size() == 5, "candidates are five tensors");
+  const int64_t room = t[2].size(1);
+  return {data<T>(t[0], rows),        data<int32_t>(t[1], rows), data<int32_t>(t[2], rows * room),
+          data<T>(t[3], rows * room), data<T>(t[4], rows),       room};
 }
 
 // f(T()) for the dtype T of a tensor, float or double. Any other is taken for float, which `data` then refuses.

@@ -3,8 +3,12 @@
 // PyTorch, and covgrpo_kernels/kernels/interface.py the same names.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <functional>
+#include <limits>
 #include <optional>
+#include <vector>
 
 #include "vectors.h"
 
@@ -85,22 +89,53 @@ struct BlockSums {
   }
 };
 
-// The vocabulary ids of each row whose logit reaches the row's min_logits, in any order. A row with more of them than
-// `capacity` counts them all and keeps some.
+// The vocabulary ids of each row whose logit reaches the row's min_logits and its floor, in any order. A row that has no
+// room for one more keeps the larger half, and its floor rises above all that go. Equal logits stay or go together, so
+// that what is left in the end does not depend on the order.
 template <class T>
 struct Candidates {
   const T* min_logits;  // [R]; null where no candidates are wanted
   int32_t* found;       // [R] how many there are
-  int32_t* vocab_ids;   // [R, capacity]
-  T* logits;            // [R, capacity]
-  int64_t capacity;
+  int32_t* vocab_ids;   // [R, room]
+  T* logits;            // [R, room]
+  T* floors;            // [R]
+  int64_t room;
 
   // Several threads may add to the same row.
   void add(int64_t row, int64_t vocab_id, T logit) const {
-    const int64_t place = std::atomic_ref<int32_t>(found[row]).fetch_add(1, std::memory_order_relaxed);
-    if (place >= capacity) return;
-    vocab_ids[row * capacity + place] = static_cast<int32_t>(vocab_id);
-    logits[row * capacity + place] = logit;
+    const std::atomic_ref<T> floor(floors[row]);
+    if (logit < floor.load(std::memory_order_relaxed)) return;
+    const std::atomic_ref<int32_t> count(found[row]);
+    int32_t n;
+    while ((n = count.exchange(LOCKED, std::memory_order_acquire)) == LOCKED) {
+    }
+    if (n == room) n = drop_smaller_half(row);
+    if (logit >= floor.load(std::memory_order_relaxed)) {
+      vocab_ids[row * room + n] = static_cast<int32_t>(vocab_id);
+      logits[row * room + n++] = logit;
+    }
+    count.store(n, std::memory_order_release);
+  }
+
+ private:
+  static constexpr int32_t LOCKED = -1;  // in place of the count, while a thread changes the row
+
+  // Returns how many are left of a row that is full.
+  int32_t drop_smaller_half(int64_t row) const {
+    T* z = logits + row * room;
+    int32_t* ids = vocab_ids + row * room;
+    std::vector<T> sorted(z, z + room);
+    const auto next_largest = sorted.begin() + room / 2;
+    std::nth_element(sorted.begin(), next_largest, sorted.end(), std::greater<T>());
+    const T floor = std::nextafter(*next_largest, std::numeric_limits<T>::infinity());
+    int32_t n = 0;
+    for (int64_t k = 0; k < room; ++k)
+      if (z[k] >= floor) {
+        ids[n] = ids[k];
+        z[n++] = z[k];
+      }
+    std::atomic_ref<T>(floors[row]).store(floor, std::memory_order_relaxed);
+    return n;
   }
 };
 

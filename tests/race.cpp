@@ -74,11 +74,12 @@ std::vector<float> results(int threads) {
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(s.data()) + 63) / 64 * 64);
   };
   const Threads parallel{threads};
-  std::vector<float> min_logits(N, 12.0F), logits(N * V);
-  std::vector<int32_t> found(N), vocab_ids(N * V);
+  constexpr int64_t ROOM = 16;  // less than a row needs
+  std::vector<float> min_logits(N, 12.0F), logits(N * ROOM), floors(N, -INFINITY);
+  std::vector<int32_t> found(N), vocab_ids(N * ROOM);
   const ForwardOutput forward{{maximum.data(), sum.data(), entropy_sum.data(), target.data()},
                               true,
-                              {min_logits.data(), found.data(), vocab_ids.data(), logits.data(), V}};
+                              {min_logits.data(), found.data(), vocab_ids.data(), logits.data(), floors.data(), ROOM}};
   fused_forward(slice, forward, parallel, aligned(storage), false);
 
   std::vector<float> log_sum(N), dh(N * D), db(V);
@@ -97,11 +98,10 @@ std::vector<float> results(int threads) {
   std::vector<float> all;
   for (const auto* part : {&maximum, &sum, &entropy_sum, &target, &dh, &db})
     all.insert(all.end(), part->begin(), part->end());
-  // The order of a row's candidates depends on the threads; their number and their sorted logits do not.
+  // The order of a row's candidates depends on the threads; the largest of them, half of the room, do not.
   for (int64_t i = 0; i < N; ++i) {
-    std::sort(&logits[i * V], &logits[i * V] + found[i]);
-    all.push_back(static_cast<float>(found[i]));
-    for (int64_t k = 0; k < found[i]; ++k) all.push_back(logits[i * V + k]);
+    std::sort(&logits[i * ROOM], &logits[i * ROOM] + found[i], std::greater<float>());
+    for (int64_t k = 0; k < std::min<int64_t>(found[i], ROOM / 2); ++k) all.push_back(logits[i * ROOM + k]);
   }
   for (const auto x : dw) all.push_back(static_cast<float>(x));
   return all;

@@ -95,7 +95,7 @@ for kernel, names in (
         arguments = dict.fromkeys(names, row) | dict(tile=tile, out=tile, targets=targets)
         arguments |= dict(bias=None, temperature=row, n_rows=rows, width=width, first=first, SCALE=1.0, CAP=None)
         arguments |= dict(min_logits=row, found=found, vocab_ids=found, logits=row, CAPACITY=64)
-        arguments |= dict(rows=targets, log_min_prob=0.0, TAILS=0, ENTROPY=True, B_R=1, B_C=1024)
+        arguments |= dict(rows=targets, log_floor=row, log_min_prob=0.0, TAILS=0, ENTROPY=True, B_R=1, B_C=1024)
         return bind(**{n: arguments[n] for n in kernel.arg_names})[1]
 
     assert key(1, 1, 1) == key(17, 1024, 3) == key(4096, 0, 0), kernel

@@ -28,7 +28,7 @@ from torch.autograd.gradcheck import GradcheckError
 
 from covgrpo_kernels import covariance, engines, inputs, kernels, objective, plan, segments, sparse, token_terms
 from covgrpo_kernels.engines import chunked, collecting, scaling, streaming, tiling
-from covgrpo_kernels.kernels import eager
+from covgrpo_kernels.kernels import eager, interface
 from covgrpo_kernels.kernels.interface import VOCAB_BLOCK
 
 
@@ -105,8 +105,12 @@ def above_the_floor(patch):
     test_plan.test_every_entry_above_the_floor_is_kept(torch.float64, "eager")
 
 
+def largest(patch):
+    test_plan.test_the_largest_candidates_whatever_their_order(4, "eager")
+
+
 def overflow(patch):
-    test_plan.test_a_row_with_more_candidates_than_it_has_room_for_is_never_sparse()
+    test_plan.test_a_row_that_has_lost_candidates_is_never_sparse()
 
 
 def unbiased(patch):
@@ -229,6 +233,16 @@ FAULTS = {
     ),
     "thresholds too high": (
         above_the_floor, Fault(collecting.CandidateCollector.__init__, "math.log(min_prob)", "math.log(min_prob) + 2")
+    ),
+    "floor below what was dropped": (
+        above_the_floor,
+        Fault(interface.Candidates.most_probable, "torch.maximum(min_logits, ", "torch.minimum(min_logits, ")
+    ),
+    "equal logits cut in two": (
+        largest, Fault(interface.largest_candidates, "largest > next_largest", "largest >= next_largest")
+    ),
+    "bound of a lower floor": (
+        certificate, Fault(sparse.sparse_entries, "(candidates.min_logits)", "(stats.min_logits(1e-9))")
     ),
     "candidates of one tile": (above_the_floor, Fault(eager._collect, "+ found[row]", "")),
     "lost candidates not noticed": (
@@ -497,6 +511,14 @@ CPP_FAULTS = {
     "candidates of the lane beside": (
         f"{ABOVE}[cpp-dtype0]",
         CppFault("fused.h", "candidates.add(lanes.first + lane,", "candidates.add(lanes.first + (lane ^ 1),"),
+    ),
+    "a quarter of the candidates": (
+        "test_plan.py::test_the_largest_candidates_whatever_their_order[portable-4]",
+        CppFault("softmax.h", "sorted.begin() + room / 2", "sorted.begin() + room / 4"),
+    ),
+    "floor of the smallest that stays": (
+        "test_plan.py::test_the_largest_candidates_whatever_their_order[portable-4]",
+        CppFault("softmax.h", "if (logit >= floor.load", "if (logit > floor.load"),
     ),
     "candidates of a tile numbered from zero": (
         f"{ABOVE}[portable-dtype1]",

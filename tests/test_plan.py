@@ -11,7 +11,16 @@ from products import recorded_products
 from covgrpo_kernels import covgrpo_loss, engines, kernels, linear_logprob, operators, reference
 from covgrpo_kernels.config import CovGRPOConfig
 from covgrpo_kernels.inputs import HeadInputs, Precision, resolve_grad_tol
-from covgrpo_kernels.kernels.interface import TAIL_ROWS, LogitTransform, RowStats
+from covgrpo_kernels.kernels.interface import (
+    MAX_CANDIDATES,
+    TAIL_ROWS,
+    Candidates,
+    Collecting,
+    LogitTransform,
+    OnlineSoftmax,
+    RowStats,
+    Tile,
+)
 from covgrpo_kernels.plan import MAX_SHARE_OF_BUDGET, budget_total, min_probability
 from covgrpo_kernels.testing import policy_head, random_batch, rl_head
 
@@ -65,8 +74,8 @@ def dz_rounding(logits, g, e, temperature, head, dtype):
     return 32 * torch.finfo(dtype).eps * (1 + logits.double().abs().max() * slope) * size * slope
 
 
-def check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token, sure, decades=1.0):
-    logits, targets, g, e, temperature = dlogits_batch(seed, tokens, entropy, per_token, sure, decades=decades)
+def check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token, sure, decades=1.0, vocab=150):
+    logits, targets, g, e, temperature = dlogits_batch(seed, tokens, entropy, per_token, sure, vocab, decades)
     head = LogitTransform(scale, softcap)
     plan, (dz, _, _) = planned(logits, targets, g, e, temperature, head, grad_tol)
     exact = dense_dlogits(logits, targets, g, e, head, temperature)
@@ -90,19 +99,22 @@ def check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token
 @given(
     st.integers(0, 2**31), st.sampled_from([0, 1, 2, 30, 60]), st.sampled_from([0.0, 1e-6, 2e-3, 2e-2, 0.1, 0.5]),
     st.booleans(), st.sampled_from([None, 3.0, 30.0]), st.sampled_from([1.0, -0.5, 2.0]), st.booleans(),
-    st.sampled_from([0.0, 0.8, 1.0]),
+    st.sampled_from([0.0, 0.8, 1.0]), st.sampled_from([150, 600]),
 )  # fmt: skip
-def test_certificate_holds_against_the_dense_gradient(seed, tokens, grad_tol, entropy, softcap, scale, per_token, sure):
-    """|error in dZ|_F <= bound * |dZ|_F with bound <= grad_tol, in every case drawn; rows sum to zero."""
-    check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token, sure)
+def test_certificate_holds_against_the_dense_gradient(
+    seed, tokens, grad_tol, entropy, softcap, scale, per_token, sure, vocab
+):
+    """|error in dZ|_F <= bound * |dZ|_F with bound <= grad_tol, in every case drawn; rows sum to zero. In the larger
+    vocabulary most rows have more entries above the smallest probability than they may keep."""
+    check_certificate(seed, tokens, grad_tol, entropy, softcap, scale, per_token, sure, vocab=vocab)
 
 
 @pytest.mark.parametrize("grad_tol", [2e-3, 2e-2])
 def test_tolerance_is_kept_and_used(grad_tol):
     """Most rows are sparse, the bound is near the tolerance and the error within two orders of the bound."""
     for seed, entropy, softcap, per_token in ((5, False, None, False), (6, True, None, False), (7, True, 30.0, True)):
-        plan, error = check_certificate(seed, 400, grad_tol, entropy, softcap, 1.0, per_token, 0.8, decades=0.5)
-        assert plan.sparse.sum() > 200
+        plan, error = check_certificate(seed, 400, grad_tol, entropy, softcap, 1.0, per_token, 0.8, 0.5, vocab=1500)
+        assert plan.sparse.sum() > 150
         assert plan.error_bound > grad_tol / 10
         assert error > plan.error_bound / 100
 
@@ -120,7 +132,7 @@ def test_all_gradients_are_of_one_dlogits(settings, dtype, backend):
     bias = torch.linspace(-1, 1, logits.shape[1], dtype=dtype)
     head = LogitTransform(1.5 if settings == "all" else 1.0, softcap)
     with engines.use((64, 1024)):
-        plan, (dz, dweight, dbias) = planned(logits, targets, g, e, temperature, head, 2e-2, bias=bias)
+        plan, (dz, dweight, dbias) = planned(logits, targets, g, e, temperature, head, 3e-4, bias=bias)
     assert plan.sparse.sum() > 30
     assert plan.dense.sum() > TAIL_ROWS
     exact = dense_dlogits(logits, targets, g, e, head, temperature, bias)
@@ -134,13 +146,15 @@ def test_all_gradients_are_of_one_dlogits(settings, dtype, backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64])
 def test_every_entry_above_the_floor_is_kept(dtype, backend):
-    """Whatever the thresholds were when it came: over several tiles, targets from sure to nearly impossible."""
+    """Whatever the thresholds were when it came: over several tiles, targets from sure to nearly impossible, and rows
+    from sure ones to those with thousands of entries above the smallest probability, which keep the largest ones."""
     head = rl_head(3, 96, 64, 9000)
+    head["hidden"][::6] *= 0.5
     hidden, weight = head["hidden"].to(dtype), head["weight"].to(dtype)
     targets = head["targets"].where(torch.arange(96) % 8 > 0, 8999)
     # Of engines that keep candidates: the GPU's keeps peaks, for tests/test_triton_collect.py.
     with engines.use((64, 2048)):
-        packed, (found, vocab_ids, logits) = operators.head_forward_op(
+        packed, (found, vocab_ids, logits, floors) = operators.head_forward_op(
             hidden, weight, None, targets, None, 1.0, None, False, -100, min_probability(5e-3)
         )
     stats = RowStats(packed)
@@ -149,19 +163,63 @@ def test_every_entry_above_the_floor_is_kept(dtype, backend):
     # Of the logits, sums of 64 products, and of what is taken off them.
     sizes = hidden.double().abs() @ weight.double().abs().T
     rounding = 8 * torch.finfo(packed.dtype).eps * (sizes.amax(1, keepdim=True) + log_p.abs())
-    is_in = torch.zeros(96, 9000, dtype=torch.bool)
-    for t in valid.nonzero().squeeze(1).tolist():
-        kept = slice(0, int(found[t]) if found[t] <= vocab_ids.shape[1] else 0)
-        is_in[t, vocab_ids[t, kept].long()] = True
-        assert vocab_ids[t, kept].diff().gt(0).all()
-        z = (logits[t, kept].double() - stats.maximum[t]) - stats.log_sum[t]
+    complete = valid & (found <= MAX_CANDIDATES)
+    assert complete.sum() == valid.sum() or backend == "triton"  # it may lose some within a tile
+    many = 0
+    for t in complete.nonzero().squeeze(1).tolist():
+        kept, unsure = slice(0, int(found[t])), rounding[t].amax()
         ids = vocab_ids[t, kept].long()
+        assert ids.diff().gt(0).all()
+        z = (logits[t, kept].double() - stats.maximum[t]) - stats.log_sum[t]
         assert ((z - log_p[t, ids]).abs() <= rounding[t, ids]).all()
-    complete = valid & (found <= vocab_ids.shape[1])
-    assert complete.sum() > 60
-    assert is_in[complete][(log_p - rounding)[complete] > math.log(min_probability(5e-3))].all()
-    assert is_in[complete].sum(1).float().mean() < 40
+        floor = (floors[t].double() - stats.maximum[t]) - stats.log_sum[t]
+        is_in = torch.zeros(9000, dtype=torch.bool).index_fill_(0, ids, True)
+        assert is_in[log_p[t] > floor + unsure].all()
+        assert not is_in[log_p[t] < floor - unsure].any()
+        assert floor >= math.log(min_probability(5e-3)) - unsure
+        largest = log_p[t].topk(MAX_CANDIDATES + 1).values
+        if largest[-1] < math.log(min_probability(5e-3)) - unsure:
+            assert floor <= math.log(min_probability(5e-3)) + unsure
+        elif largest[-1] > math.log(min_probability(5e-3)) + unsure:
+            many += 1
+            assert largest[-1] - unsure <= floor <= largest[-2] + unsure
+    assert many > 5 or backend == "triton"
+    assert found[complete].float().mean() < 40
     assert not found[~valid].any()
+
+
+@pytest.mark.parametrize("room", [4, 16])
+def test_the_largest_candidates_whatever_their_order(room, backend):
+    """With one thread or two, in tiles of any width, ties and all: equal logits stay or go together."""
+    if backend == "triton":
+        pytest.skip("loses candidates within a tile")
+    g_ = torch.Generator().manual_seed(0)
+    z = torch.randint(0, 40, (12, 900), generator=g_).float()
+    z[0] = 3.0
+    z[1, 100:] = -50.0
+    kept = []
+    for order in (torch.arange(900), torch.randperm(900, generator=g_)):
+        for width in (900, 60):
+            candidates = Candidates.empty(12, room, torch.float32, torch.device("cpu"))
+            running = OnlineSoftmax.empty(12, torch.float32, torch.device("cpu"))
+            for i in range(0, 900, width):
+                tile = Tile(torch.zeros(12, dtype=torch.int64), i, LogitTransform(), None, None)
+                collecting = Collecting(torch.full((12,), 5.0).index_fill_(0, torch.tensor([0]), 0.0), candidates)
+                part = z[:, order[i : i + width]].contiguous()
+                kernels.select(torch.device("cpu")).online_softmax_(part, tile, running, False, collecting)
+            found, places, logits, floors = candidates.most_probable(torch.full((12,), 10.0).index_fill_(
+                0, torch.tensor([0]), 0.0
+            ))  # fmt: skip
+            sets = [dict(zip(order[p[:n]].tolist(), x[:n].tolist(), strict=True))
+                    for n, p, x in zip(found.tolist(), places.long(), logits, strict=True)]  # fmt: skip
+            kept.append((sets, floors.tolist()))
+    assert all(other == kept[0] for other in kept[1:])
+    for row, (values, floor) in enumerate(zip(*kept[0], strict=True)):
+        least = 0.0 if row == 0 else 10.0
+        next_largest = z[row].topk(room // 2 + 1).values[-1]
+        assert values == {v: x for v, x in enumerate(z[row].tolist()) if x >= least and x > next_largest}
+        assert least <= floor <= min(values.values(), default=floor)
+    assert not kept[0][0][0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64])
@@ -224,17 +282,37 @@ def test_same_bits_with_any_number_of_threads(backend):
         assert torch.equal(results[0][1], other[1])
 
 
-def test_a_row_with_more_candidates_than_it_has_room_for_is_never_sparse():
-    logits, targets, g, _, _ = dlogits_batch(4, 100, False, False, 1.0)
-    logits[10:16] = 0.0  # 150 entries of 0.007 each
-    g[10:16] = torch.tensor([1.0, 1.0, 1.0, 1e-9, 1e-9, 1e-9])
+def test_a_row_with_more_entries_than_it_may_keep_is_sparse_where_that_is_within_the_bound():
+    """Its most probable ones are kept, and the bound knows how much is left: rows whose other entries hardly count are
+    sparse, rows in which all count alike are not."""
+    logits, targets, g, _, _ = dlogits_batch(4, 100, False, False, 1.0, vocab=1000)
+    logits[10:16] = 0.0  # 1,000 entries of 0.001 each
+    g[10:13] = 1.0
+    logits[16:22, 200:] -= 30
+    logits[16:22, :200] = torch.linspace(0, 3, 200, dtype=F64)  # all above the smallest probability
     plan, (dz, _, _) = planned(logits, targets, g, None, None, LogitTransform(1.0, None), 5e-3)
     assert plan.dense[10:13].all()
-    assert not plan.sparse[10:16].any()
     assert plan.sparse.sum() > 40
     exact = dense_dlogits(logits, targets, g, None, LogitTransform(1.0, None), None)
-    uniform = slice(10, 13)  # p is 1/150: nothing cancels
+    uniform = slice(10, 13)  # p is 1/1000: nothing cancels
     assert (dz - exact)[uniform].norm() <= 16 * torch.finfo(F64).eps * exact[uniform].norm()
+    loose, (dz, _, _) = planned(logits, targets, g, None, None, LogitTransform(1.0, None), 0.05)
+    assert loose.sparse[16:22].sum() > 2
+    assert (dz - exact).norm() <= loose.error_bound * exact.norm()
+
+
+def test_a_row_that_has_lost_candidates_is_never_sparse():
+    """As kernels that can't drop the smaller ones on the way say of a row."""
+    logits, targets, g, _, _ = dlogits_batch(4, 100, False, False, 1.0)
+    inputs = HeadInputs(logits, torch.eye(150, dtype=F64), None, targets, None, LogitTransform())
+    engine = engines.select(torch.device("cpu"), F64)
+    stats, notes = engine.forward(inputs, entropy=False, ignore_index=-100, min_prob=min_probability(5e-3))
+    before, _ = engine.plan(inputs, stats, notes, g, None, Precision(5e-3, None))
+    lost = before.sparse.nonzero().squeeze(1)[:5]
+    notes[0][lost] = MAX_CANDIDATES + 1
+    after, _ = engine.plan(inputs, stats, notes, g, None, Precision(5e-3, None))
+    assert len(lost) == 5
+    assert not after.sparse[lost].any()
 
 
 def test_frozen_sides(backend):

@@ -86,7 +86,7 @@ class Batch:
         self.stats = torch.stack([logprob, -(log_p.exp() * log_p).sum(1), maximum, log_sum]).float()
 
     def candidates(self, capacity=K, seed=0):
-        """Entries from the floor on, and a few below it, in an order that depends on the seed."""
+        """Entries from the floor on, in an order that depends on the seed."""
         n, g = len(self.logits), torch.Generator().manual_seed(seed)
         floor = self.floors()
         z = self.logits.float()
@@ -94,24 +94,31 @@ class Batch:
         ids = torch.full((n, capacity), -7, dtype=torch.int32)  # stands for memory that nobody has written
         logits = torch.full((n, capacity), NAN)
         for r in range(n):
-            here = ((z[r] >= floor[r]) | (z[r] == z[r].min())).nonzero().squeeze(1)
+            here = (z[r] >= floor[r]).nonzero().squeeze(1)
             here = here[torch.randperm(len(here), generator=g)]
             found[r] = len(here)
             here = here[:capacity]
             ids[r, : len(here)], logits[r, : len(here)] = here.int(), z[r, here]
-        return plan_rows.Candidates(found, ids, logits)
+        return plan_rows.Candidates(found, ids, logits, floor)
 
     def plan(self, candidates):
         inputs = on_device((candidates, self.stats, self.targets, self.g, self.e, self.temperature))
-        return plan_rows.plan_rows(*inputs, scale=self.head.scale, softcap=self.head.softcap, min_prob=MIN_PROB)
+        return plan_rows.plan_rows(*inputs, scale=self.head.scale, softcap=self.head.softcap)
 
     def specified(self, candidates, dtype):
         """`sparse_entries`, of the same numbers in ``dtype``."""
         e, t = (None if x is None else x.to(dtype) for x in (self.e, self.temperature))
         stats, g = RowStats(self.stats.to(dtype)), self.g.to(dtype)
-        found = Candidates(candidates.found, candidates.vocab_ids, candidates.logits.to(dtype)).by_vocab_id()
+        given = Candidates(
+            candidates.found, candidates.vocab_ids, candidates.logits.to(dtype), candidates.min_logits.to(dtype)
+        )
+        ascending, order = given.vocab_ids.where(given.present(), 1 << 30).sort(1)
+        there = given.present()
+        in_order = given._replace(
+            vocab_ids=ascending.where(there, 0), logits=given.logits.gather(1, order).where(there, 0)
+        )
         inputs = HeadInputs(self.products, self.products, None, self.targets, t, self.head)
-        return sparse_entries(inputs, stats, found, g, e, MIN_PROB)
+        return sparse_entries(inputs, stats, in_order, g, e)
 
     def dlogits(self, dtype=F64):
         """dL/dproducts [N, V], dense, of the same statistics."""
@@ -121,9 +128,13 @@ class Batch:
         eager.dlogits(out, Tile(self.targets, 0, self.head, None, t), coefficients, out)
         return out
 
+    def log_floors(self):
+        """Every third row has a higher one of its own."""
+        return math.log(MIN_PROB) + 1.5 * (torch.arange(len(self.logits)) % 3 == 0)
+
     def floors(self):
         maximum, log_sum = self.stats[2:]
-        return maximum + (log_sum + math.log(MIN_PROB))
+        return maximum + (log_sum + self.log_floors())
 
     def in_tail(self):
         """[N, V] bool: below the floor, and not the target."""
@@ -479,7 +490,7 @@ def tail_batch(dtype, settings="plain", n=300, depth=72, vocab=150, seed=9):
 
 def assigned(batch, hidden, rows, tail_rows, sharpness=10.0):
     return tails.assign_tails(
-        rows, tail_rows, hidden, on_device(batch.temperature), scale=batch.head.scale, min_prob=MIN_PROB,
+        rows, tail_rows, hidden, on_device(batch.temperature), scale=batch.head.scale,
         entropy=batch.e is not None, sharpness=sharpness,
     )  # fmt: skip
 
@@ -523,7 +534,9 @@ def test_every_row_uses_the_tails_most_like_its_own(dtype, sharpness, settings):
     else:
         off = (mix - (sharpness * cosine).softmax(1)).abs()
         assert off[possible].max() <= 1e-4
-    bound = rows.tail_bound.cpu() + tail.square() * (mix @ (MIN_PROB / mass[heavy]).clamp(max=1))
+    bound = rows.tail_bound.cpu() + tail.square() * (
+        mix @ (batch.log_floors().double().exp() / mass)[heavy].clamp(max=1)
+    )
     bound = (bound if batch.e is None else 2 * bound).where(possible, rows.bound.cpu())
     bound[heavy] = INF
     torch.testing.assert_close(result.bound.cpu(), bound, rtol=1e-6, atol=0.0)
@@ -621,7 +634,7 @@ def test_gradient_of_dense_rows_and_tails(settings, in_place):
         out = tile if in_place else torch.full_like(tile, NAN)
         dlogits.dlogits(
             tile, Tile(inputs[0], first, batch.head, None, inputs[1]), on_device(single), out,
-            rows=inputs[2], tails=T, min_prob=MIN_PROB,
+            rows=inputs[2], tails=T, min_prob=MIN_PROB, log_floor=on_device(batch.log_floors()),
         )  # fmt: skip
         parts.append(out.cpu())
     ours = torch.cat(parts, 1).double()
@@ -767,12 +780,10 @@ def backward(batch, hidden, weight, candidates, grad_tol):
     if dtype == torch.float16:
         scale = torch.ldexp(torch.ones((), device=DEVICE), torch.frexp(g.abs().amax()).exponent)
         g, e = g / scale, None if e is None else e / scale
-    rows = plan_rows.plan_rows(
-        on_device(candidates), stats, targets, g, e, t, scale=head.scale, softcap=head.softcap, min_prob=MIN_PROB
-    )
+    rows = plan_rows.plan_rows(on_device(candidates), stats, targets, g, e, t, scale=head.scale, softcap=head.softcap)
     tail_rows = rows.tail_weight.topk(T).indices
     plan = tails.assign_tails(
-        rows, tail_rows, hidden, t, scale=head.scale, min_prob=MIN_PROB, entropy=e is not None, sharpness=10.0
+        rows, tail_rows, hidden, t, scale=head.scale, entropy=e is not None, sharpness=10.0
     )  # fmt: skip
     classes = row_classes.classify_rows(plan.bound, rows.norm, plan.kind, rows.kept, tail_rows, grad_tol)
     n_listed, n_sparse, n_pairs = classes.counts.tolist()
@@ -786,7 +797,7 @@ def backward(batch, hidden, weight, candidates, grad_tol):
     per_row = [stats[2], stats[3], rows.at_target, g, *([] if e is None else [stats[1], e])]
     dlogits.dlogits(
         tile, Tile(targets, 0, head, None, t), Coefficients(torch.stack(per_row)), dz,
-        rows=listed, tails=T if n_sparse else 0, min_prob=MIN_PROB,
+        rows=listed, tails=T if n_sparse else 0, min_prob=MIN_PROB, log_floor=rows.log_floor,
     )  # fmt: skip
     products = dz.float() @ weight.float()
     out = torch.empty_like(hidden), torch.empty_like(weight), torch.empty_like(weight[:, 0])
@@ -849,7 +860,7 @@ def test_offsets_beyond_32_bits():
     row_class = on_device(torch.full((n,), row_classes.SPARSE, dtype=torch.int8))
     zeros, ones = on_device((torch.zeros(n, dtype=torch.int32), torch.ones(n)))
     targets = on_device(torch.full((n,), n - 1))
-    rows = plan_rows.RowPlan(None, zeros, zeros.unsqueeze(1), ones.unsqueeze(1), ones.expand(5, -1), None)
+    rows = plan_rows.RowPlan(None, zeros, zeros.unsqueeze(1), ones.unsqueeze(1), ones.expand(6, -1), None)
     shares = on_device(torch.nn.functional.pad(torch.ones(n, 1), (0, T - 1)))
     classes = row_classes.RowClasses(row_class, zeros, None, None, None)
     out = torch.empty(n, 8, device=DEVICE)
@@ -869,7 +880,7 @@ def test_offsets_beyond_32_bits():
     assert dweight.sum(1).tolist() == [0.0, 0.0, 0.0, 16.0]
     plan_of_all = batch_of_equals(n)
     similar = tails.assign_tails(
-        plan_of_all, targets[:T] - torch.arange(T, device=DEVICE), far, None, scale=1.0, min_prob=MIN_PROB,
+        plan_of_all, targets[:T] - torch.arange(T, device=DEVICE), far, None, scale=1.0,
         entropy=False, sharpness=None,
     )  # fmt: skip
     assert similar.shares[n - 1].argmax() == 0
@@ -878,6 +889,6 @@ def test_offsets_beyond_32_bits():
 def batch_of_equals(n):
     zeros, ones = torch.zeros(n), torch.ones(n)
     kind = torch.full((n,), plan_rows.SPARSE_POSSIBLE, dtype=torch.int8)
-    per_row, bounds = torch.stack([zeros, zeros, ones, ones, ones]), ones.double().expand(3, -1).contiguous()
+    per_row, bounds = torch.stack([zeros, zeros, ones, ones, ones, zeros]), ones.double().expand(3, -1).contiguous()
     values = (kind, zeros.int(), None, None, per_row, bounds)
     return plan_rows.RowPlan(*on_device(values))

@@ -13,6 +13,7 @@ from test_triton_forward import DEVICE, DTYPES, EXACT, OPTIONS, Calls, blocks, l
 from torch import Tensor
 
 from covgrpo_kernels.config import IGNORE_INDEX
+from covgrpo_kernels.kernels.interface import Candidates
 from covgrpo_kernels.testing import random_head
 
 pytest.importorskip("triton")
@@ -46,13 +47,14 @@ def vocab_of(entries: int) -> int:
 
 class Collected(NamedTuple):
     found: Tensor  # [N]
+    floors: Tensor  # [N]
     vocab_ids: list[list[int]]  # of each row, in order; empty where there are more than the capacity
     logits: list[list[float]]
 
 
 def collect(
-    hidden, weight, targets, bias=None, temperature=None, logit_scale=1.0, softcap=None, *, min_logits, capacity=8,
-    room=None,
+    hidden, weight, targets, bias=None, temperature=None, logit_scale=1.0, softcap=None, *, min_logits, room=8,
+    max_tiles=32,
 ) -> Collected:  # fmt: skip
     hidden, weight, targets, bias, temperature, min_logits = (
         None if x is None else x.to(DEVICE) for x in (hidden, weight, targets, bias, temperature, min_logits)
@@ -61,16 +63,20 @@ def collect(
     _, rows, place, count, peaks = forward.forward(
         hidden, weight, bias, targets, temperature, **options, entropy=False, peaks=True
     )
-    found, ids, z = collection.collect(
-        hidden, weight, bias, temperature, rows, place, count, peaks, min_logits, capacity, **options, room=room
-    )
+    found, ids, z, floors = collection.collect(
+        hidden, weight, bias, temperature, rows, place, count, peaks, min_logits, room, **options,
+        max_tiles=max_tiles,
+    )  # fmt: skip
     assert found.dtype == ids.dtype == torch.int32
-    assert z.dtype == min_logits.dtype
+    assert z.dtype == floors.dtype == min_logits.dtype
+    assert (floors >= min_logits).all()
     in_order: list[list[tuple[int, float]]] = []
-    for n, i, x, least in zip(found.tolist(), ids.tolist(), z.tolist(), min_logits.tolist(), strict=True):
-        in_order.append(sorted(zip(i[:n], x[:n], strict=True)) if n <= capacity else [])
+    for n, i, x, least in zip(found.tolist(), ids.tolist(), z.tolist(), floors.tolist(), strict=True):
+        in_order.append(sorted(zip(i[:n], x[:n], strict=True)) if n <= room else [])
         assert all(value >= least for _, value in in_order[-1])
-    return Collected(found.cpu(), [[i for i, _ in r] for r in in_order], [[x for _, x in r] for r in in_order])
+    return Collected(
+        found.cpu(), floors.cpu(), [[i for i, _ in r] for r in in_order], [[x for _, x in r] for r in in_order]
+    )
 
 
 def between(z: Tensor, wanted: Tensor) -> Tensor:
@@ -115,7 +121,7 @@ def test_exactly_the_entries_that_reach_the_minimum(dtype, options):
     z = logits(hidden, weight, bias, **options)
     least = between(z, torch.arange(45) % 12)
     got = collect(hidden, weight, head["targets"], bias, min_logits=least.to(torch.promote_types(dtype, torch.float32)),
-                  capacity=11, **options)  # fmt: skip
+                  room=11, **options)  # fmt: skip
     ids = expected(z, least, head["targets"])
     assert max(map(len, ids)) == 11, "some row is full"
     assert got.vocab_ids == ids
@@ -139,56 +145,82 @@ def test_rows_that_want_nothing():
     assert collect(**head, min_logits=least).found.tolist() == [*[0] * 4, 1, *[0] * 15]
 
 
+@pytest.mark.parametrize("count", [2, 8])
+def test_the_largest_entries(count):
+    """Those of the specification and its floor, whatever their order; rows that lost some have none."""
+    g = torch.Generator().manual_seed(0)
+    found = torch.tensor([0, 1, count, count + 1, 2 * count, 2 * count + 1, *[2 * count] * 34], dtype=torch.int32)
+    ids = torch.randint(0, 1 << 30, (40, 2 * count), generator=g).int()
+    z = torch.randint(-9, 9, (40, 2 * count), generator=g).float()
+    z[20:] += torch.rand(20, 2 * count, generator=g)
+    z[6] = -0.5
+    z[7, 1:] = torch.tensor(1.0).nextafter(torch.tensor(0.0))
+    z[7, 0] = 1.0
+    least = torch.full((40,), -9.0)
+    exact = Candidates(found, ids, z, torch.full((40,), -torch.inf)).most_probable(least)
+    for _ in range(2):
+        order = (
+            torch.rand(40, 2 * count, generator=g).where(torch.arange(2 * count) < found.unsqueeze(1), 2.0).argsort(1)
+        )
+        given = (x.clone().to(DEVICE) for x in (found, ids.gather(1, order), z.gather(1, order), least))
+        n, largest_ids, largest_z, floors = (x.cpu() for x in collection.largest(*given, count))
+        assert torch.equal(n, exact.found)
+        complete = found <= 2 * count
+        assert torch.equal(floors[complete], exact.min_logits[complete])
+        for r in complete.nonzero().squeeze(1).tolist():
+            entries = zip(largest_ids[r, : n[r]].tolist(), largest_z[r, : n[r]].tolist(), strict=True)
+            expected_ids, expected_z = exact.vocab_ids[r, : n[r]].tolist(), exact.logits[r, : n[r]].tolist()
+            assert sorted(entries) == list(zip(expected_ids, expected_z, strict=True)), r
+    assert {0, 1, count, count + 1} <= set(exact.found.tolist())
+
+
 def test_more_entries_than_room():
     """Are counted: all of a row in a few tiles. An entry that is equal to the minimum reaches it."""
     head = whole_numbers(2, 20, 24, 100)
     z = logits(head["hidden"], head["weight"], head["bias"])
     least = z.sort(1, descending=True).values[torch.arange(20), torch.arange(20) * 4]
     ids = expected(z, least, head["targets"])
-    got = collect(**head, min_logits=least.float(), capacity=8)
+    got = collect(**head, min_logits=least.float(), room=8)
     assert got.found.tolist() == list(map(len, ids))
     assert got.vocab_ids == [row if len(row) <= 8 else [] for row in ids]
     assert (got.found > 8).any()
 
 
-def test_more_tiles_than_room():
-    """Rows that reach their minimum in more tiles than they have room for entries are left out: none of their products
-    is made."""
-    vocab = vocab_of(200)
-    head = whole_numbers(3, 30, 24, vocab)
+def test_rows_with_too_many_tiles_have_a_higher_floor():
+    """So high that their peaks reach it in no more tiles than that, and no higher than that takes; exactly the entries
+    that reach it are collected. All other rows keep their minimum."""
+    head = whole_numbers(3, 30, 24, vocab_of(200))
     z = logits(head["hidden"], head["weight"], head["bias"])
     least = between(z, torch.arange(30) // 3)
     of_row = pairs(z, least, head["targets"]).sum(1)
-    ids = expected(z, least, head["targets"])
-    got = collect(**head, min_logits=least.float(), capacity=3)
-    assert ((of_row > 3) & (of_row < 7)).any()
-    assert got.found.tolist() == [4 if n > 3 else len(row) for n, row in zip(of_row.tolist(), ids, strict=True)]
-    everything = collect(**head, min_logits=torch.full((30,), -torch.inf), capacity=3)
-    assert everything.found.tolist() == [0 if y == IGNORE_INDEX else 4 for y in head["targets"].tolist()]
-    # As many tiles as there is room for entries: these are counted.
-    all_of_it = collect(**head, min_logits=torch.full((30,), -torch.inf), capacity=7)
-    assert all_of_it.found.tolist() == [0 if y == IGNORE_INDEX else vocab for y in head["targets"].tolist()]
+    got = collect(**head, min_logits=least.float(), room=16, max_tiles=3)
+    is_flat = of_row > 3
+    assert 5 < is_flat.sum() < 25
+    assert got.floors[~is_flat].equal(least.float()[~is_flat])
+    assert (got.floors[is_flat] > least[is_flat]).all()
+    floors = got.floors.double()
+    complete = got.found <= 16
+    assert (pairs(z, floors, head["targets"]).sum(1)[complete] <= 3).all()
+    assert (pairs(z, floors - 0.01, head["targets"]).sum(1) > 3)[is_flat & complete].all()
+    ids = expected(z, floors, head["targets"])
+    assert (complete & is_flat).sum() > 5
+    for r in complete.nonzero().squeeze(1).tolist():
+        assert got.found[r] == len(ids[r]), r
+        assert got.vocab_ids[r] == ids[r], r
 
 
-@pytest.mark.parametrize("room", [0, 1, 24, "all but one"])
-def test_a_list_that_is_full(room):
-    """Exactly the rows with a pair behind its end are left out: tiles from left to right, the rows of each in order."""
-    head = whole_numbers(4, 40, 24, vocab_of(150))
-    head["targets"][5] = IGNORE_INDEX
-    z = logits(head["hidden"], head["weight"], head["bias"])
-    least = between(z, torch.arange(40) % 7)
-    reach = pairs(z, least, head["targets"])
-    assert 24 < reach.sum() < 200
-    room = int(reach.sum()) - 1 if room == "all but one" else room
-    lost = (reach.T.flatten().cumsum(0) > room).view(reach.T.shape).T & reach
-    ids = expected(z, least, head["targets"])
-    got = collect(**head, min_logits=least.float(), room=room)
-    for r, row in enumerate(ids):
-        if lost[r].any():
-            assert got.found[r] > 8, r
-        else:
-            assert got.found[r] == len(row), r
-            assert got.vocab_ids[r] == row, r
+def test_rows_whose_peaks_are_all_equal_are_left_out():
+    """No floor has fewer of them; none of their products is made. As many tiles as are allowed are collected from."""
+    vocab = vocab_of(200)
+    head = whole_numbers(3, 30, 24, vocab) | dict(bias=None)
+    head["hidden"][:10] = 0
+    valid = head["targets"] != IGNORE_INDEX
+    everything = torch.full((30,), -torch.inf)
+    got = collect(**head, min_logits=everything, room=8, max_tiles=3)
+    assert (got.found[:10][valid[:10]] == 9).all()
+    assert not got.found[~valid].any()
+    all_of_it = collect(**head, min_logits=everything, room=8, max_tiles=7)
+    assert all_of_it.found.tolist() == [vocab if is_valid else 0 for is_valid in valid.tolist()]
 
 
 def test_the_order_of_programs_changes_nothing(monkeypatch):
@@ -196,28 +228,29 @@ def test_the_order_of_programs_changes_nothing(monkeypatch):
     head = whole_numbers(5, 40, 24, vocab_of(200))
     z = logits(head["hidden"], head["weight"], head["bias"])
     least = between(z, torch.arange(40) % 12).float()
-    first = collect(**head, min_logits=least, room=40)
+    first = collect(**head, min_logits=least, max_tiles=3)
     assert (first.found > 8).any()
     interpreter = importlib.import_module("triton.runtime.interpreter")
     monkeypatch.setattr(interpreter, "range", lambda *a: reversed(range(*a)), raising=False)
     for programs in (1, 3):
         monkeypatch.setattr(collection, "multiprocessors", lambda _, n=programs: n)
-        again = collect(**head, min_logits=least, room=40)
+        again = collect(**head, min_logits=least, max_tiles=3)
         assert again.found.equal(first.found)
-        assert again[1:] == first[1:]
+        assert again.floors.equal(first.floors)
+        assert again[2:] == first[2:]
 
 
 def test_hidden_states_and_weights_of_any_layout():
     head = whole_numbers(6, 37, 21, 90, torch.bfloat16)
     z = logits(head["hidden"], head["weight"], head["bias"])
     least = between(z, torch.arange(37) % 9)
-    usual = collect(**head, min_logits=least.float(), capacity=16)
+    usual = collect(**head, min_logits=least.float(), room=16)
     assert usual.vocab_ids == expected(z, least, head["targets"])
     columns = head["hidden"].T.contiguous().T
     odd = torch.nn.functional.pad(head["weight"].to(DEVICE), (1, 0))[:, 1:]
     assert not forward.describable(odd)
     for layout in (dict(hidden=columns), dict(weight=odd)):
-        assert collect(**head | layout, min_logits=least.float(), capacity=16)[1:] == usual[1:]
+        assert collect(**head | layout, min_logits=least.float(), room=16)[2:] == usual[2:]
 
 
 @pytest.mark.parametrize("column", [0, 1], ids=["descriptors", "pointers"])
@@ -260,11 +293,14 @@ def test_what_it_refuses():
         run(weight=torch.randn(8, 90, device=DEVICE).T)
 
 
-def test_room_of_the_list():
-    """With the peaks of a vocabulary of 151,936 and 64 entries a row, 1.5 KiB a token and 40 MiB at the most."""
+def test_memory_of_candidates():
+    """With the peaks of a vocabulary of 151,936 and 64 entries a row, 1.5 KiB a token and 32 MiB stay; while they are
+    collected there are 256 MiB more."""
     for tokens in (100, 8192, 131072):
-        peaks, entries = 2 * math.ceil(151936 / 256) * tokens, 8 * 64 * tokens
-        assert peaks + entries + 4 * collection.pairs_room(tokens) <= 1536 * tokens + (40 << 20)
+        stay = (2 * math.ceil(151936 / 256) + 8 * 64) * tokens
+        while_collecting = (8 * 128 + 4 * collection.MAX_TILES) * tokens
+        assert stay <= 1536 * tokens + (32 << 20)
+        assert stay + while_collecting <= 1536 * tokens + (32 << 20) + (256 << 20)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="counts what the interpreter runs")

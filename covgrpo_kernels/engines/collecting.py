@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import accumulator_dtype
-from ..kernels.interface import Candidates, Collecting, OnlineSoftmax
+from ..kernels.interface import MAX_CANDIDATES, Candidates, Collecting, OnlineSoftmax, RowStats
 from .rows import Rows
 
 # Elements of the temporary for the targets' logits, 4 MiB in float32.
@@ -16,11 +16,14 @@ _AT_ONCE = 1 << 20
 
 
 class CandidateCollector:
-    """The threshold of a row is ``min_prob`` of the best lower bound on its normaliser so far, the target's share or
-    the running sum. It only rises, so that whatever is more probable than ``min_prob`` in the end has reached it."""
+    """Collects at most MAX_CANDIDATES of each row, the most probable ones, in twice the room.
 
-    def __init__(self, rows: Rows, candidates: Candidates, min_prob: float) -> None:
-        self._candidates, self._log_min_prob = candidates, math.log(min_prob)
+    What a logit has to reach is ``min_prob`` of the best lower bound on the row's normaliser so far, the target's share
+    or the running sum. It only rises, so that whatever is more probable than ``min_prob`` in the end has reached it."""
+
+    def __init__(self, rows: Rows, dtype: torch.dtype, min_prob: float) -> None:
+        self._candidates = Candidates.empty(len(rows), 2 * MAX_CANDIDATES, dtype, rows.device)
+        self._min_prob, self._log_min_prob = min_prob, math.log(min_prob)
         target_logit = _target_logits(rows)
         # The tile's product of the same row and target may be rounded differently: by less than this, for products of
         # up to 1e4 terms in float32.
@@ -33,6 +36,10 @@ class CandidateCollector:
 
     def take(self, block: slice) -> Collecting:
         return Collecting(self._min_logits[block], self._candidates.take(block))
+
+    def most_probable(self, stats: RowStats) -> Candidates:
+        """Each row's, none of them less probable than ``min_prob``."""
+        return self._candidates.most_probable(stats.min_logits(self._min_prob))
 
 
 def _target_logits(rows: Rows) -> Tensor:  # [R]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import HeadInputs, Precision
-from ..kernels.interface import MAX_CANDIDATES, TAIL_ROWS, Candidates, Coefficients, RowStats, Tile
+from ..kernels.interface import TAIL_ROWS, Candidates, Coefficients, RowStats, Tile
 from ..plan import (
     DENSE,
     MAX_SHARE_OF_BUDGET,
@@ -39,6 +39,13 @@ if TYPE_CHECKING:  # the modules need triton
     from ..kernels.triton.row_classes import RowClasses
     from ..kernels.triton.tails import TailPlan
 
+# Entries that a sparse row has room for besides its target, a power of two. Twice as many would take half a KiB a token
+# more, where peaks and entries have 1.5 KiB together.
+_CAPACITY = 64
+
+# Of `min_probability`: higher than elsewhere, since most entries below are alone in a tile of products made again.
+_FLOOR_FACTOR = 25.0
+
 # Vocabulary ids of a slab are a multiple of this, so that the blocks of `head_grad` and its pairs begin with it.
 _SLAB_MULTIPLE = 256
 
@@ -49,7 +56,7 @@ class _Planned(NamedTuple):
     kept: Tensor  # [N] int32 entries of a row in its sparse form, without the target
     vocab_ids: Tensor  # [N, K] int32
     values: Tensor  # [N, K] dL/dproducts of these
-    per_row: Tensor  # [5, N] of `RowPlan`
+    per_row: Tensor  # [6, N] of `RowPlan`
     shares: Tensor  # [N, T] what the row takes of each tail
     place: Tensor  # [N] int32 of a dense row among the dense ones, of a sparse row's first pair
     rows: Tensor  # [N + T] int64 the dense rows
@@ -59,6 +66,10 @@ class _Planned(NamedTuple):
     @property
     def at_target(self) -> Tensor:  # [N] as `Coefficients`
         return self.per_row[1]
+
+    @property
+    def log_floor(self) -> Tensor:  # [N]
+        return self.per_row[5]
 
 
 class FusedGpu:
@@ -107,16 +118,16 @@ class FusedGpu:
             scale, g, e = to_unit_scale(g, e)
             unit_scale = scale.reshape(1)
         sparse = precision.uniform is None and can_have_tails(len(g), self._capacity(notes), precision.grad_tol)
-        min_prob = min_probability(precision.grad_tol)
+        min_prob = min_probability(precision.grad_tol, _FLOOR_FACTOR)
         rows = plan_rows.plan_rows(
             self._collect(inputs, stats, notes, g, e, min_prob) if sparse else None,
             stats.packed, inputs.targets, g, e, inputs.temperature,
-            scale=inputs.transform.scale, softcap=inputs.transform.softcap, min_prob=min_prob,
+            scale=inputs.transform.scale, softcap=inputs.transform.softcap,
         )  # fmt: skip
         kind, bound, grad_tol = rows.kind, rows.bound, precision.grad_tol
         shares, tail_rows, drawn = g.new_empty(len(g), 0), None, None
         if sparse:
-            tail_rows, (shares, kind, bound) = self._assign_tails(inputs, rows, g, e, min_prob)
+            tail_rows, (shares, kind, bound) = self._assign_tails(inputs, rows, g, e)
         elif precision.uniform is not None:
             # The dice are PyTorch's; the rows that they keep are dense, whatever their bound.
             none = Candidates.empty(len(g), 0, g.dtype, g.device)
@@ -145,7 +156,7 @@ class FusedGpu:
         return [
             *backward_plan_shapes(rows, capacity, precision),
             *(((rows,), torch.int32), ((rows, k), torch.int32), ((rows, k), torch.float32)),
-            *(((5, rows), torch.float32), ((rows, tails), torch.float32)),
+            *(((6, rows), torch.float32), ((rows, tails), torch.float32)),
             *(((rows,), torch.int32), ((rows + tails,), torch.int64), ((3,), torch.int64)),
             ((1 if self._is_scaled else 0,), torch.float32),
         ]
@@ -177,13 +188,13 @@ class FusedGpu:
         return grads
 
     def _capacity(self, notes: list[Tensor]) -> int:
-        return MAX_CANDIDATES if notes else 0
+        return _CAPACITY if notes else 0
 
     def _collect(
         self, inputs: HeadInputs, stats: RowStats, notes: list[Tensor], g: Tensor, e: Tensor | None, min_prob: float
     ) -> UnsortedCandidates:
         """Of the rows that have a gradient."""
-        from ..kernels.triton.collect import collect
+        from ..kernels.triton.collect import collect, largest
         from ..kernels.triton.plan_rows import Candidates as UnsortedCandidates
 
         peaks, rows, place, count = notes
@@ -191,12 +202,12 @@ class FusedGpu:
         min_logits = stats.min_logits(min_prob).where(live, torch.inf)
         found = collect(
             inputs.hidden, _row_contiguous(inputs.weight), inputs.bias, inputs.temperature, rows, place, count, peaks,
-            min_logits, MAX_CANDIDATES, scale=inputs.transform.scale, softcap=inputs.transform.softcap,
+            min_logits, 2 * _CAPACITY, scale=inputs.transform.scale, softcap=inputs.transform.softcap,
         )  # fmt: skip
-        return UnsortedCandidates(*found)
+        return UnsortedCandidates(*largest(*found, _CAPACITY))
 
     def _assign_tails(
-        self, inputs: HeadInputs, rows: RowPlan, g: Tensor, e: Tensor | None, min_prob: float
+        self, inputs: HeadInputs, rows: RowPlan, g: Tensor, e: Tensor | None
     ) -> tuple[Tensor, TailPlan]:  # [TAIL_ROWS] int64
         from ..kernels.triton import tail_weights, tails
 
@@ -204,7 +215,7 @@ class FusedGpu:
         tail_rows = weights.topk(TAIL_ROWS).indices
         assigned = tails.assign_tails(
             rows, tail_rows, _row_contiguous(inputs.hidden), inputs.temperature, scale=inputs.transform.scale,
-            min_prob=min_prob, entropy=e is not None, sharpness=MIX_SHARPNESS,
+            entropy=e is not None, sharpness=MIX_SHARPNESS,
         )  # fmt: skip
         return tail_rows, assigned
 
@@ -268,7 +279,8 @@ class _Step:
             multiply_(states, self.weight[a:b].t(), logits)
             bias = None if inputs.bias is None else inputs.bias[a:b].float()
             tile = Tile(inputs.targets, a, inputs.transform, bias, inputs.temperature)
-            dlogits(logits, tile, self.coefficients, dz, self.rows, self.tails, self.min_prob)
+            log_floor = self.planned.log_floor if self.tails else None
+            dlogits(logits, tile, self.coefficients, dz, self.rows, self.tails, self.min_prob, log_floor)
         return dz
 
     def _write_head(

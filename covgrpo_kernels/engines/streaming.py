@@ -54,18 +54,21 @@ class StreamingEngine(ABC):
         valid = inputs.targets != ignore_index
         rows, dtype = Rows.where(inputs, valid), accumulator_dtype(inputs.hidden.dtype)
         running = OnlineSoftmax.empty(len(rows), dtype, rows.device)
-        candidates = Candidates.empty(len(rows), MAX_CANDIDATES if min_prob else 0, dtype, rows.device)
+        collector = CandidateCollector(rows, dtype, min_prob) if len(rows) and min_prob else None
         if len(rows):
-            collector = CandidateCollector(rows, candidates, min_prob) if min_prob else None
             self.online_softmax(rows, running, collector, entropy)
-        packed = rows.scatter(running.stats().packed.T).T.contiguous()
+        stats = running.stats()
+        candidates = Candidates.empty(len(rows), MAX_CANDIDATES if min_prob else 0, dtype, rows.device)
+        if collector is not None:
+            candidates = collector.most_probable(stats)
+        packed = rows.scatter(stats.packed.T).T.contiguous()
         if rows.index is None:
             packed = packed.where(valid, 0)
-        return RowStats(packed), [rows.scatter(value) for value in candidates.by_vocab_id()]
+        return RowStats(packed), [rows.scatter(value) for value in candidates]
 
     def note_shapes(self, rows: int, vocab: int, dtype: torch.dtype, min_prob: float) -> Shapes:
-        shape = (rows, MAX_CANDIDATES if min_prob else 0)
-        return [((rows,), torch.int32), (shape, torch.int32), (shape, accumulator_dtype(dtype))]
+        shape, accumulator = (rows, MAX_CANDIDATES if min_prob else 0), accumulator_dtype(dtype)
+        return [((rows,), torch.int32), (shape, torch.int32), (shape, accumulator), ((rows,), accumulator)]
 
     def plan(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..covariance import covariance_weights, covariance_weights_grad
 from ..segments import segment_sums, segments_of_ids
 from ..token_terms import token_terms
-from .interface import LOG_ZERO, NO_MAX, VOCAB_BLOCK, Coefficients, Collecting, OnlineSoftmax, Tile
+from .interface import LOG_ZERO, NO_MAX, VOCAB_BLOCK, Coefficients, Collecting, OnlineSoftmax, Tile, largest_candidates
 
 # Exponentials and masks.
 TILE_BUFFERS = 2
@@ -76,12 +76,23 @@ def _collect(
     first: int,
     collecting: Collecting,  # of R rows
 ) -> None:
-    min_logits, (found, vocab_ids, logits) = collecting
-    row, column = (z >= min_logits.unsqueeze(1)).nonzero(as_tuple=True)
+    min_logits, candidates = collecting
+    found, vocab_ids, logits, floors = candidates
+    room = candidates.capacity
+    hit = z >= torch.maximum(min_logits, floors).unsqueeze(1)
+    full = (found + hit.sum(1) > room).nonzero().squeeze(1)
+    if len(full):
+        known = candidates.take(full)
+        here = torch.arange(first, first + z.shape[1], dtype=torch.int32, device=z.device).expand(len(full), -1)
+        both = known._replace(vocab_ids=torch.cat([known.vocab_ids, here], 1))
+        of_both = torch.cat([known.logits.where(known.present(), -torch.inf), z[full].where(hit[full], -torch.inf)], 1)
+        found[full], vocab_ids[full, : room // 2], logits[full, : room // 2], floors[full] = largest_candidates(
+            both, of_both, room // 2
+        )
+        hit[full] = False
+    row, column = hit.nonzero(as_tuple=True)
     here = torch.bincount(row, minlength=len(z))
     place = torch.arange(len(row), device=z.device) - (here.cumsum(0) - here)[row] + found[row]
-    fits = place < vocab_ids.shape[1]
-    row, column, place = row[fits], column[fits], place[fits]
     vocab_ids[row, place] = (column + first).to(vocab_ids.dtype)
     logits[row, place] = z[row, column]
     found.add_(here)

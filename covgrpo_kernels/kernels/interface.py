@@ -28,8 +28,8 @@ NO_MAX = -1e30
 # The logarithm of zero: its exponential is zero in float64 too, and the product of the two is zero and not NaN.
 LOG_ZERO = -1e3
 
-# Candidates that a row has room for. A row with more of them is dense in the backward.
-MAX_CANDIDATES = 64
+# The most entries of a row that keep a gradient each in the backward.
+MAX_CANDIDATES = 128
 # Dense rows whose tails stand for the tails of all sparse rows: as many as a vector of the C++ kernels has lanes.
 TAIL_ROWS = 16
 
@@ -108,9 +108,11 @@ class RowStats(NamedTuple):
         return RowStats(self.packed[:, rows])
 
     def min_logits(self, min_prob: float) -> Tensor:  # [R]
-        """The logit of an entry whose probability is ``min_prob``. Every comparison with that probability uses these
-        numbers, so that all agree on which entries are above it."""
+        """The logit of an entry whose probability is ``min_prob``."""
         return self.maximum + (self.log_sum + math.log(min_prob))
+
+    def probability(self, logits: Tensor) -> Tensor:  # [R] -> [R]
+        return ((logits - self.maximum) - self.log_sum).exp()
 
 
 class OnlineSoftmax(NamedTuple):
@@ -152,17 +154,23 @@ class OnlineSoftmax(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Vocabulary ids that the backward may need one by one: those whose logit reaches the row's threshold."""
+    """Entries of R rows that the backward may need one by one: all whose logit reaches the row's floor.
+
+    While they are collected, in any order, a row that has no room for one more keeps the larger half of those it has,
+    and its floor rises above all that went. Equal logits stay or go together, so that what is left in the end is the
+    same in whatever order they came."""
 
     found: Tensor  # [R] int32, how many there are; where they are more than K the row has lost some
     vocab_ids: Tensor  # [R, K] int32
     logits: Tensor  # [R, K]
+    min_logits: Tensor  # [R] the floor
 
     @classmethod
     def empty(cls, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Candidates:
         found = torch.zeros(rows, dtype=torch.int32, device=device)
         vocab_ids = torch.zeros(rows, capacity, dtype=torch.int32, device=device)
-        return cls(found, vocab_ids, torch.zeros(rows, capacity, dtype=dtype, device=device))
+        min_logits = torch.full((rows,), -torch.inf, dtype=dtype, device=device)
+        return cls(found, vocab_ids, torch.zeros(rows, capacity, dtype=dtype, device=device), min_logits)
 
     @property
     def capacity(self) -> int:
@@ -176,17 +184,53 @@ class Candidates(NamedTuple):
     def take(self, rows: Tensor | slice) -> Candidates:
         return Candidates._make(value[rows] for value in self)
 
-    def by_vocab_id(self) -> Candidates:
-        """Each row in ascending order of its ids, so that sums over them have one order; unused places are zero."""
-        present = self.present()
-        ascending, order = self.vocab_ids.where(present, torch.iinfo(torch.int32).max).sort(1)
-        return Candidates(self.found, ascending.where(present, 0), self.logits.gather(1, order).where(present, 0))
+    def drop_smaller_half_(self) -> None:
+        """In rows with more than K / 2 candidates the K / 2 largest stay, or fewer where the next is equal to some."""
+        kept = largest_candidates(self, self.logits.where(self.present(), -torch.inf), self.capacity // 2)
+        self.found.copy_(kept.found.where(self.found <= self.capacity, self.found))
+        self.vocab_ids[:, : kept.capacity] = kept.vocab_ids
+        self.logits[:, : kept.capacity] = kept.logits
+        self.min_logits.copy_(kept.min_logits)
+
+    def most_probable(self, min_logits: Tensor) -> Candidates:  # [R]
+        """At most K / 2 of each row, those that reach ``min_logits`` alone, in ascending order of their ids so that
+        sums over them have one order; unused places are zero. The floor of a row that had more is in the middle
+        between the smallest that stays and the largest that goes: a logit that is computed again, with its sum in
+        another order, is then on the same side of it."""
+        kept = largest_candidates(self, self.logits.where(self.present(), -torch.inf), self.capacity // 2)
+        smallest = kept.logits.where(kept.present(), torch.inf).amin(1)
+        middle = kept.min_logits + (smallest - kept.min_logits) / 2
+        floor = torch.maximum(min_logits, middle.where(kept.found > 0, kept.min_logits))
+        stays = kept.present() & (kept.logits >= floor.unsqueeze(1))
+        ascending, order = kept.vocab_ids.where(stays, torch.iinfo(torch.int32).max).sort(1)
+        kept = Candidates(stays.sum(1, dtype=torch.int32), ascending, kept.logits.gather(1, order), floor)
+        present = kept.present()
+        return Candidates(
+            kept.found.where(self.found <= self.capacity, kept.capacity + 1),
+            kept.vocab_ids.where(present, 0),
+            kept.logits.where(present, 0),
+            kept.min_logits,
+        )
+
+
+def largest_candidates(candidates: Candidates, logits: Tensor, count: int) -> Candidates:  # [R, K] -> [R, count]
+    """The largest of each row in descending order, their ``logits`` being -inf in places that are not in use. Where
+    there are more, the floor is the next larger number to the largest that goes."""
+    largest, place = logits.topk(count + 1)
+    next_largest = largest[:, count:]
+    above = next_largest.nextafter(torch.full_like(next_largest, torch.inf)).squeeze(1)
+    return Candidates(
+        (largest > next_largest).sum(1, dtype=torch.int32),
+        candidates.vocab_ids.gather(1, place[:, :count]),
+        largest[:, :count],
+        torch.maximum(candidates.min_logits, above),
+    )
 
 
 class Collecting(NamedTuple):
-    """Where ``online_softmax_`` notes the candidates of R rows, in any order."""
+    """Where ``online_softmax_`` collects candidates of R rows."""
 
-    min_logits: Tensor  # [R] what a logit has to reach
+    min_logits: Tensor  # [R] what a logit has to reach, besides the floor of the row's candidates
     candidates: Candidates
 
 

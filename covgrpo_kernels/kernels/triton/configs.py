@@ -29,6 +29,7 @@ _EVERYWHERE: dict[str, dict[str, int]] = {
     "count": dict(B_R=2048, num_warps=8),
     "ends": dict(B_T=1024, num_warps=4),
     "list": dict(B_R=2048, num_warps=8),
+    "largest": dict(B_R=4, num_warps=4),
 }
 # Of the backward's kernels on [N] vectors, candidates and hidden states: the same on every architecture.
 _BACKWARD: dict[str, dict[str, int]] = {
@@ -107,6 +108,7 @@ CONFIGS: dict[str, dict[str, dict[str, int]]] = {
         "merge": dict(B_R=256, num_warps=1),
         "gather": dict(B_R=256, B_D=1024, num_warps=1),
         "limits": dict(B_N=256, B_T=64, num_warps=1),
+        "largest": dict(B_R=128, num_warps=1),
         "plan_rows": dict(B_R=128, num_warps=1),
         "assign_tails": dict(B_R=128, B_D=256, num_warps=1),
         "classify_rows": dict(B_R=64, num_warps=1),

@@ -23,7 +23,7 @@ _LOG_ZERO = tl.constexpr(LOG_ZERO)
     do_not_specialize=["n_rows", "first"],
     do_not_specialize_on_alignment=[
         "rows", "targets", "temperature", "maximum", "log_sum", "at_target", "logprob_grad", "entropy_grad",
-        "entropy",
+        "entropy", "log_floor",
     ],
 )  # fmt: skip
 def dlogits_kernel(  # type: ignore[no-untyped-def]
@@ -39,6 +39,7 @@ def dlogits_kernel(  # type: ignore[no-untyped-def]
     logprob_grad,
     entropy_grad,  # [N] or None
     entropy,  # [N]
+    log_floor,  # [N] or None: no tails
     n_rows,  # R
     width,  # C
     first,
@@ -72,7 +73,7 @@ def dlogits_kernel(  # type: ignore[no-untyped-def]
     is_target = i_c[None, :] == column[:, None]
     if TAILS > 0:  # noqa: SIM102
         if tl.program_id(0) * B_R < TAILS:
-            in_tail = (z < m + (l + log_min_prob)) & (is_target == 0)
+            in_tail = (z < m + (l + tl.load(log_floor + i_r, mask=m_r, other=0.0)[:, None])) & (is_target == 0)
             q = tl.where(in_tail, tl.exp(log_p - log_min_prob) * slope, 0.0)
             tl.store(out + o_b - TAILS * width, rounded(q, out), mask=m_b & (i_o < 2 * TAILS)[:, None])
     if entropy_grad is not None:
@@ -96,21 +97,23 @@ def dlogits(
     rows: Tensor | None = None,  # [R] int64
     tails: int = 0,
     min_prob: float = 1.0,
+    log_floor: Tensor | None = None,  # [N]; with tails
 ) -> None:
     """From a tile of raw products to dL/dproducts:
     (g (1[v = y] - p) - e p (log p + H)) * softcap' * scale / temperature.
 
     With ``rows`` the targets, temperatures and coefficients are those of N rows, of which the tile holds these. With
     T = ``tails`` the first T rows of the tile are not looked at, and the first T rows of ``out`` become the tails of
-    the T rows that follow: p * softcap' * scale / temperature / min_prob where p is below ``min_prob`` and the entry is
-    not the target, zero elsewhere. (Divided by ``min_prob``, small probabilities stay in the range of float16.)"""
+    the T rows that follow: p * softcap' * scale / temperature / min_prob where log p is below ``log_floor`` and the
+    entry is not the target, zero elsewhere. (Divided by ``min_prob``, small probabilities stay in the range of
+    float16.)"""
     n_rows, width = products.shape
     dlogits_kernel[lambda meta: (triton.cdiv(n_rows - tails, meta["B_R"]), triton.cdiv(width, meta["B_C"]))](
         tile=products, out=out, rows=rows, targets=tile.targets, bias=tile.bias, temperature=tile.temperature,
         maximum=coefficients.maximum, log_sum=coefficients.log_sum, at_target=coefficients.at_target,
         logprob_grad=coefficients.logprob_grad,
         entropy=coefficients.entropy if coefficients.has_entropy else None,
-        entropy_grad=coefficients.entropy_grad if coefficients.has_entropy else None,
+        entropy_grad=coefficients.entropy_grad if coefficients.has_entropy else None, log_floor=log_floor,
         n_rows=n_rows, width=width, first=tile.first, log_min_prob=math.log(min_prob), TAILS=tails,
         SCALE=tile.transform.scale, CAP=tile.transform.softcap, **options("dlogits", products.device),
     )  # fmt: skip

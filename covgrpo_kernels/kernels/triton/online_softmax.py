@@ -5,6 +5,7 @@ Bytes: reads the tile once, and a few numbers a row; writes four numbers a row, 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -100,11 +101,13 @@ def online_softmax_(
     entropy: bool,
     collecting: Collecting | None = None,  # of R rows, updated in place
 ) -> None:
-    """Adds a tile of raw products to the running softmax of its rows, VOCAB_BLOCK ids after VOCAB_BLOCK ids."""
+    """Adds a tile of raw products to the running softmax of its rows, VOCAB_BLOCK ids after VOCAB_BLOCK ids. Of a row
+    that has no room for all its candidates of a tile, some are lost."""
     rows, width = products.shape
     min_logits = found = vocab_ids = logits = None
     if collecting is not None:
-        min_logits, (found, vocab_ids, logits) = collecting
+        min_logits, (found, vocab_ids, logits, floors) = collecting
+        min_logits = torch.maximum(min_logits, floors)
     online_softmax_kernel[lambda meta: (triton.cdiv(rows, meta["B_R"]),)](
         tile=products, targets=tile.targets, bias=tile.bias, temperature=tile.temperature,
         maximum=running.maximum, sums=running.sum, entropy_sum=running.entropy_sum, target=running.target,
@@ -113,3 +116,5 @@ def online_softmax_(
         n_rows=rows, width=width, first=tile.first, SCALE=tile.transform.scale, CAP=tile.transform.softcap,
         ENTROPY=entropy, **options("online_softmax", products.device),
     )  # fmt: skip
+    if collecting is not None:
+        collecting.candidates.drop_smaller_half_()

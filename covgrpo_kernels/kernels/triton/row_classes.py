@@ -44,6 +44,34 @@ def _within(bound, i_r, last_bound, last_row):  # type: ignore[no-untyped-def]
     return (bound < last_bound) | ((bound == last_bound) & (i_r <= last_row))
 
 
+@triton.jit
+def _last_within(in_order, order, n_rows, allowed, B_R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The last of the rows that come first in the order of their bounds and whose sum is within what is allowed: its
+    bound, which row it is, and the sum up to it."""
+    i_b = tl.arange(0, B_R)
+    before = tl.sum(tl.zeros([B_R], tl.float64), 0)
+    error = before
+    n_within = tl.sum(tl.zeros([B_R], tl.int32), 0)
+    for o_r in range(0, n_rows, B_R):
+        x = tl.load(in_order + o_r + i_b, mask=o_r + i_b < n_rows, other=float("inf"))
+        so_far = before + tl.cumsum(x, 0)
+        is_within = so_far <= allowed
+        error = tl.maximum(error, tl.max(tl.where(is_within, so_far, 0.0), 0))
+        n_within += tl.sum(is_within.to(tl.int32), 0)
+        before += tl.sum(x, 0)
+    last_bound = tl.load(in_order + n_within - 1, mask=n_within > 0, other=-1.0)
+    last_row = tl.load(order + n_within - 1, mask=n_within > 0, other=-1)
+    return last_bound, last_row, error
+
+
+@triton.jit
+def _classes(kind, bound, i_r, m_r, last_bound, last_row):  # type: ignore[no-untyped-def]
+    """Of each row whether it is sparse, whether it is dense, and its kind."""
+    k = tl.load(kind + i_r, mask=m_r, other=_NO_GRADIENT)
+    is_within = _within(tl.load(bound + i_r, mask=m_r, other=float("inf")), i_r, last_bound, last_row)
+    return (k == _SPARSE_POSSIBLE) & is_within, (k != _NO_GRADIENT) & (is_within == 0), k
+
+
 @triton.jit(
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[
@@ -72,45 +100,26 @@ def classify_rows_kernel(  # type: ignore[no-untyped-def]
 ):
     i_b = tl.arange(0, B_R)
     total, counted, _, n_bad = counted_total(norm, n_rows, LARGEST_SHARE, B_R)
-    allowed = counted * (GRAD_TOL * GRAD_TOL)
-
-    # The rows that come first in the order of their bounds are not dense, as long as the sum is within what is allowed.
-    before = tl.sum(tl.zeros([B_R], tl.float64), 0)
-    error = before
-    n_within = tl.sum(tl.zeros([B_R], tl.int32), 0)
-    for o_r in range(0, n_rows, B_R):
-        x = tl.load(in_order + o_r + i_b, mask=o_r + i_b < n_rows, other=float("inf"))
-        so_far = before + tl.cumsum(x, 0)
-        is_within = so_far <= allowed
-        error = tl.maximum(error, tl.max(tl.where(is_within, so_far, 0.0), 0))
-        n_within += tl.sum(is_within.to(tl.int32), 0)
-        before += tl.sum(x, 0)
-    last_bound = tl.load(in_order + n_within - 1, mask=n_within > 0, other=-1.0)
-    last_row = tl.load(order + n_within - 1, mask=n_within > 0, other=-1)
+    # The rows up to this one are not dense.
+    last_bound, last_row, error = _last_within(in_order, order, n_rows, counted * (GRAD_TOL * GRAD_TOL), B_R)
     relative = tl.sqrt(tl.where(error > 0.0, error / total, 0.0))
     tl.store(error_bound, tl.where(n_bad > 0, float("inf"), relative))
 
-    n_sparse = n_within * 0
+    n_sparse = tl.sum(tl.zeros([B_R], tl.int32), 0)
     if tail_rows is not None:
         for o_r in range(0, n_rows, B_R):
             i_r = o_r + i_b
             m_r = i_r < n_rows
-            x = tl.load(bound + i_r, mask=m_r, other=float("inf"))
-            k = tl.load(kind + i_r, mask=m_r, other=_NO_GRADIENT)
-            is_sparse = (k == _SPARSE_POSSIBLE) & _within(x, i_r, last_bound, last_row)
+            is_sparse, _, _ = _classes(kind, bound, i_r, m_r, last_bound, last_row)
             n_sparse += tl.sum(is_sparse.to(tl.int32), 0)
 
     n_first = tl.where(n_sparse > 0, 2 * T, 0)
     n_dense = n_first
-    n_pairs = n_within * 0
+    n_pairs = tl.sum(tl.zeros([B_R], tl.int32), 0)
     for o_r in range(0, n_rows, B_R):
         i_r = o_r + i_b
         m_r = i_r < n_rows
-        x = tl.load(bound + i_r, mask=m_r, other=float("inf"))
-        k = tl.load(kind + i_r, mask=m_r, other=_NO_GRADIENT)
-        is_within = _within(x, i_r, last_bound, last_row)
-        is_sparse = (k == _SPARSE_POSSIBLE) & is_within
-        is_dense = (k != _NO_GRADIENT) & (is_within == 0)
+        is_sparse, is_dense, k = _classes(kind, bound, i_r, m_r, last_bound, last_row)
         # Where there are sparse rows, the tail rows have their places.
         listed = (is_dense & ((k != _TAIL_ROW) | (n_sparse == 0))).to(tl.int32)
         pairs = tl.where(is_sparse, tl.load(kept + i_r, mask=m_r, other=0) + 1, 0)

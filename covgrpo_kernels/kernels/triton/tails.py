@@ -46,15 +46,17 @@ def _inverse_norm(square):  # type: ignore[no-untyped-def]
 @triton.jit(
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[
-        "tail_rows", "temperature", "tail", "mass", "plan_kind", "plan_bound", "tail_bound", "shares", "kind", "bound",
+        "tail_rows", "temperature", "tail", "mass", "log_floor", "plan_kind", "plan_bound", "tail_bound", "shares",
+        "kind", "bound",
     ],
 )  # fmt: skip
 def assign_tails_kernel(  # type: ignore[no-untyped-def]
     hidden,  # [N, D]
     tail_rows,  # [T] int64
     temperature,  # [N] or None
-    tail,  # [N], as are the next four: of the row plan
+    tail,  # [N], as are the next five: of the row plan
     mass,
+    log_floor,
     plan_kind,
     plan_bound,
     tail_bound,
@@ -64,7 +66,6 @@ def assign_tails_kernel(  # type: ignore[no-untyped-def]
     n_rows,
     depth,  # D
     hidden_stride,
-    min_prob,
     SCALE: tl.constexpr,
     SHARPNESS: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -115,9 +116,10 @@ def assign_tails_kernel(  # type: ignore[no-untyped-def]
     tl.store(shares + i_r[:, None] * T + i_t[None, :], size[:, None] * mix * per_tail[None, :], mask=m_r[:, None])
 
     # What stands for the tail is its sum times a mixture of distributions, whose sums of squares are at most their
-    # largest entries. Both have one sign where there is no entropy coefficient, so that their squares add up; with one
-    # twice them.
-    largest = tl.sum(mix * tl.minimum(min_prob / mass_h, 1.0)[None, :], 1).to(tl.float64)
+    # largest entries, the floors of the heavy rows over their masses. Both have one sign where there is no entropy
+    # coefficient, so that their squares add up; with one twice them.
+    largest = tl.minimum(tl.exp(tl.load(log_floor + i_h)) / mass_h, 1.0)
+    largest = tl.sum(mix * largest[None, :], 1).to(tl.float64)
     error = tl.load(tail_bound + i_r, mask=m_r, other=0.0) + size.to(tl.float64) * size.to(tl.float64) * largest
     if ENTROPY:
         error *= 2.0
@@ -135,7 +137,6 @@ def assign_tails(
     temperature: Tensor | None,  # [N] float32
     *,
     scale: float,
-    min_prob: float,
     entropy: bool,
     sharpness: float | None,
 ) -> TailPlan:
@@ -148,8 +149,8 @@ def assign_tails(
     kind, bound = torch.empty_like(rows.kind), torch.empty_like(rows.bound)
     assign_tails_kernel[lambda meta: (triton.cdiv(n_rows, meta["B_R"]),)](
         hidden=hidden, tail_rows=tail_rows, temperature=temperature, tail=rows.tail, mass=rows.mass,
-        plan_kind=rows.kind, plan_bound=rows.bound, tail_bound=rows.tail_bound, shares=shares, kind=kind, bound=bound,
-        n_rows=n_rows, depth=depth, hidden_stride=hidden.stride(0), min_prob=min_prob, SCALE=scale,
+        log_floor=rows.log_floor, plan_kind=rows.kind, plan_bound=rows.bound, tail_bound=rows.tail_bound,
+        shares=shares, kind=kind, bound=bound, n_rows=n_rows, depth=depth, hidden_stride=hidden.stride(0), SCALE=scale,
         SHARPNESS=sharpness, ENTROPY=entropy, T=n_tails, **options("assign_tails", hidden.device),
     )  # fmt: skip
     return TailPlan(shares, kind, bound)
