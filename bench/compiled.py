@@ -368,12 +368,14 @@ def compile_case(case: Case, architecture: str) -> dict[str, int]:
         arguments["weight"] = f"tensordesc<bf16[{arguments['B_V']}, {options['B_D']}]>"
         if "hidden_stride" in arguments:  # of gathered rows, which are described too
             arguments["hidden"] = f"tensordesc<bf16[{options['B_R']}, {options['B_D']}]>"
-    types, constants, aligned = {}, {}, {}
+    types: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    aligned: dict[tuple[int, ...], Any] = {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
         if isinstance(value, tuple) and not parameter.is_constexpr:
             types[parameter.name] = type(value)(*("constexpr" if item is None else item for item in value))
-            places = {(i, j): item for j, item in enumerate(value)}
+            places: dict[tuple[int, ...], Any] = {(i, j): item for j, item in enumerate(value)}
         else:
             types[parameter.name] = value if isinstance(value, str) else "constexpr"
             places = {(i,): value}
