@@ -102,7 +102,7 @@ _FORWARD_ALL: Arguments = {**_FORWARD, **_ALL, "ENTROPY": True, "peaks": "*bf16"
 _PRODUCTS: Arguments = {
     "hidden": "*bf16", "floors": "*fp32", "ends": "*i64", "item_ends": "*i32", "pairs": "*i32", "found": "*i32",
     "vocab_ids": "*i32", "logits": "*fp32", "tiles": "i32", "row_stride": "i32", "column_stride": 1,
-    **_HEAD, "B_V": 256, "B_T": 1024, "K": 64,
+    **_HEAD, "B_V": 256, "B_T": 1024, "ROOM": 128,
 }  # fmt: skip
 _SOFTMAX_ALL: Arguments = {"tile": "*fp32", **_TILE, **_ALL, **_RUNNING, **_CANDIDATES, "ENTROPY": True}
 _SOFTMAX: Arguments = {"tile": "*fp32", **_TILE, **_PLAIN, **_RUNNING, "ENTROPY": False}
@@ -297,7 +297,7 @@ CASES = [
         "limits", "collect.limits_kernel",
         {
             "peaks": "*bf16", "place": "*i32", "min_logits": "*fp32", "limits": "*fp32", "floors": "*fp32",
-            "found": "*i32", "n_tokens": "i32", "tiles": "i32", "K": 64, "MAX_TILES": 32,
+            "found": "*i32", "n_tokens": "i32", "tiles": "i32", "ROOM": 128, "MAX_TILES": 32,
         },
         "limits",
     ),
@@ -316,6 +316,14 @@ CASES = [
             "n_tokens": "i32",
         },
         "list",
+    ),
+    Case(
+        "largest", "collect.largest_kernel",
+        {
+            "found": "*i32", "vocab_ids": "*i32", "logits": "*fp32", "floors": "*fp32", "largest_ids": "*i32",
+            "largest_logits": "*fp32", "n_rows": "i32", "ROOM": 128, "K": 64,
+        },
+        "largest",
     ),
     Case("products", "collect.products_kernel", {**_PRODUCTS, **_PLAIN}, "products"),
     Case("products, all", "collect.products_kernel", {**_PRODUCTS, **_ALL}, "products"),
