@@ -100,7 +100,7 @@ _FORWARD: Arguments = {
 _FORWARD_PLAIN: Arguments = {**_FORWARD, **_PLAIN, "ENTROPY": False}
 _FORWARD_ALL: Arguments = {**_FORWARD, **_ALL, "ENTROPY": True, "peaks": "*bf16"}
 _PRODUCTS: Arguments = {
-    "hidden": "*bf16", "floors": "*fp32", "ends": "*i64", "item_ends": "*i32", "pairs": "*i32", "found": "*i32",
+    "hidden": "*bf16", "limits": "*fp32", "ends": "*i64", "item_ends": "*i32", "pairs": "*i32", "found": "*i32",
     "vocab_ids": "*i32", "logits": "*fp32", "tiles": "i32", "row_stride": "i32", "column_stride": 1,
     **_HEAD, "B_V": 256, "B_T": 1024, "ROOM": 128,
 }  # fmt: skip
