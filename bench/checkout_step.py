@@ -26,6 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._pytree import tree_leaves
 
 from covgrpo_kernels import covgrpo_loss, linear_logprob
 
@@ -85,7 +86,7 @@ def replaced(launches: Launches) -> Iterator[None]:
 
     def getitem(kernel: Any, grid: Any) -> Any:
         def run(*arguments: Any, **options: Any) -> None:
-            values = [getattr(x, "base", x) for x in (*arguments, *options.values())]
+            values = [getattr(x, "base", x) for x in tree_leaves((arguments, options))]
             tensors = [x for x in values if isinstance(x, Tensor)]
             launches.kernels[kernel.fn.__name__] += 1
             launches(kernel.fn.__name__, tensors, lambda: launch(kernel, grid)(*arguments, **options))

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_token_terms
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -563,6 +564,20 @@ def test_launches_are_replaced_by_what_they_left():
             torch.addmm(a, a, b)
     assert all(torch.equal(x, y) for later in out[1:] for x, y in zip(out[0], later, strict=True))
     assert torch.equal(torch.mm(a, b), torch.zeros(64, 64))  # products are products again
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter runs")
+def test_what_a_launch_left_in_a_tuple_of_tensors_is_replayed():
+    kernels = pytest.importorskip("covgrpo_kernels.kernels.triton")
+    inputs = test_token_terms.draw(40, torch.float32, optional=False)
+    options = test_token_terms.TermOptions(**test_token_terms.PLAIN)
+    launches, out = checkout_step.Launches([x for x in inputs if x is not None]), []
+    with checkout_step.replaced(launches):
+        for recording in (True, False):
+            launches.start(recording)
+            out.append(kernels.token_terms(inputs, options))
+    assert out[0].logprob_grad.any()
+    assert all(torch.equal(x, y) for x, y in zip(*out, strict=True))
 
 
 def test_only_the_host_is_timed(clock, monkeypatch):
