@@ -194,7 +194,7 @@ def test_the_largest_candidates_whatever_their_order(room, backend):
     if backend == "triton":
         pytest.skip("loses candidates within a tile")
     g_ = torch.Generator().manual_seed(0)
-    z = torch.randint(0, 40, (12, 900), generator=g_).float()
+    z = torch.randint(0, 3000, (12, 900), generator=g_) / 75  # some are equal
     z[0] = 3.0
     z[1, 100:] = -50.0
     kept = []

@@ -51,7 +51,8 @@ LAUNCHES = 5
 
 
 # Tiles whose products are made again for one row: a twentieth of the vocabulary's where that has 151,936 ids, for which
-# a dense row makes three products each. Rows of a real policy have some @@ entries above the floor that follows.
+# a dense row makes three products each. On recorded states of a 135M model at temperature 1 (2.2 nats) a row has 58
+# entries above the limit that follows, and one of a hundred more than 128; with 48 tiles one of five has.
 MAX_TILES = 32
 # Halvings of the interval in which a floor is sought. It is at most 32 nats wide, so that what is found is less than a
 # hundredth of a nat too high.
@@ -104,11 +105,11 @@ def limits_kernel(  # type: ignore[no-untyped-def]
         low = tl.where(limit > high - 32.0, limit, high - 32.0)
         for _ in range(_HALVINGS):
             middle = low + (high - low) * 0.5
-            pairs, _ = _peaks_that_reach(peaks, i_p, middle, is_flat, n_tokens, tiles, B_T)
+            pairs = _peaks_that_reach(peaks, i_p, middle, is_flat, n_tokens, tiles, B_T)[0]
             low = tl.where(pairs > MAX_TILES, middle, low)
             high = tl.where(pairs > MAX_TILES, high, middle)
         limit = tl.where(is_flat, high, limit)
-        pairs, _ = _peaks_that_reach(peaks, i_p, limit, wanted, n_tokens, tiles, B_T)
+        pairs = _peaks_that_reach(peaks, i_p, limit, wanted, n_tokens, tiles, B_T)[0]
     too_many = wanted & (pairs > MAX_TILES)
     tl.store(found + i_n, tl.where(too_many, ROOM + 1, 0), mask=m_n)
     tl.store(floors + i_n, limit, mask=m_n)

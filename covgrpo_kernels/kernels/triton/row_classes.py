@@ -110,8 +110,7 @@ def classify_rows_kernel(  # type: ignore[no-untyped-def]
         for o_r in range(0, n_rows, B_R):
             i_r = o_r + i_b
             m_r = i_r < n_rows
-            is_sparse, _, _ = _classes(kind, bound, i_r, m_r, last_bound, last_row)
-            n_sparse += tl.sum(is_sparse.to(tl.int32), 0)
+            n_sparse += tl.sum(_classes(kind, bound, i_r, m_r, last_bound, last_row)[0].to(tl.int32), 0)
 
     n_first = tl.where(n_sparse > 0, 2 * T, 0)
     n_dense = n_first
