@@ -53,7 +53,7 @@ _WEIGHTS: Arguments = dict(advantages="*fp32", weights="*fp64", covariance="*fp6
 _READING: Arguments = dict(NOISE=1e-6, BANDWIDTH_EPS=0.0, NUMEL=False)
 
 _ROWS: Arguments = dict(rows="*i32", count="*i32", first="i32", room="i32", n_tokens="i32")
-_HEAD: Arguments = dict(weight="*bf16", depth="i32", vocab="i32", weight_stride="i32", UPCAST=False)
+_HEAD: Arguments = dict(weight="*bf16", depth="i32", vocab="i32", weight_stride="i32")
 _SCOPE_GRAD: Arguments = dict(
     weights_grad="*fp32", weights="*fp64", covariance="*fp64", deviation="*fp64", valid="*i1", order="*i64",
     offsets="*i64", std="*fp64", ddx="*fp64", BANDWIDTH_EPS=0.0,
@@ -369,8 +369,6 @@ def compile_case(case: Case, architecture: str) -> dict[str, int]:
     options = dict(_cuts(architecture)[case.config])
     compiler = {key: options.pop(key) for key in ("num_warps", "num_stages") if key in options}
     arguments: dict[str, Any] = {**case.arguments, **options}
-    if "ACCUMULATOR" in kernel.arg_names:
-        arguments["ACCUMULATOR"] = triton.language.float32
     if options.get("DESCRIPTORS") and "dz" in arguments:
         arguments["dz"] = f"tensordesc<bf16[{options['B_K']}, {options['B_V']}]>"
         arguments["states"] = f"tensordesc<bf16[{options['B_K']}, {options['B_D']}]>"

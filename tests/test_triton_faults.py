@@ -112,15 +112,30 @@ def exactly(patch):
 
 
 def everything(patch):
-    """All entries of three tiles: more tiles than there is room for entries, and as many."""
-    head = test_triton_forward.whole_numbers(3, 10, 8, 70)
-    for capacity, found in ((2, 3), (3, 70)):
-        got = test_triton_collect.collect(**head, min_logits=torch.full((10,), -torch.inf), capacity=capacity)
+    """All entries of three tiles with equal peaks: more tiles than are collected from, and as many."""
+    head = test_triton_forward.whole_numbers(3, 10, 8, 70) | dict(bias=None)
+    head["hidden"][:] = 0
+    for max_tiles, found in ((2, 9), (3, 70)):
+        got = test_triton_collect.collect(**head, min_logits=torch.full((10,), -torch.inf), max_tiles=max_tiles)
         assert got.found.tolist() == [found if y >= 0 else 0 for y in head["targets"].tolist()]
+    assert got.floors.eq(-torch.inf).all(), "no row is flat"
 
 
-def full_list(patch):
-    test_triton_collect.test_a_list_that_is_full(24)
+def flat_rows(patch):
+    """Two of five tiles are collected from: the floor rises until no more peaks reach it, and no further."""
+    head = test_triton_forward.whole_numbers(3, 12, 24, 150)
+    z = test_triton_forward.logits(head["hidden"], head["weight"], head["bias"])
+    got = test_triton_collect.collect(**head, min_logits=torch.full((12,), -90.0), room=64, max_tiles=2)
+    floors, complete = got.floors.double(), (got.found <= 64) & (head["targets"] >= 0)
+    assert complete.sum() > 5
+    pairs, ids = test_triton_collect.pairs, test_triton_collect.expected(z, floors, head["targets"])
+    assert (pairs(z, floors, head["targets"]).sum(1) <= 2)[complete].all()
+    assert (pairs(z, floors - 0.01, head["targets"]).sum(1) > 2)[complete].all()
+    assert all(got.vocab_ids[r] == ids[r] for r in complete.nonzero().squeeze(1).tolist())
+
+
+def largest(patch):
+    test_triton_collect.test_the_largest_entries(2)
 
 
 def terms(tokens=60, **settings):
@@ -325,7 +340,7 @@ FAULTS = {
         at_the_minimum,
         Fault("collect", "peak >= tl.load(limits", "peak > tl.load(limits"),
     ),
-    "minimum of another token": (exactly, Fault("collect", "tl.load(min_logits + row", "tl.load(min_logits + 0 * row")),
+    "floor of the first token": (exactly, Fault("collect", "tl.load(limits + row", "tl.load(limits + 0 * row")),
     "bias of the first entry of the tile": (exactly, Fault("collect", "tl.load(bias + i_s", "tl.load(bias + 0 * i_s")),
     "temperature of the first token of all": (
         exactly,
@@ -333,18 +348,29 @@ FAULTS = {
     ),
     "slices numbered from the tile": (exactly, Fault("collect", "o_v + i * B_S + tl.arange", "o_v + tl.arange")),
     "overhang of the last tile collected": (everything, Fault("collect", " & m_s[None, :]", "")),
-    "tiles beyond the last reach the minimum": (everything, Fault("collect", " & (i_t < tiles)[:, None]).to", ").to")),
-    "rows in too many tiles are complete": (everything, Fault("collect", "tl.where(too_many, K + 1, 0)", "0 * i_n")),
-    "rows that no longer fit are complete": (
-        full_list,
-        Fault("collect", "tl.store(found + row, K + 1, mask=hit & (at >= room))", "pass"),
+    "tiles beyond the last reach the minimum": (
+        everything,
+        Fault("collect", "((peak >= limit[None, :]) & m_b)", "((peak >= limit[None, :]) & wanted[None, :])"),
     ),
+    "rows in too many tiles are complete": (everything, Fault("collect", "tl.where(too_many, ROOM + 1, 0)", "0 * i_n")),
+    "floor of a flat row not raised": (flat_rows, Fault("collect", "limit = tl.where(is_flat, high, limit)", "pass")),
+    "floor of a flat row too high": (flat_rows, Fault("collect", "range(_HALVINGS)", "range(1)")),
     "places for tokens in the lists": (
-        full_list,
+        exactly,
         Fault("collect", "row = tl.load(rows + i_r, mask=hit, other=0)", "row = i_r"),
     ),
-    "first item of a tile again": (full_list, Fault("collect", "first_pair + (item - first_item) * B_R", "first_pair")),
-    "items of the tile beside": (full_list, Fault("collect", "(all_ends <= item)", "(all_ends < item)")),
+    "first item of a tile again": (exactly, Fault("collect", "first_pair + (item - first_item) * B_R", "first_pair")),
+    "items of the tile beside": (exactly, Fault("collect", "(all_ends <= item)", "(all_ends < item)")),
+    "equal logits cut in two": (largest, Fault("collect", "(rank > next_largest", "(rank >= next_largest")),
+    "negative logits in reverse": (
+        largest,
+        Fault("collect", "return bits ^ ((bits >> 31) & 0x7FFFFFFF)", "return bits"),
+    ),
+    "rows that lost entries are complete": (
+        largest,
+        Fault("collect", "tl.where(n_found <= ROOM, count, K + 1)", "count"),
+    ),
+    "floor of the largest that goes": (largest, Fault("collect", "(smallest - above) * 0.5", "0.0")),
     # The terms of a token.
     "no lower bound": (clipped, Fault("token_terms", "(within < OPTIONS.ratio_low)", "(within < 0.0)")),
     "no upper bound": (clipped, Fault("token_terms", "(within > OPTIONS.ratio_high)", "(within < 0.0)")),

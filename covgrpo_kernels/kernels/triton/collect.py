@@ -43,8 +43,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .configs import architecture, describable, options
-from .forward import accumulator_of, check_operands, multiprocessors, upcast
-from .numerics import inverse, logit, slices_of, sort_rows
+from .forward import check_operands, multiprocessors
+from .numerics import inverse, logit, operand, slices_of, sort_rows
 
 # Of `collect`.
 LAUNCHES = 5
@@ -199,7 +199,7 @@ def _item(item, item_ends, ends, tiles, B_T: tl.constexpr, B_R: tl.constexpr):  
 @triton.jit
 def _tile_products(  # type: ignore[no-untyped-def]
     hidden, weight, row, m_p, o_v, depth, vocab, row_stride, column_stride, weight_stride,
-    ACCUMULATOR: tl.constexpr, UPCAST: tl.constexpr, B_V: tl.constexpr, B_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, B_V: tl.constexpr, B_D: tl.constexpr,
 ):  # fmt: skip
     """Of these rows with the B_V entries from ``o_v`` on."""
     i_v = (o_v + tl.arange(0, B_V)).to(tl.int64)
@@ -209,14 +209,12 @@ def _tile_products(  # type: ignore[no-untyped-def]
         m_d = (i_d < depth)[None, :]
         o_h = row[:, None] * row_stride + i_d.to(tl.int64)[None, :] * column_stride
         b_h = tl.load(hidden + o_h, mask=m_p[:, None] & m_d, other=0.0)
-        if DESCRIPTORS:
-            b_w = weight.load([o_v, o_d])
-        else:
+        if weight.dtype.is_ptr():
             o_w = i_v[:, None] * weight_stride + i_d[None, :]
             b_w = tl.load(weight + o_w, mask=(i_v < vocab)[:, None] & m_d, other=0.0)
-        if UPCAST:
-            b_h, b_w = b_h.to(tl.float32), b_w.to(tl.float32)
-        x = tl.dot(b_h, b_w.T, x, input_precision="ieee", out_dtype=ACCUMULATOR)
+        else:
+            b_w = weight.load([o_v, o_d])
+        x = tl.dot(operand(b_h), operand(b_w).T, x, input_precision="ieee", out_dtype=ACCUMULATOR)
     return x
 
 
@@ -258,15 +256,13 @@ def products_kernel(  # type: ignore[no-untyped-def]
     ROOM: tl.constexpr,
     SCALE: tl.constexpr,
     CAP: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    UPCAST: tl.constexpr,
     B_T: tl.constexpr,  # at least T
     B_R: tl.constexpr,
     B_V: tl.constexpr,  # entries of a tile
     B_D: tl.constexpr,
     SLICES: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
 ):
+    ACCUMULATOR: tl.constexpr = logits.dtype.element_ty
     B_S: tl.constexpr = B_V // SLICES
     items = tl.load(item_ends + tiles - 1)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
@@ -276,7 +272,7 @@ def products_kernel(  # type: ignore[no-untyped-def]
         o_v = i_t * B_V
         x = _tile_products(
             hidden, weight, row, m_p, o_v, depth, vocab, row_stride, column_stride, weight_stride,
-            ACCUMULATOR, UPCAST, B_V, B_D, DESCRIPTORS,
+            ACCUMULATOR, B_V, B_D,
         )  # fmt: skip
         slices = slices_of(x, SLICES)
         for i in tl.static_range(SLICES):
@@ -400,7 +396,7 @@ def collect(
         torch.empty(tokens, room, dtype=min_logits.dtype, device=device),
     )
     name = architecture(device)
-    blocks = configs.COLLECT[name][hidden.itemsize]
+    blocks = dict(configs.COLLECT[name][hidden.itemsize])
     limits, floors = torch.empty_like(min_logits), torch.empty_like(min_logits)
     counts, item_ends = torch.empty(2, tiles, dtype=torch.int32, device=device)
     ends = torch.empty(tiles, dtype=torch.int64, device=device)
@@ -414,16 +410,14 @@ def collect(
     count_kernel[(tiles,)](peaks, limits, count, counts, tokens, **options("count", device))
     ends_kernel[(1,)](counts, ends, item_ends, tiles, B_R=blocks["B_R"], **options("ends", device))
     list_kernel[(tiles,)](peaks, limits, rows, count, ends, pairs, tokens, **options("list", device))
-    descriptors = bool(blocks["DESCRIPTORS"]) and describable(weight)
-    operand: Any = weight
-    if descriptors:
-        operand = TensorDescriptor.from_tensor(weight, [configs.PEAK_WIDTH, blocks["B_D"]])
+    head: Any = weight
+    if blocks.pop("DESCRIPTORS") and describable(weight):
+        head = TensorDescriptor.from_tensor(weight, [configs.PEAK_WIDTH, blocks["B_D"]])
     # How many items there are is not known here: programs enough to keep every multiprocessor busy share them.
     products_kernel[(2 * multiprocessors(device),)](
-        hidden, operand, bias, temperature, floors, ends, item_ends, pairs, found, vocab_ids, logits,
+        hidden, head, bias, temperature, floors, ends, item_ends, pairs, found, vocab_ids, logits,
         tiles, depth, vocab, *hidden.stride(), weight.stride(0),
-        ROOM=room, SCALE=scale, CAP=softcap, ACCUMULATOR=accumulator_of(hidden.dtype), UPCAST=upcast(hidden.dtype),
-        B_T=triton.next_power_of_2(tiles), B_V=configs.PEAK_WIDTH, **(blocks | dict(DESCRIPTORS=descriptors)),
+        ROOM=room, SCALE=scale, CAP=softcap, B_T=triton.next_power_of_2(tiles), B_V=configs.PEAK_WIDTH, **blocks,
     )  # fmt: skip
     return found, vocab_ids, logits, floors
 

@@ -272,15 +272,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def accumulator_of(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def upcast(dtype: torch.dtype) -> bool:
-    """The interpreter's products of bfloat16 are wrong; those of the same numbers in float32 are right."""
-    return triton.knobs.runtime.interpret and dtype == torch.bfloat16
-
-
 def check_operands(hidden: Tensor, weight: Tensor) -> None:
     """Raises TypeError for dtypes that there is no kernel for, ValueError where the elements of a row of ``weight`` are
     not contiguous."""
