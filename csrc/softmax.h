@@ -89,9 +89,9 @@ struct BlockSums {
   }
 };
 
-// The vocabulary ids of each row whose logit reaches the row's min_logits and its floor, in any order. A row that has no
-// room for one more keeps the larger half, and its floor rises above all that go. Equal logits stay or go together, so
-// that what is left in the end does not depend on the order.
+// The vocabulary ids of each row whose logit reaches the row's min_logits and its floor, in any order. A row that has
+// no room for one more keeps the larger half, and its floor rises above all that go. Equal logits stay or go together,
+// so that what is left in the end does not depend on the order.
 template <class T>
 struct Candidates {
   const T* min_logits;  // [R]; null where no candidates are wanted
