@@ -261,9 +261,8 @@ class _Step:
             if needs.weight or needs.bias:
                 some_pairs = pairs.list_pairs(self._row_plan(), self._classes(), inputs.targets, self.pairs, vocab)
         # The gradient of the hidden states is written last, and has room for these until then.
-        room = grads.hidden
-        if len(room) < len(self.rows) or room.dtype != self.hidden.dtype:
-            room = None
+        has_room = len(grads.hidden) >= len(self.rows) and grads.hidden.dtype == self.hidden.dtype
+        room = grads.hidden if has_room else None
         states, bias_factors = tails.gather_states(self.hidden, self.rows, parts, room, min_prob=self.min_prob)
         products = states.new_empty(len(states) if needs.hidden else 0, depth, dtype=torch.float32)
         beside = [*self.planned, *(some_pairs or ()), products] if self.has_sparse else []
