@@ -236,8 +236,9 @@ def report(found: dict[str, Any]) -> str:
     return (
         "# What the heads of real policies see\n\n"
         "Written by `python -m research recordings`; `research/recordings.py` says how each line is measured. "
-        "Responses of SmolLM2-135M-Instruct and Gemma 3 270M (4-bit weights, computed in float32) to 60 prompts on "
-        "mathematics, code and prose, sampled at the temperature named, in bfloat16. Distributions are of all tokens, "
+        "The models are those of `research/models.py` (4-bit weights, computed in float32); they answered "
+        f"{PROMPTS_USED} prompts on mathematics, code and prose, sampling at the temperature named. All in bfloat16. "
+        "Distributions are of all tokens, "
         f"errors and row classes of {found['rows']}. "
         "Advantages are of real answers in mathematics and made up elsewhere. `rl_head` is the generator of the "
         "benchmark's inputs, at SmolLM2's size, for its three policies: the last two are fitted to SmolLM2's "
