@@ -85,7 +85,7 @@ class Tails(NamedTuple):
 
     Tail k is a row Q_k of its own in the products: Q_k[v] = p[v] / min_prob times the slope of the softcap, of the k-th
     dense row, for its vocabulary ids below its floor ``min_logits`` that are not its target. Where the floor is not
-    raised its entries are at most 1, and below 1e4 always, so that they keep their digits in 16 bits. An engine puts the
+    raised its entries are at most 1, elsewhere below 1e4, so that they keep their digits in 16 bits. An engine puts the
     tails in front of the dense rows for the products with dL/dproducts, and strips them afterwards."""
 
     states: (
