@@ -84,9 +84,9 @@ class Tails(NamedTuple):
     """The tails of T dense rows, which stand for those of the sparse rows.
 
     Tail k is a row Q_k of its own in the products: Q_k[v] = p[v] / min_prob times the slope of the softcap, of the k-th
-    dense row, for its vocabulary ids below ``min_logits`` that are not its target. Its entries are at most 1, so that
-    they keep their digits in 16 bits. An engine puts the tails in front of the dense rows for the products with
-    dL/dproducts, and strips them afterwards."""
+    dense row, for its vocabulary ids below its floor ``min_logits`` that are not its target. Where the floor is not
+    raised its entries are at most 1, elsewhere below 1e4, so that they keep their digits in 16 bits. An engine puts the
+    tails in front of the dense rows for the products with dL/dproducts, and strips them afterwards."""
 
     states: (
         Tensor  # [T, D] float32 or float64: sum over the sparse rows of what they take of Q_k times their hidden state

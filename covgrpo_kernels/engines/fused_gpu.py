@@ -3,8 +3,8 @@
 A step of it, and what waits for what:
 
 - forward: one persistent kernel over the rows whose target counts; how many these are stays on the device.
-- plan: the vocabulary ids above ``min_prob`` are found again from the largest logits that the forward left for each row
-  and 256 ids, then one kernel each for the rows' sparse form, their tails, and what happens to which row.
+- plan: the most probable vocabulary ids of each row are found again from the largest logits that the forward left for
+  each row and 256 ids, then one kernel each for the rows' sparse form, their tails, and what happens to which row.
 - backward: the host reads three counts, its only wait; then the dense rows' products by PyTorch, and one kernel each
   for the gradient of the head and of the hidden states."""
 
