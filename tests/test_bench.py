@@ -800,7 +800,10 @@ def test_a_recording_is_replayed(policy, tmp_path, capsys):
     """Of a model that is saved and loaded as a user's would be; log-probs are those of its own logits."""
     policy.save(tmp_path / "model")
     file = tmp_path / "recorded.pt"
-    words = ["--prompts", "6", "--group-size", "4", "--max-new-tokens", "6", "--device", "cpu", "--temperature", "0.7"]
+    data = tmp_path / "problems.jsonl"
+    data.write_text("".join(json.dumps(dict(prompt=f"{i}?")) + "\n" for i in range(9)))
+    words = ["--data", str(data), "--prompts", "6"]
+    words += ["--group-size", "4", "--max-new-tokens", "6", "--device", "cpu", "--temperature", "0.7"]
     parser = argparse.ArgumentParser()
     record.add_arguments(parser)
     record.run(parser.parse_args(["--model", str(tmp_path / "model"), "--out", str(file), *words]))
