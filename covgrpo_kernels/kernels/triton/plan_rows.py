@@ -125,11 +125,7 @@ def _slopes(temperature, i_r, m_r, SCALE: tl.constexpr, CAP: tl.constexpr, B_R: 
     """The derivative of a row's logits in its products but for the softcap, and what a logit is multiplied by to be the
     tanh in it (1 without one)."""
     slope = tl.full([B_R], SCALE, tl.float32)
-<<<<<<< ours
     per_cap = tl.full([B_R], 1.0 if CAP is None else 1.0 / CAP, tl.float32)
-=======
-    per_cap = tl.full([B_R], 1.0 / CAP, tl.float32) if CAP is not None else tl.full([B_R], 1.0, tl.float32)
->>>>>>> theirs
     if temperature is not None:
         t = tl.load(temperature + i_r, mask=m_r, other=1.0)
         slope = SCALE * inverse(t)
