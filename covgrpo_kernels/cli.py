@@ -27,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = vars(_parser().parse_args(arguments))
     command = options.pop("command")
     if command == "doctor":
-        from .doctor import main as doctor
+        from . import doctor
 
-        return doctor(**options)
+        return doctor.main(**options)
     if command == "demo" and _processes() > 1:
         return _fail("covgrpo demo runs in one process; torchrun is for covgrpo train")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]

@@ -301,7 +301,7 @@ def grpo(run: Run, corpus: Corpus, sizes: Sizes, config: TrainConfig, step: int)
     windows = _windows(corpus.held_out, sizes.prompts, sizes.prompt_tokens + sizes.new_tokens, generator)
     prompts = corpus.tokenizer.batch_decode(windows[:, : sizes.prompt_tokens])
     truths = windows[:, sizes.prompt_tokens :].repeat_interleave(sizes.group, 0)
-    rewards = []
+    rewards: list[float] = []
 
     def judge(data: Rollout) -> None:
         rows = zip(data.batch.responses, data.batch.mask, truths, strict=True)

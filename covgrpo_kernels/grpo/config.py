@@ -129,9 +129,10 @@ def _check(name: str, value: Any, about: typing.Mapping[str, Any]) -> None:
         raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
     if about["choices"] and value not in about["choices"]:
         raise ValueError(f"{name} must be one of {', '.join(about['choices'])}, got {value!r}")
-    if kind is float and not math.isfinite(value):
+    number: Any = value
+    if kind is float and not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value!r}")
     for limit in filter(None, about["limits"].split(", ")):
         comparison, bound = limit.split()
-        if not _COMPARE[comparison](value, float(bound)):
+        if not _COMPARE[comparison](number, float(bound)):
             raise ValueError(f"{name} must be {limit}, got {value!r}")

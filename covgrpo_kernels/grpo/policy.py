@@ -48,7 +48,7 @@ class Policy:
     def encode(self, prompts: list[str]) -> list[list[int]]:
         if self.chat:
             apply = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-            prompts = [apply([{"role": "user", "content": prompt}]) for prompt in prompts]
+            prompts = [str(apply([{"role": "user", "content": prompt}])) for prompt in prompts]
         return self.tokenizer(prompts, add_special_tokens=not self.chat).input_ids
 
     def forward(self, tokens: Tensor, attention: Tensor, **options: Any) -> Any:  # [B, L], [B, >= L]

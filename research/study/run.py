@@ -187,10 +187,8 @@ def perform_all(specs: Sequence[RunSpec], workers: int) -> None:
     done = len(specs) - len(left)
     context = multiprocessing.get_context("spawn")  # a fork would share locks of the threads of torch
     others = multiprocessing.active_children()
-    with (
-        ProgressBar("study", done, len(specs)) as progress,
-        ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool,
-    ):
+    progress = ProgressBar("study", done, len(specs))
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         try:
             while left or running:
                 ready = [spec for spec in left if spec.after is None or spec.after.path.exists()]
