@@ -151,12 +151,12 @@ def test_reordered_rows_stay_in_their_group():
     data = Rollout(
         Batch(tokens, tokens, torch.ones(12, 2, dtype=torch.bool)), torch.arange(12.0), tokens[:, :2].float(), None
     )
-    moved = training._reordered(data, 4, torch.Generator().manual_seed(0))
-    order = moved.advantages.long()
+    training._reorder(data, 4, torch.Generator().manual_seed(0))
+    order = data.advantages.long()
     assert order.tolist() != list(range(12))
     assert [sorted(group.tolist()) for group in order.view(3, 4)] == [list(range(i, i + 4)) for i in (0, 4, 8)]
-    assert torch.equal(moved.batch.tokens, tokens[order])
-    assert torch.equal(moved.old_logprobs, tokens[order, :2].float())
+    assert torch.equal(data.batch.tokens, tokens[order])
+    assert torch.equal(data.old_logprobs, tokens[order, :2].float())
 
 
 def test_reward():
