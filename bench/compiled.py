@@ -296,8 +296,9 @@ CASES = [
     Case(
         "limits", "collect.limits_kernel",
         {
-            "peaks": "*bf16", "place": "*i32", "min_logits": "*fp32", "limits": "*fp32", "floors": "*fp32",
-            "found": "*i32", "n_tokens": "i32", "tiles": "i32", "ROOM": 128, "MAX_TILES": 32,
+            "peaks": "*bf16", "place": "*i32", "stats": "*fp32", "logprob_grad": "*fp32", "entropy_grad": "*fp32",
+            "limits": "*fp32", "floors": "*fp32", "found": "*i32", "n_tokens": "i32", "tiles": "i32",
+            "log_min_prob": "fp64", "ROOM": 128, "MAX_TILES": 32,
         },
         "limits",
     ),

@@ -27,16 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = vars(_parser().parse_args(arguments))
     command = options.pop("command")
     if command == "doctor":
-        from . import doctor
+        from .doctor import main as doctor
 
-        return doctor.main(**options)
+        return doctor(**options)
     if command == "demo" and _processes() > 1:
         return _fail("covgrpo demo runs in one process; torchrun is for covgrpo train")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        from . import doctor
+        from .doctor import how_to_install
 
-        return _fail(f"covgrpo {command} needs {', '.join(missing)}: {doctor.how_to_install('grpo')}")
+        return _fail(f"covgrpo {command} needs {', '.join(missing)}: {how_to_install('grpo')}")
     try:
         config = TrainConfig(**options) if command == "train" else dataclasses.replace(DEMO, **options)
     except (TypeError, ValueError) as error:

@@ -152,7 +152,7 @@ def test_launches_around_the_head(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 # Of the forward, and of the backward without its slabs of the vocabulary, of four launches each.
-@pytest.mark.parametrize(("grad_tol", "limits"), [("auto", (4, 24)), (0.0, (4, 8))], ids=["default", "exact"])
+@pytest.mark.parametrize(("grad_tol", "limits"), [("auto", (4, 21)), (0.0, (4, 8))], ids=["default", "exact"])
 @pytest.mark.parametrize("slabs", [1, 2])
 def test_launches_of_log_probs(
     grad_tol: float | str, limits: tuple[int, int], slabs: int, monkeypatch: pytest.MonkeyPatch

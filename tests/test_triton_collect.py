@@ -63,9 +63,12 @@ def collect(
     _, rows, place, count, peaks = forward.forward(
         hidden, weight, bias, targets, temperature, **options, entropy=False, peaks=True
     )
+    # Rows whose log-sum is 1: the logit of the probability 1 / e is their maximum.
+    wanted, zero = (min_logits != torch.inf).to(min_logits.dtype), torch.zeros_like(min_logits)
+    stats = torch.stack([zero, zero, min_logits.where(wanted > 0, 0), zero + 1])
     found, ids, z, floors = collection.collect(
-        hidden, weight, bias, temperature, rows, place, count, peaks, min_logits, room, **options,
-        max_tiles=max_tiles,
+        hidden, weight, bias, temperature, rows, place, count, peaks, stats, zero, wanted, room,
+        min_prob=math.exp(-1), **options, max_tiles=max_tiles,
     )  # fmt: skip
     assert found.dtype == ids.dtype == torch.int32
     assert z.dtype == floors.dtype == min_logits.dtype
@@ -282,8 +285,9 @@ def test_what_it_refuses():
 
     def run(weight=head["weight"], peaks=peaks):
         collection.collect(
-            head["hidden"], weight, head["bias"], None, *selected, peaks, least, 8, scale=1.0, softcap=None
-        )
+            head["hidden"], weight, head["bias"], None, *selected, peaks, torch.zeros(4, 5, device=DEVICE), least,
+            None, 8, min_prob=1.0, scale=1.0, softcap=None,
+        )  # fmt: skip
 
     run()
     with pytest.raises(ValueError, match=r"peaks must be of shape"):
@@ -309,10 +313,11 @@ def test_launches():
     head = whole_numbers(8, 20, 24, 90)
     arguments = (head["hidden"], head["weight"], head["bias"], head["targets"], None)
     _, *selected, peaks = forward.forward(*arguments, scale=1.0, softcap=None, entropy=False, peaks=True)
-    least = torch.zeros(20)
+    stats, coefficient = torch.zeros(4, 20), torch.ones(20)
     with Calls() as calls:
         collection.collect(
-            head["hidden"], head["weight"], head["bias"], None, *selected, peaks, least, 8, scale=1.0, softcap=None
-        )
+            head["hidden"], head["weight"], head["bias"], None, *selected, peaks, stats, coefficient, None,
+            8, min_prob=0.5, scale=1.0, softcap=None,
+        )  # fmt: skip
     assert len(calls.kernels) == collection.LAUNCHES == 5
     assert calls.operations == []

@@ -111,6 +111,13 @@ def exactly(patch):
     test_triton_collect.test_exactly_the_entries_that_reach_the_minimum(torch.float32, "all")
 
 
+def some_rows(patch):
+    head = test_triton_forward.whole_numbers(3, 10, 8, 70) | dict(bias=None)
+    least = torch.full((10,), -90.0).masked_fill_(torch.arange(10) % 2 == 0, torch.inf)
+    got = test_triton_collect.collect(**head, min_logits=least, room=128)
+    assert got.found.tolist() == [70 * (i % 2 and y >= 0) for i, y in enumerate(head["targets"].tolist())]
+
+
 def everything(patch):
     """All entries of three tiles with equal peaks: more tiles than are collected from, and as many."""
     head = test_triton_forward.whole_numbers(3, 10, 8, 70) | dict(bias=None)
@@ -340,6 +347,15 @@ FAULTS = {
         at_the_minimum,
         Fault("collect", "peak >= tl.load(limits", "peak > tl.load(limits"),
     ),
+    "coefficient of the entropy does not count": (
+        exactly,
+        Fault("collect", "has_grad | (tl.load(entropy_grad", "has_grad & (tl.load(entropy_grad"),
+    ),
+    "rows without a coefficient are collected": (
+        some_rows,
+        Fault("collect", 'limit = tl.where(has_grad, limit, float("inf"))', "pass"),
+    ),
+    "probability of the sum of the row": (exactly, Fault("collect", "(log_sum + log_", "(0 * log_sum + log_")),
     "floor of the first token": (exactly, Fault("collect", "tl.load(limits + row", "tl.load(limits + 0 * row")),
     "bias of the first entry of the tile": (exactly, Fault("collect", "tl.load(bias + i_s", "tl.load(bias + 0 * i_s")),
     "temperature of the first token of all": (

@@ -198,11 +198,10 @@ class FusedGpu:
         from ..kernels.triton.plan_rows import Candidates as UnsortedCandidates
 
         peaks, rows, place, count = notes
-        has_none = g == 0 if e is None else (g == 0) & (e == 0)
-        min_logits = stats.min_logits(min_prob).masked_fill_(has_none, torch.inf)
         found = collect(
             inputs.hidden, _row_contiguous(inputs.weight), inputs.bias, inputs.temperature, rows, place, count, peaks,
-            min_logits, 2 * _CAPACITY, scale=inputs.transform.scale, softcap=inputs.transform.softcap,
+            stats.packed, g, e, 2 * _CAPACITY, min_prob=min_prob, scale=inputs.transform.scale,
+            softcap=inputs.transform.softcap,
         )  # fmt: skip
         return UnsortedCandidates(*largest(*found, _CAPACITY))
 

@@ -29,9 +29,9 @@ NO_MAX = -1e30
 LOG_ZERO = -1e3
 
 # The most entries of a row that keep a gradient each in the backward. Of the tokens that a recorded policy of 2.2 nats
-# sampled 45%, 33%, 22%, 10% are dense with 64, 128, 256, 512, and a step of 2,048 of them (D = 576, V = 49152, C++) takes
-# 0.91, 0.89, 0.87, 0.85 s; at temperature 0.6 0.65, 0.63, 0.63, 0.64 s. An entry and token is 8 bytes: beyond 128 a
-# percent or two of time would cost twice the memory.
+# sampled 45%, 33%, 22%, 10% are dense with 64, 128, 256, 512, and a step of 2,048 of them (D = 576, V = 49152, C++)
+# takes 0.91, 0.89, 0.87, 0.85 s; at temperature 0.6 0.65, 0.63, 0.63, 0.64 s. An entry and token is 8 bytes: beyond 128
+# a percent or two of time would cost twice the memory.
 MAX_CANDIDATES = 128
 # Dense rows whose tails stand for the tails of all sparse rows: as many as a vector of the C++ kernels has lanes.
 TAIL_ROWS = 16

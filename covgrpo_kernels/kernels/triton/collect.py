@@ -33,6 +33,7 @@ that were, and an entry that was missed exceeds the floor by no more than that r
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -77,17 +78,22 @@ def _peaks_that_reach(peaks, i_p, limit, wanted, n_tokens, tiles, B_T: tl.conste
 
 @triton.jit(
     do_not_specialize=["n_tokens"],
-    do_not_specialize_on_alignment=["peaks", "place", "min_logits", "limits", "floors", "found"],
-)
+    do_not_specialize_on_alignment=[
+        "peaks", "place", "stats", "logprob_grad", "entropy_grad", "limits", "floors", "found",
+    ],
+)  # fmt: skip
 def limits_kernel(  # type: ignore[no-untyped-def]
     peaks,  # [T, N] bfloat16
     place,  # [N] int32
-    min_logits,  # [N]
+    stats,  # [4, N]: logprob, entropy, maximum, log_sum
+    logprob_grad,  # [N]
+    entropy_grad,  # [N] or None
     limits,  # [N], by place: written; NaN, which nothing reaches, for rows that are left out
-    floors,  # [N] by token: written, min_logits or more
+    floors,  # [N] by token: written, the logit of the smallest probability that is asked for or more
     found,  # [N] int32: written
     n_tokens,  # N
     tiles,  # T
+    log_min_prob: tl.float64,
     ROOM: tl.constexpr,
     MAX_TILES: tl.constexpr,
     B_N: tl.constexpr,
@@ -96,7 +102,13 @@ def limits_kernel(  # type: ignore[no-untyped-def]
     i_n = tl.program_id(0) * B_N + tl.arange(0, B_N)
     m_n = i_n < n_tokens
     i_p = tl.load(place + i_n, mask=m_n, other=-1)
-    limit = tl.load(min_logits + i_n, mask=m_n, other=float("inf"))
+    maximum = tl.load(stats + 2 * n_tokens + i_n, mask=m_n, other=0.0)
+    log_sum = tl.load(stats + 3 * n_tokens + i_n, mask=m_n, other=0.0)
+    limit = maximum + (log_sum + log_min_prob).to(maximum.dtype)
+    has_grad = tl.load(logprob_grad + i_n, mask=m_n, other=0.0) != 0.0
+    if entropy_grad is not None:
+        has_grad = has_grad | (tl.load(entropy_grad + i_n, mask=m_n, other=0.0) != 0.0)
+    limit = tl.where(has_grad, limit, float("inf"))
     wanted = (i_p >= 0) & (limit < float("inf"))
     pairs, largest = _peaks_that_reach(peaks, i_p, limit, wanted, n_tokens, tiles, B_T)
     is_flat = wanted & (pairs > MAX_TILES)
@@ -359,9 +371,12 @@ def collect(
     place: Tensor,
     count: Tensor,
     peaks: Tensor,
-    min_logits: Tensor,
+    stats: Tensor,
+    logprob_grad: Tensor,
+    entropy_grad: Tensor | None,
     room: int,
     *,
+    min_prob: float,
     scale: float,
     softcap: float | None,
     max_tiles: int = MAX_TILES,
@@ -369,9 +384,9 @@ def collect(
     """Of each scored row the entries of the vocabulary whose logit reaches the row's floor.
 
     ``hidden``, ``weight``, ``bias``, ``temperature``, ``scale``, ``softcap``: of the forward. ``rows``, ``place``,
-    ``count``, ``peaks``: what the forward returned. ``min_logits``: [N] float32 (float64 for float64 inputs) by token,
-    +inf for rows of which nothing is wanted; NaN is taken for +inf. ``room``: entries that a row has room for.
-    ``max_tiles``: of one row that are collected from.
+    ``count``, ``peaks``, ``stats``: what the forward returned. ``logprob_grad``, ``entropy_grad``: [N] of the dtype of
+    ``stats``; nothing is wanted of rows in which both are zero. ``room``: entries that a row has room for.
+    ``min_prob``: the probability that an entry has to reach. ``max_tiles``: of one row that are collected from.
 
     Returns ``(found, vocab_ids, logits, floors)``:
 
@@ -380,8 +395,8 @@ def collect(
     - ``vocab_ids`` [N, room] int32, ``logits`` [N, room] float32 (float64): of the first ``found`` places of each row,
       in an order that is **not** the same in every run (tiles come in any order): sort a row by its vocab_ids before
       its entries are added up. Other places are undefined.
-    - ``floors`` [N] of the dtype of ``min_logits``: these, or more where a row is so flat that it would take too many
-      tiles.
+    - ``floors`` [N] of the dtype of ``stats``: the logit of ``min_prob``, or more where a row is so flat that it would
+      take too many tiles; +inf for rows of which nothing is wanted.
 
     `LAUNCHES` kernels, nothing else runs on the device, and the host waits for nothing. Raises what `check_operands`
     does, ValueError for peaks of another vocabulary."""
@@ -393,18 +408,19 @@ def collect(
     found, vocab_ids, logits = (
         torch.empty(tokens, dtype=torch.int32, device=device),
         torch.empty(tokens, room, dtype=torch.int32, device=device),
-        torch.empty(tokens, room, dtype=min_logits.dtype, device=device),
+        torch.empty(tokens, room, dtype=stats.dtype, device=device),
     )
     name = architecture(device)
     blocks = dict(configs.COLLECT[name][hidden.itemsize])
-    limits, floors = torch.empty_like(min_logits), torch.empty_like(min_logits)
+    limits, floors = torch.empty(2, tokens, dtype=stats.dtype, device=device)
     counts, item_ends = torch.empty(2, tiles, dtype=torch.int32, device=device)
     ends = torch.empty(tiles, dtype=torch.int64, device=device)
     pairs = torch.empty(max_tiles * tokens, dtype=torch.int32, device=device)
     of_limits = options("limits", device)
     limits_kernel[(triton.cdiv(tokens, of_limits["B_N"]),)](
-        peaks, place, min_logits, limits, floors, found, tokens, tiles, ROOM=room, MAX_TILES=max_tiles, **of_limits
-    )
+        peaks, place, stats, logprob_grad, entropy_grad, limits, floors, found, tokens, tiles, math.log(min_prob),
+        ROOM=room, MAX_TILES=max_tiles, **of_limits,
+    )  # fmt: skip
     if not tiles:
         return found, vocab_ids, logits, floors
     count_kernel[(tiles,)](peaks, limits, count, counts, tokens, **options("count", device))
