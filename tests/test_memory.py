@@ -14,7 +14,6 @@ from bench.measure import Problem, peak_mib
 from covgrpo_kernels import covgrpo_loss, linear_logprob
 from covgrpo_kernels.engines import fused_gpu
 from covgrpo_kernels.engines.interface import HeadGrads
-from covgrpo_kernels.kernels.interface import MAX_CANDIDATES
 from covgrpo_kernels.segments import Segments
 from covgrpo_kernels.testing import policy_head
 
@@ -121,7 +120,7 @@ def test_peak_of_the_gpu_engine(backend, tokens, loss, monkeypatch):
     backward."""
     found = count_bytes(monkeypatch, tokens, loss=loss)
     assert found.peak <= 256 * MIB + 1536 * tokens
-    assert found.kept <= (8 * MAX_CANDIDATES + 192 if loss else 1280) * tokens
+    assert found.kept <= (8 * fused_gpu._CAPACITY + 192 if loss else 1280) * tokens
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)

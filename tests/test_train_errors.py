@@ -381,7 +381,7 @@ def test_a_model_of_nan(tmp_path: Path) -> None:
     broken = transformers.AutoModelForCausalLM.from_pretrained(model)
     torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
     broken.save_pretrained(model)
-    refused(ValueError, "cannot be used", tmp_path, model=str(model), out=str(tmp_path / "out"))
+    refused(ValueError, "its logits are NaN", tmp_path, model=str(model), out=str(tmp_path / "out"))
 
 
 def test_a_model_without_tokenizer_or_end(tmp_path: Path) -> None:
