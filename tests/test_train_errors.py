@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -382,6 +383,18 @@ def test_a_model_of_nan(tmp_path: Path) -> None:
     torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
     broken.save_pretrained(model)
     refused(ValueError, "its logits are NaN", tmp_path, model=str(model), out=str(tmp_path / "out"))
+
+
+def test_a_model_that_sees_its_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_model(tmp_path / "model")
+    kind = type(transformers.AutoModelForCausalLM.from_pretrained(model))
+    own = kind.forward
+
+    def forward(self: Any, *arguments: Any, attention_mask: Any = None, **options: Any) -> Any:
+        return own(self, *arguments, **options)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    refused(ValueError, "its logits behind padding", tmp_path, model=str(model), out=str(tmp_path / "out"))
 
 
 def test_a_model_without_tokenizer_or_end(tmp_path: Path) -> None:
