@@ -130,7 +130,7 @@ struct Candidates {
     const T floor = std::nextafter(*next_largest, std::numeric_limits<T>::infinity());
     int32_t n = 0;
     for (int64_t k = 0; k < room; ++k)
-      if (z[k] >= floor) {
+      if (z[k] > *next_largest) {  // not >= floor, which many equal infinities would pass
         ids[n] = ids[k];
         z[n++] = z[k];
       }

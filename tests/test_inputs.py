@@ -250,6 +250,10 @@ LOUD: dict[str, Callable[[dict[str, Tensor], Tensor], tuple[Any, ...]]] = {
     "a bias of infinity": lambda arguments, g: (
         arguments, g, dict(bias=changed(torch.zeros(V, dtype=arguments["hidden"].dtype), 7, INF))
     ),
+    "many biases of infinity": lambda arguments, g: (
+        arguments | dict(weight=arguments["weight"].repeat(40, 1)), g,
+        dict(bias=torch.full((40 * V,), INF, dtype=arguments["hidden"].dtype)),
+    ),
     "a target without probability": lambda arguments, g: (
         arguments,
         g,

@@ -188,6 +188,27 @@ def test_every_entry_above_the_floor_is_kept(dtype, backend):
     assert not found[~valid].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64])
+def test_infinite_logits_leave_other_rows_alone(dtype, backend):
+    """More of them than a row has room for: C++ wrote beyond it."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randint(-2, 3, (n, 8), generator=g).to(dtype) for n in (12, 1100))  # sums are exact
+    hidden[:, 0] = torch.tensor([4.0, 0.0]).repeat(6)
+    weight[12:, 0] = torch.finfo(dtype).max / 2  # not of the targets
+    targets = torch.arange(12)
+
+    def candidates(rows):
+        return operators.head_forward_op(
+            hidden[rows], weight, None, targets[rows], None, 1.0, None, False, -100, min_probability(5e-3)
+        )[1]
+
+    with engines.use((64, 512)):
+        together, apart = candidates(slice(None)), candidates(slice(1, None, 2))
+    assert apart[0].gt(0).all()
+    for a, b in zip(together, apart, strict=True):
+        assert torch.equal(a[1::2], b)
+
+
 @pytest.mark.parametrize("room", [4, 16])
 def test_the_largest_candidates_whatever_their_order(room, backend):
     """With one thread or two, in tiles of any width, ties and all: equal logits stay or go together."""
