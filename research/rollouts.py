@@ -11,9 +11,12 @@ from covgrpo_kernels.grpo.tasks import Problem, Task, countdown_task
 from covgrpo_kernels.grpo.train import logprobs
 
 from .arithmetic import arithmetic_task
+from .few_shot import FEW_SHOT_TASKS
 
 
 def make_task(name: str, config: TrainConfig) -> Task:
+    if name in FEW_SHOT_TASKS:
+        return FEW_SHOT_TASKS[name](config.seed)
     return {"countdown": countdown_task, "arithmetic": arithmetic_task}[name](config.difficulty, config.seed)
 
 

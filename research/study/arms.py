@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -95,18 +96,41 @@ def batch_bandwidth(
 ) -> Tensor:  # [B, T]
     """The covariances are those of the group, their standard deviation and the normaliser those of the batch. Log-probs
     and advantages with the mean of their group taken off have none in the batch: scope "batch" then does this."""
+    centred = [
+        values - group_mean(values, mask, group_size) for values in (logprobs, advantages.unsqueeze(1).expand_as(mask))
+    ]
+    return covariance_weights(*centred, mask, weighting=CovarianceWeighting(scope="batch"))
 
-    def centred(values: Tensor) -> Tensor:  # [B, T]
-        values = values.where(mask, 0).view(-1, group_size, mask.shape[1])
-        valid = mask.view_as(values)
-        return (values - values.sum((1, 2), keepdim=True) / valid.sum((1, 2), keepdim=True)).view_as(mask)
 
-    return covariance_weights(
-        centred(logprobs),
-        centred(advantages.unsqueeze(1).expand_as(mask)),
-        mask,
-        weighting=CovarianceWeighting(scope="batch"),
-    )
+def group_mean(values: Tensor, weights: Tensor, group_size: int) -> Tensor:  # [B, T], of both; [B, 1]
+    """The weighted mean over the tokens of each group. Tokens without weight have no influence."""
+    weighted = (values * weights).where(weights != 0, 0)
+    total, mean = (each.view(-1, group_size * weights.shape[1]).sum(1) for each in (weights, weighted))
+    return (mean / total).repeat_interleave(group_size).unsqueeze(1)
+
+
+def recentred(
+    logprobs: Tensor, advantages: Tensor, mask: Tensor, group_size: int, _: torch.Generator
+) -> Tensor:  # [B, T]
+    """W (A - mean of A under W) / A: the weighted advantages then add up to zero in each group, as the advantages do."""
+    weights = covariance_weights(logprobs, advantages, mask, group_size=group_size)
+    a = advantages.unsqueeze(1).expand_as(mask)
+    # Advantages are zero where a group's rewards are equal: its weights teach nothing.
+    return weights * (1 - group_mean(a, weights, group_size) / a.where(a != 0, torch.inf))
+
+
+def gaussian(
+    logprobs: Tensor, advantages: Tensor, mask: Tensor, group_size: int, _: torch.Generator, *, side: int, centre: bool
+) -> Tensor:  # [B, T]
+    """CW-GRPO's Gaussian on the covariances of one sign alone, 1 on the others (`side` 1 or -1; 0: on all); with the
+    mean covariance for its centre in place of zero (`centre`). The weights of a group have the mean 1."""
+    c = covariance_weights(logprobs, advantages, mask, group_size=group_size, return_covariance=True).covariance
+    c, valid = c.double(), mask.double()
+    deviation = c - group_mean(c, valid, group_size)
+    variance = group_mean(deviation.square(), valid, group_size)
+    exponent = -(deviation if centre else c).square() / (2 * variance)
+    kernel = exponent.where((variance > 0) & (side * c >= 0), 0).exp() * valid
+    return (kernel / group_mean(kernel, valid, group_size)).to(logprobs.dtype)
 
 
 def _reading(**changes: str | bool) -> CovGRPOConfig:
@@ -145,5 +169,12 @@ ABLATIONS = {
     "normalizer_numel": Arm("normaliser: mask elements", _reading(normalizer="numel")),
     "differentiated": Arm("weights differentiated", _reading(differentiate_weights=True)),
 }
-ALL_ARMS = ARMS | ABLATIONS
+# Changes to the weights that may keep their effect on entropy and not their cost in reward.
+VARIANTS = {
+    "recentred": Arm("CW-GRPO, weighted advantages of mean zero", _NONE, recentred),
+    "positive_side": Arm("CW-GRPO, positive covariances alone", _NONE, partial(gaussian, side=1, centre=False)),
+    "negative_side": Arm("CW-GRPO, negative covariances alone", _NONE, partial(gaussian, side=-1, centre=False)),
+    "mean_centre": Arm("CW-GRPO, centred at the mean covariance", _NONE, partial(gaussian, side=0, centre=True)),
+}
+ALL_ARMS = ARMS | VARIANTS | ABLATIONS
 MINIATURE_ARMS = ("grpo", "cw_grpo")

@@ -11,7 +11,7 @@ import torch
 
 from covgrpo_kernels.grpo.checkpoint import write_atomically
 
-from .arms import ABLATIONS, ALL_ARMS, ARMS
+from .arms import ABLATIONS, ALL_ARMS, ARMS, VARIANTS
 from .statistics import TAILS, Difference, difference
 from .summary import POINTS, Line, Summaries
 
@@ -172,6 +172,33 @@ def controls(study: Study) -> list[str]:
     return lines
 
 
+def verdicts_on_variants(study: Study) -> list[str]:
+    """Which of the variants keep entropy and lose no reward, on every task."""
+    lines = []
+    for variant in ("cw_grpo", *VARIANTS):
+        tasks = _tasks_with(study, variant, "grpo")
+        if not tasks:
+            continue
+        failures = []
+        for task in tasks:
+            found = {
+                measure: study.difference(task, variant, "grpo", measure, _variant_comparisons(study, task))
+                for measure in ("entropy", "reward", "pass@1")
+            }
+            if not (found["entropy"].sign > 0 and found["entropy"].survives):
+                failures.append(f"entropy is not higher for sure on {task}, {_interval(found['entropy'])}")
+            for measure in ("reward", "pass@1"):
+                if found[measure].sign < 0:
+                    failures.append(f"{measure} is lower on {task}, {_interval(found[measure])}")
+        title = ALL_ARMS[variant].title
+        lines.append(f"- {title}: {'; '.join(failures) if failures else 'entropy is kept, and no reward is lost'}.")
+    return lines
+
+
+def _variant_comparisons(study: Study, task: str) -> int:
+    return len(MEASURES) * (1 + len(study.arms(task, VARIANTS)))
+
+
 # --- tables -----------------------------------------------------------------------------------------------
 
 
@@ -257,6 +284,14 @@ CW-GRPO against two controls. The mean of the weights is 1 by construction; but 
 the advantages, since tokens with large ones have large covariances. AdamW is blind to a constant factor of the loss, so
 the second control has it in the learning rate."""
 
+VARIANTS_OF_WEIGHTS = """\
+What the Gaussian takes away is lopsided: large covariances are mostly those of unlikely tokens in bad responses, and of
+the weighted advantages more is negative than positive. Three changes to that, each against GRPO. The weighted advantages
+of a group can have their mean taken off, under the weights, so that they add up to zero; the Gaussian can weigh the
+covariances of one sign alone; and its centre can be the mean covariance in place of zero. These weights are computed
+once, before the updates of a step; CW-GRPO's are computed in each update. A variant is worth having that keeps entropy
+(higher than GRPO's with all comparisons in mind) and loses nothing (neither reward nor pass@1 is lower on its own)."""
+
 COVARIANCES = """\
 Means of the largest and of the smallest covariances, as in the paper's table: of so many per cent of all tokens of a
 run, each before the update that saw it. The spread is the standard deviation over the tokens of a step, its mean over
@@ -292,6 +327,13 @@ def document(summaries: Summaries) -> str:
         lines += ["", f"## All arms, {task}", "", *differences(study, task, study.arms(task, ARMS), "grpo")]
     if several:
         lines += ["", "![Differences to GRPO with their intervals](study_differences.png)"]
+    varied = [task for task in study.tasks if study.arms(task, VARIANTS)]
+    if varied:
+        lines += ["", "## Can entropy be kept at no cost in reward?", "", VARIANTS_OF_WEIGHTS]
+        lines += ["", *verdicts_on_variants(study)]
+    for task in varied:
+        arms = study.arms(task, ("grpo", "cw_grpo", *VARIANTS))
+        lines += ["", f"### Variants of the weights, {task}", "", *differences(study, task, arms, "grpo")]
     for task in study.tasks:
         readings = study.arms(task, ABLATIONS)
         if readings:

@@ -20,6 +20,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.utils import logging
 
 from covgrpo_kernels.grpo.checkpoint import TrainingError, save_folder_atomically, write_atomically
@@ -31,6 +32,7 @@ from covgrpo_kernels.grpo.tasks import Problem
 from covgrpo_kernels.grpo.train import grpo_step, warm_start
 
 from ..covariances import group_statistics, statistics_metrics, weight_metrics
+from ..few_shot import few_shot_policy
 from ..rollouts import make_task
 from .arms import ALL_ARMS, Arm, Evaluation
 from .statistics import pass_at_k, tail_means
@@ -46,7 +48,8 @@ KEPT = (
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run. It starts from OUT/task/warm_start; its results are OUT/task/arm-seed.jsonl."""
+    """One run. It starts from OUT/task/warm_start, or from the options' `model`; its results are
+    OUT/task/arm-seed.jsonl."""
 
     out: Path
     task: str
@@ -62,6 +65,10 @@ class RunSpec:
     @property
     def path(self) -> Path:
         return self.start / f"{self.arm}-{self.seed}.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path.with_suffix(".pt")
 
     @property
     def after(self) -> RunSpec | None:
@@ -109,21 +116,23 @@ def read_run(path: Path) -> Results:
 
 
 def perform(spec: RunSpec) -> None:
-    """Trains from the task's start and writes the results, all at once: a run that is cut off is done again."""
+    """Trains from the task's start and writes the results, all at once. A run that is cut off is done again; one of a
+    real model goes on from its last checkpoint."""
     started = time.process_time()
     arm, config = ALL_ARMS[spec.arm], dataclasses.replace(spec.config, seed=spec.seed)
     lr = config.lr
     if spec.after is not None:
         lr *= mean(row["advantages/kept"] for row in read_run(spec.after.path).steps[1:])
-    policy = load_policy(str(spec.start / "warm_start"), CPU)
+    policy = load_policy(str(spec.start / "warm_start"), CPU) if config.model is None else few_shot_policy(config.model)
     reference = copy.deepcopy(policy) if arm.loss.beta else None
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.0)
     task = make_task(spec.task, config)
     held_out = task.held_out_problems(spec.evaluation.problems)
 
-    steps: list[dict[str, Any]] = [{"step": 0, **evaluate(policy, held_out, config, spec.evaluation.samples)}]
-    covariances = []
-    for step in range(1, config.steps + 1):
+    done = Progress.load(spec, policy, optimizer)
+    if done is None:
+        done = Progress([{"step": 0, **evaluate(policy, held_out, config, spec.evaluation.samples)}], [], 0.0)
+    for step in range(len(done.steps), config.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, step / max(config.warmup_steps, 1))
         watched = Watched(arm, config.group_size, _generator(spec.seed, "weights", step))
@@ -131,13 +140,46 @@ def perform(spec: RunSpec) -> None:
         generator = _generator(spec.seed, "step", step)
         metrics = grpo_step(policy, reference, optimizer, problems, config, generator, arm.loss, watched)
         metrics |= watched.metrics
-        covariances.append(watched.covariance)
+        done.covariances.append(watched.covariance)
         if step % spec.evaluation.every == 0 or step == config.steps:
             metrics |= evaluate(policy, held_out, config, spec.evaluation.samples)
-        steps.append({"step": step, **{name: metrics[name] for name in metrics if name in KEPT or "eval" in name}})
-    whole = {"lr": lr, "seconds": time.process_time() - started, "covariance": tail_means(torch.cat(covariances))}
-    lines = [json.dumps(row) + "\n" for row in (spec.settings(), *steps, whole)]
+        done.steps.append({"step": step, **{name: metrics[name] for name in metrics if name in KEPT or "eval" in name}})
+        if config.model is not None and step % config.checkpoint_every == 0 and step < config.steps:
+            done.seconds, started = done.seconds + time.process_time() - started, time.process_time()
+            done.save(spec, policy, optimizer)
+    seconds = done.seconds + time.process_time() - started
+    whole = {"lr": lr, "seconds": seconds, "covariance": tail_means(torch.cat(done.covariances))}
+    lines = [json.dumps(row) + "\n" for row in (spec.settings(), *done.steps, whole)]
     write_atomically(spec.path, lambda file: file.write("".join(lines).encode()))
+    spec.checkpoint.unlink(missing_ok=True)
+
+
+@dataclass
+class Progress:
+    """What a run has so far."""
+
+    steps: list[dict[str, Any]]
+    covariances: list[Tensor]  # of each step
+    seconds: float  # of a core
+
+    def save(self, spec: RunSpec, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+        state = {
+            "settings": spec.settings(), "progress": vars(self), "model": policy.model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }  # fmt: skip
+        write_atomically(spec.checkpoint, lambda file: torch.save(state, file))
+
+    @classmethod
+    def load(cls, spec: RunSpec, policy: Policy, optimizer: torch.optim.Optimizer) -> Progress | None:
+        """None where there is no checkpoint, or one of other settings."""
+        if not spec.checkpoint.exists():
+            return None
+        state = torch.load(spec.checkpoint, weights_only=True, mmap=True)
+        if state["settings"] != spec.settings():
+            return None
+        policy.model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return cls(**state["progress"])
 
 
 class Watched:
@@ -213,9 +255,11 @@ def perform_all(specs: Sequence[RunSpec], workers: int) -> None:
 
 
 def make_start(spec: RunSpec) -> None:
-    """The policy that all runs of a task start from, in OUT/task/warm_start. Raises TrainingError where there is one of
-    other options."""
+    """The policy that all runs of a task start from, in OUT/task/warm_start, if it is not a real model. Raises
+    TrainingError where there is one of other options."""
     config, file, folder = spec.config, spec.start / "options.json", spec.start / "warm_start"
+    if config.model is not None:
+        return
     options = {name: value for name, value in spec.settings()["options"].items() if name != "steps"}  # of GRPO
     if folder.exists():
         if json.loads(file.read_text()) != options:

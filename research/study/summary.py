@@ -9,8 +9,9 @@ from pathlib import Path
 from statistics import fmean, pvariance
 from typing import Any
 
-from covgrpo_kernels.grpo.checkpoint import write_atomically
+from covgrpo_kernels.grpo.checkpoint import TrainingError, write_atomically
 
+from .arms import ALL_ARMS
 from .run import Results, RunSpec, read_run
 
 POINTS = 25  # of a curve
@@ -82,17 +83,35 @@ class Summaries:
 
 
 def write_summaries(specs: Sequence[RunSpec], path: Path) -> Summaries:
-    """A run a line."""
+    """A run a line. Runs of the file that are not among these stay in it, if they have the same options and the same
+    start: then seeds can be compared across them. Raises TrainingError if they have not."""
     tasks: dict[str, dict[str, Any]] = {}
-    runs = []
+    runs: dict[tuple[str, str, int], Line] = {}
+    if path.exists():
+        before = read_summaries(path)
+        tasks, runs = before.tasks, {_key(line): line for line in before.runs}
     for spec in specs:
         results = read_run(spec.path)
-        tasks.setdefault(spec.task, {name: results.settings[name] for name in ("options", "evaluation")})
-        runs.append(summary(results))
-    text = ",\n".join(map(json.dumps, runs))
+        line, task = summary(results), {name: results.settings[name] for name in ("options", "evaluation")}
+        starts = {tuple(other[name] for name in _OF_THE_START) for other in runs.values() if other["task"] == spec.task}
+        if tasks.setdefault(spec.task, task) != task or starts - {tuple(line[name] for name in _OF_THE_START)}:
+            raise TrainingError(
+                f"{path} has runs of {spec.task} of other options or another start: give another folder"
+            )
+        runs[_key(line)] = line
+    order = {arm: place for place, arm in enumerate(ALL_ARMS)}
+    lines = sorted(runs.values(), key=lambda line: (line["seed"], list(tasks).index(line["task"]), order[line["arm"]]))
+    text = ",\n".join(map(json.dumps, lines))
     text = f'{{"tasks": {json.dumps(tasks)}, "runs": [\n{text}\n]}}\n'
     write_atomically(path, lambda file: file.write(text.encode()))
-    return Summaries(tasks, runs)
+    return Summaries(tasks, lines)
+
+
+_OF_THE_START = ("pass@1 before", "pass@8 before")  # of the same problems, with the same random numbers
+
+
+def _key(line: Line) -> tuple[str, str, int]:
+    return line["task"], line["arm"], line["seed"]
 
 
 def read_summaries(path: Path) -> Summaries:

@@ -44,9 +44,12 @@ from research.study.arms import (
     MINIATURE_TASKS,
     SEEDS,
     TASKS,
+    VARIANTS,
     Arm,
     batch_bandwidth,
+    gaussian,
     permuted,
+    recentred,
 )
 from research.study.report import CLAIMS, MEASURES, Study, document, in_short
 from research.study.run import RunSpec, make_start, perform, perform_all, read_run
@@ -191,6 +194,44 @@ def test_bandwidth_of_the_batch_with_means_of_the_group() -> None:
         constants.append(weights[rows][valid].log() + c[rows][valid].square() / (2 * batch_variance))
     constant = torch.cat(constants)
     torch.testing.assert_close(constant, constant.mean().expand_as(constant), rtol=1e-10, atol=1e-10)
+
+
+def test_recentred_advantages_add_up_to_zero() -> None:
+    """In each group; and they are CW-GRPO's but for a factor for each of a group's advantages."""
+    x, advantages, mask = tokens(3)
+    advantages[4:8] = 0  # equal rewards
+    before = covariance_weights(x, advantages, mask, group_size=4) * advantages.unsqueeze(1)
+    after = recentred(x, advantages, mask, 4, torch.Generator()) * advantages.unsqueeze(1)
+    assert (after[~mask] == 0).all()
+    assert (before.view(3, -1).sum(1).abs() > 1e-3).tolist() == [True, False, True]
+    torch.testing.assert_close(after.view(3, -1).sum(1), torch.zeros(3, dtype=F64), rtol=0, atol=1e-14)
+    for row in (0, 1, 2, 3, 8, 9, 10, 11):
+        ratio = after[row][mask[row]] / before[row][mask[row]]
+        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("centre", [False, True])
+@pytest.mark.parametrize("side", [-1, 0, 1])
+def test_gaussians_of_one_sign_and_of_another_centre(side: int, centre: bool) -> None:
+    x, advantages, mask = tokens(4)
+    advantages[4:8] = 0.5  # a group without variance
+    weights = gaussian(x, advantages, mask, 4, torch.Generator(), side=side, centre=centre)
+    found = group_statistics(x, _rollout(x, advantages, mask), 4)
+    c = found.covariance.view_as(mask)
+    assert (weights[~mask] == 0).all()
+    for i, rows in enumerate(torch.arange(len(x)).split(4)):
+        inside = c[rows][mask[rows]]
+        middle = inside.mean() if centre else 0.0
+        kernel = [
+            math.exp(-((each.item() - middle) ** 2) / (2 * found.std[i].item() ** 2))
+            if found.std[i] > 0 and side * each >= 0
+            else 1.0
+            for each in inside
+        ]
+        expected = torch.tensor(kernel, dtype=F64) * len(kernel) / sum(kernel)
+        torch.testing.assert_close(weights[rows][mask[rows]], expected, rtol=1e-9, atol=1e-12)
+    if (side, centre) == (0, False):
+        torch.testing.assert_close(weights, covariance_weights(x, advantages, mask, group_size=4), rtol=1e-6, atol=0)
 
 
 def _rollout(x: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> Rollout:
@@ -393,7 +434,7 @@ def test_a_worker_that_is_killed_ends_the_study(started: Path) -> None:
 
 def test_a_seed_of_all_arms_comes_before_the_next() -> None:
     specs = all_runs(Path("out"), None, None, 8, None, miniature=False)
-    assert len(specs) == 8 * (2 * len(ARMS) + len(ABLATIONS))
+    assert len(specs) == 8 * (2 * len(ARMS) + 2 * len(VARIANTS) + len(ABLATIONS))
     assert [one.seed for one in specs] == sorted(one.seed for one in specs)
     assert {one.task for one in specs if one.arm in ABLATIONS} == {"countdown"}
     assert len({one.path for one in specs}) == len(specs)
