@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov
+    from .config import ClipCov, CovarianceWeighting, CovGRPOConfig, HighEntropy, KLCov, Steer
     from .group_moments import GroupMoments
     from .logprob import LinearLogprob, linear_logprob
     from .loss import CovGRPOLoss, CovGRPOOutput, covgrpo_loss
@@ -21,8 +21,10 @@ _MODULES = {
     "CovarianceWeighting": "config",
     "CovarianceWeights": "weighting",
     "GroupMoments": "group_moments",
+    "HighEntropy": "config",
     "KLCov": "config",
     "LinearLogprob": "logprob",
+    "Steer": "config",
     "covariance_weights": "weighting",
     "covgrpo_loss": "loss",
     "linear_logprob": "logprob",
@@ -37,8 +39,10 @@ __all__ = [
     "CovarianceWeighting",
     "CovarianceWeights",
     "GroupMoments",
+    "HighEntropy",
     "KLCov",
     "LinearLogprob",
+    "Steer",
     "covariance_weights",
     "covgrpo_loss",
     "linear_logprob",

@@ -8,13 +8,14 @@ A advantages, r importance ratios (arXiv 2605.11538; GRPO: arXiv 2402.03300).
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import IGNORE_INDEX, ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov
+from .config import IGNORE_INDEX, ClipCov, CovarianceWeighting, CovGRPOConfig, HighEntropy, KLCov, Steer
 
 
 class Reference(NamedTuple):
@@ -158,7 +159,8 @@ def covgrpo_loss(
     high = None if config.clip_high is None or isinstance(kind, KLCov) else 1 + config.clip_high
     clipped = r if low is None and high is None else r.clamp(low, high)
 
-    # Token weights: the covariance weights, or those of Clip-Cov (arXiv 2505.22617 eq. 9-10).
+    # Token weights: the covariance weights, or those of Clip-Cov (arXiv 2505.22617 eq. 9-10), of STEER (arXiv
+    # 2510.10150), or n over the number of those kept for the tokens of highest entropy (arXiv 2506.01939).
     W = torch.ones_like(x)
     n = len(keep)
     cov = ((x - x.mean()) * (A - A.mean())).detach()
@@ -171,6 +173,16 @@ def covgrpo_loss(
         candidate = (cov > kind.low) & (cov < kind.high) & ~(clipped * A < r * A)
         chosen = draw.where(candidate, 2.0).argsort()[: max(int(kind.ratio * n), 1)]
         W = W.index_fill(0, chosen[candidate[chosen]], 0.0)
+    elif isinstance(kind, Steer):
+        change = (A * r * (1 - x.exp()) * (x + H)).abs().detach()
+        change = change.where(change.isfinite(), 0)
+        k = -math.log(kind.min_weight) / max([*change.tolist(), kind.min_change])
+        W = (-k * change).exp().clamp(kind.min_weight, 1)
+    elif isinstance(kind, HighEntropy) and n:
+        ranked = H.detach().nan_to_num(nan=-torch.inf)
+        kept = ranked >= ranked.sort(descending=True).values[max(int(kind.fraction * n + 0.9999), 1) - 1]
+        W = kept * (n / kept.sum().to(x.dtype))
+        A = A.where(kept, 0)  # those left out have no policy term
 
     token_loss = _policy_term(x, old, A, W, cov, r, clipped, high, tis, config)
     if config.beta != 0:

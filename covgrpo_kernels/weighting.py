@@ -1,7 +1,9 @@
-"""Token weights: `covariance_weights` (arXiv 2605.11538), and the choices of Clip-Cov and KL-Cov (arXiv 2505.22617)."""
+"""Token weights: `covariance_weights` (arXiv 2605.11538), the choices of Clip-Cov and KL-Cov (arXiv 2505.22617), the
+weights of STEER (arXiv 2510.10150) and of the 80/20 rule (arXiv 2506.01939)."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -10,13 +12,15 @@ from torch import Tensor
 
 from . import operators
 from .checks import check_flag, check_floating, check_type
-from .config import ClipCov, CovarianceWeighting, KLCov
+from .collectives import all_reduce_max, all_values
+from .config import ClipCov, CovarianceWeighting, HighEntropy, KLCov, Steer, Weighting
 from .covariance import CovarianceStats, ScopeMoments, weights_from_moments
 from .covariance import covariance_weights as covariance_weights_in_torch
 from .covariance import covariance_weights_grad as covariance_weights_grad_in_torch
 from .group_moments import GroupMoments
 from .inputs import Tokens, accumulator_dtype, flatten, flatten_tokens, valid_tokens
 from .segments import Segments
+from .token_terms import importance_ratio
 
 
 class CovarianceWeights(NamedTuple):
@@ -88,7 +92,7 @@ def covariance_weights_grad(
 def with_moments(
     tokens: Tokens,
     moments: GroupMoments | None,
-    weighting: CovarianceWeighting | ClipCov | KLCov | None,
+    weighting: Weighting | None,
     group_ids: Tensor | None,
     like: Tensor,  # [B, T] or [N]
 ) -> tuple[Tokens, ScopeMoments | None]:
@@ -135,6 +139,39 @@ def kl_cov_choice(covariance: Tensor, valid: Tensor, weighting: KLCov) -> Tensor
     """The tokens of highest covariance, which KL-Cov penalises."""
     order = covariance.where(valid, -torch.inf).argsort(descending=True, stable=True)
     return _first_of(order, _share_of(valid, weighting.fraction)) & valid
+
+
+def steer_weights(
+    logprobs: Tensor,  # [N], zero where masked, as the next two
+    entropy: Tensor,  # [N]
+    old: Tensor | None,  # [N]
+    tokens: Tokens,
+    weighting: Steer,
+) -> Tensor:  # [N], zero where masked
+    ratio = importance_ratio(logprobs, old, None, None)
+    change = (tokens.advantages * ratio * torch.expm1(logprobs) * (logprobs + entropy)).abs()
+    change = change.where(change.isfinite(), 0)
+    largest = torch.nn.functional.pad(change, (0, 1), value=weighting.min_change).amax()
+    largest = all_reduce_max(largest, tokens.process_group)
+    weights = (change * (math.log(weighting.min_weight) / largest)).exp().clamp(weighting.min_weight, 1)
+    return weights.where(tokens.valid, 0)
+
+
+def high_entropy_weights(
+    entropy: Tensor,  # [N]
+    tokens: Tokens,
+    weighting: HighEntropy,
+) -> Tensor:  # [N], zero where the token is masked or left out
+    # A NaN is no high entropy, but belongs to a valid token.
+    ranked = entropy.nan_to_num(nan=torch.finfo(entropy.dtype).min).where(tokens.valid, -torch.inf)
+    of_all = ranked if tokens.process_group is None else all_values(ranked, tokens.process_group)
+    descending = torch.nn.functional.pad(of_all, (0, 1), value=-torch.inf).sort(descending=True).values
+    count = tokens.count_valid().double()
+    # Rounded up, but for what is rounding in the product itself.
+    last = (count * weighting.fraction + 0.9999).floor().clamp(min=1).long() - 1
+    threshold = descending.gather(0, last.reshape(1))
+    weight = count / (of_all >= threshold).sum()
+    return weight.to(entropy.dtype).where(tokens.valid & (ranked >= threshold), 0)
 
 
 def _share_of(valid: Tensor, share: float) -> Tensor:  # []
