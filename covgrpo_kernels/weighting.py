@@ -150,11 +150,11 @@ def steer_weights(
 ) -> Tensor:  # [N], zero where masked
     ratio = importance_ratio(logprobs, old, None, None)
     change = (tokens.advantages * ratio * torch.expm1(logprobs) * (logprobs + entropy)).abs()
-    change = change.where(change.isfinite(), 0)
+    change = change.nan_to_num(nan=0.0, posinf=0.0)
     largest = torch.nn.functional.pad(change, (0, 1), value=weighting.min_change).amax()
     largest = all_reduce_max(largest, tokens.process_group)
     weights = (change * (math.log(weighting.min_weight) / largest)).exp().clamp(weighting.min_weight, 1)
-    return weights.where(tokens.valid, 0)
+    return weights * tokens.valid
 
 
 def high_entropy_weights(

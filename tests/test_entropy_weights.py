@@ -125,16 +125,15 @@ def test_kl_and_entropy_terms_are_of_all_tokens() -> None:
         assert terms[0][name] == terms[1][name] != 0
 
 
-@pytest.mark.parametrize(("tokens", "kept"), [(1, 1), (4, 1), (5, 1), (6, 2), (35, 7), (55, 11), (1000, 200)])
-def test_how_many_are_kept(tokens: int, kept: int) -> None:
-    """A fifth, rounded up: 0.2 * 35 is 7.000000000000001."""
-    out = covgrpo_loss(
-        **of_entropies(torch.linspace(0.1, 3.0, tokens).tolist()),
-        config=CovGRPOConfig(weighting="high_entropy", loss_type="dapo"),
-    )
-    assert torch.equal(
-        out.weights, torch.cat([torch.full((kept,), tokens / kept), torch.zeros(tokens - kept)]).double()
-    )
+@pytest.mark.parametrize(
+    ("fraction", "tokens", "kept"),
+    [(0.2, 1, 1), (0.2, 4, 1), (0.2, 5, 1), (0.2, 6, 2), (0.2, 1000, 200), (0.07, 100, 7), (0.14, 50, 7)],
+)
+def test_how_many_are_kept(fraction: float, tokens: int, kept: int) -> None:
+    """The share rounded up; but 0.07 * 100 is 7.000000000000001."""
+    batch = of_entropies(torch.linspace(0.1, 3.0, tokens).tolist())
+    weights = covgrpo_loss(**batch, config=CovGRPOConfig(weighting=HighEntropy(fraction), loss_type="dapo")).weights
+    assert torch.equal(weights, (torch.arange(tokens) < kept) * torch.tensor(tokens / kept, dtype=F64))
 
 
 @pytest.mark.parametrize(("fraction", "kept"), [(0.0, 1), (0.1, 1), (0.2, 4), (0.5, 5), (0.6, 10), (1.0, 10)])
@@ -150,6 +149,13 @@ def test_equal_entropies_stay_or_go_together(fraction: float, kept: int, dtype: 
         out = covgrpo_loss(**batch, config=config)
         assert torch.equal(out.weights[order.argsort()] != 0, torch.arange(10) < kept)
         assert out.weights.sum() == pytest.approx(10)
+
+
+def test_entropies_of_zero() -> None:
+    """Those of a policy that is sure of every token are equal, and masked tokens are not among them."""
+    batch = random_batch(8, vocab=1)
+    weights = covgrpo_loss(**batch, config=CovGRPOConfig(weighting="high_entropy")).weights
+    assert torch.equal(weights, batch["mask"].double())
 
 
 @pytest.mark.parametrize("metrics", [True, False])
