@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .logprob import LinearLogprob, linear_logprob
     from .loss import CovGRPOLoss, CovGRPOOutput, covgrpo_loss
     from .objective import weighting_metrics
-    from .weighting import CovarianceWeights, covariance_weights
+    from .weighting import CovarianceWeights, covariance_weights, entropy_weights
 
 # Where each public name is. It is imported when it is first asked for: torch takes seconds, which `covgrpo --help` need
 # not wait for.
@@ -27,6 +27,7 @@ _MODULES = {
     "Steer": "config",
     "covariance_weights": "weighting",
     "covgrpo_loss": "loss",
+    "entropy_weights": "weighting",
     "linear_logprob": "logprob",
     "weighting_metrics": "objective",
 }
@@ -45,6 +46,7 @@ __all__ = [
     "Steer",
     "covariance_weights",
     "covgrpo_loss",
+    "entropy_weights",
     "linear_logprob",
     "weighting_metrics",
 ]

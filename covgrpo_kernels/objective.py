@@ -22,9 +22,8 @@ from .weighting import (
     clip_cov_choice,
     covariance_stats,
     covariance_weights_grad,
-    high_entropy_weights,
     kl_cov_choice,
-    steer_weights,
+    weights_by_entropy,
 )
 
 
@@ -159,10 +158,8 @@ def _token_weights(
 ) -> _TokenWeights:
     if kind is None:
         return _TokenWeights(None, None)
-    if isinstance(kind, Steer):
-        return _TokenWeights(steer_weights(x, entropy, old, tokens, kind), None)
-    if isinstance(kind, HighEntropy):
-        return _TokenWeights(high_entropy_weights(entropy, tokens, kind), None)
+    if isinstance(kind, (Steer, HighEntropy)):
+        return _TokenWeights(weights_by_entropy(x, entropy, old, tokens, kind), None)
     if isinstance(kind, KLCov):
         covariance = batch_covariance(x, tokens)
         return _TokenWeights(None, covariance, kl_cov_choice(covariance, tokens.valid, kind))

@@ -586,10 +586,10 @@ FAULTS = {
         two(rows_anywhere), Fault(inputs._consecutive_groups, "(before + torch", "(0 * before + torch")
     ),
     "largest entropy change of a rank": (
-        two(rows_anywhere), Fault(weighting.steer_weights, "(largest, tokens.process_group)", "(largest, None)")
+        two(rows_anywhere), Fault(weighting._steer_weights, "(largest, tokens.process_group)", "(largest, None)")
     ),
     "highest entropies of a rank": (
-        two(rows_by_id), Fault(weighting.high_entropy_weights, "if tokens.process_group is None", "if True")
+        two(rows_by_id), Fault(weighting._high_entropy_weights, "if tokens.process_group is None", "if True")
     ),
     "responses counted by every rank": (two(columns), Fault(inputs.Tokens.count_sequences, "// ranks", "")),
     "responses of a rank": (

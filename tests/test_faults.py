@@ -245,35 +245,35 @@ FAULTS = {
         losses, Fault(token_terms.token_terms, "within * a < policy_ratio * a", "within * a > policy_ratio * a")
     ),
     "KL-Cov without its penalty's sign": (kl_cov, Fault(token_terms.token_terms, "gap.sign()", "gap.sign().abs()")),
-    "STEER without the entropy": (steer, Fault(weighting.steer_weights, "(logprobs + entropy)", "logprobs")),
-    "STEER without the ratio": (steer, Fault(weighting.steer_weights, "* ratio *", "*")),
+    "STEER without the entropy": (steer, Fault(weighting._steer_weights, "(logprobs + entropy)", "logprobs")),
+    "STEER without the ratio": (steer, Fault(weighting._steer_weights, "* ratio *", "*")),
     "STEER's least change forgotten": (
-        small_changes, Fault(weighting.steer_weights, "value=weighting.min_change", "value=0.0")
+        small_changes, Fault(weighting._steer_weights, "value=weighting.min_change", "value=0.0")
     ),
     "an infinite change": (
-        not_finite, Fault(weighting.steer_weights, "nan_to_num(nan=0.0, posinf=0.0)", "nan_to_num()")
+        not_finite, Fault(weighting._steer_weights, "nan_to_num(nan=0.0, posinf=0.0)", "nan_to_num()")
     ),
     "lowest entropies kept": (
-        high_entropy, Fault(weighting.high_entropy_weights, "ranked >= threshold", "ranked <= threshold")
+        high_entropy, Fault(weighting._high_entropy_weights, "ranked >= threshold", "ranked <= threshold")
     ),
     "not normalised by those kept": (
-        high_entropy, Fault(weighting.high_entropy_weights, "count / (of_all >= threshold).sum()", "count / count")
+        high_entropy, Fault(weighting._high_entropy_weights, "count / (of_all >= threshold).sum()", "count / count")
     ),
     "masked entropies ranked": (
-        zero_entropies, Fault(weighting.high_entropy_weights, ".where(tokens.valid, -torch.inf)", "")
+        zero_entropies, Fault(weighting._high_entropy_weights, ".where(tokens.valid, -torch.inf)", "")
     ),
     "rounding of the share counted": (
-        how_many, Fault(weighting.high_entropy_weights, " + 0.9999).floor()", ").ceil()")
+        how_many, Fault(weighting._high_entropy_weights, " + 0.9999).floor()", ").ceil()")
     ),
     "equal entropies told apart": (
-        equal_entropies, Fault(weighting.high_entropy_weights, "ranked >= threshold", "ranked > threshold")
+        equal_entropies, Fault(weighting._high_entropy_weights, "ranked >= threshold", "ranked > threshold")
     ),
     "left out with a rollout weight": (
         left_out, Fault(objective.policy_objective, "advantages.where(chosen.weights != 0, 0)", "advantages")
     ),
     "a NaN among the highest": (
         nan_entropy,
-        Fault(weighting.high_entropy_weights, "torch.finfo(entropy.dtype).min", "torch.finfo(entropy.dtype).max"),
+        Fault(weighting._high_entropy_weights, "torch.finfo(entropy.dtype).min", "torch.finfo(entropy.dtype).max"),
     ),
     "bandwidth taken for a constant": (
         differentiated,
