@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from covgrpo_kernels import CovGRPOConfig, CovGRPOOutput, HighEntropy, Steer, covgrpo_loss, linear_logprob
+from covgrpo_kernels import (
+    CovarianceWeighting,
+    CovGRPOConfig,
+    CovGRPOOutput,
+    HighEntropy,
+    Steer,
+    covgrpo_loss,
+    entropy_weights,
+    linear_logprob,
+)
 from covgrpo_kernels.testing import random_batch, rms
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -200,3 +209,54 @@ def test_nothing_valid(weighting: Any, metrics: bool) -> None:
         assert out.loss == 0
         assert not out.weights.any()
         assert not any(grad.any() for grad in grads)
+
+
+# ------------------------------------------------------------------------------- for a trainer with its own loss
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("weighting", [Steer(0.5), HighEntropy(0.3)], ids=["steer", "high_entropy"])
+def test_weights_are_those_of_the_loss(weighting: Steer | HighEntropy, packed: bool) -> None:
+    """Whatever stands under the mask."""
+    for seed in range(5):
+        batch = random_batch(seed, packed=packed, shuffled=packed)
+        out = covgrpo_loss(**batch, config=CovGRPOConfig(weighting=weighting))
+        mask = batch.get("mask")
+        inputs = [out.logprobs, out.entropy, batch["advantages"], batch["old_logprobs"]]
+        if mask is not None:
+            inputs = [x if x is None or x.shape != mask.shape else x.masked_fill(~mask, NAN) for x in inputs]
+        x, h, a, old = inputs
+        got = entropy_weights(x, h, a, mask, weighting=weighting, old_logprobs=old)  # type: ignore[arg-type]
+        assert torch.equal(got, out.weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_have_no_gradient_and_are_float32(dtype: torch.dtype) -> None:
+    x = -torch.rand(2, 4, dtype=dtype).requires_grad_()
+    weights = entropy_weights(x, torch.rand(2, 4), torch.ones(2), None, weighting=Steer())
+    assert weights.dtype == torch.float32
+    assert not weights.requires_grad
+    assert 0.79 < weights.min() < weights.max() < 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "name"),
+    [
+        (dict(logprobs=torch.zeros(2, 4, dtype=torch.int64)), TypeError, "logprobs"),
+        (dict(logprobs=torch.zeros(2, 4, 1)), ValueError, "logprobs"),
+        (dict(entropy=None), TypeError, "entropy"),
+        (dict(entropy=torch.zeros(2)), ValueError, "entropy"),
+        (dict(advantages=torch.zeros(4)), ValueError, "advantages"),
+        (dict(mask=torch.ones(2)), ValueError, "mask"),
+        (dict(old_logprobs=torch.zeros(8)), ValueError, "old_logprobs"),
+        (dict(weighting=CovarianceWeighting()), TypeError, "weighting"),
+        (dict(weighting="steer"), TypeError, "weighting"),
+        (dict(process_group="world"), TypeError, "process_group"),
+    ],
+)
+def test_wrong_arguments(changes: dict[str, Any], error: type[Exception], name: str) -> None:
+    arguments: dict[str, Any] = dict(
+        logprobs=torch.zeros(2, 4), entropy=torch.zeros(2, 4), advantages=torch.zeros(2), mask=None, weighting=Steer()
+    )
+    with pytest.raises(error, match=rf"^{name}\b"):
+        entropy_weights(**(arguments | changes))
