@@ -135,7 +135,7 @@ ARMS = {
     # weighted advantages: extreme tokens have large ones. AdamW is blind to a constant factor of the loss, so the
     # learning rate gets it: this control is of smaller steps, not of a smaller loss.
     "mean_weight": Arm("GRPO, steps as small", _NONE, lr_like="cw_grpo"),
-    # Weights by entropy, with the constants of their papers.
+    # Weights by entropy, with the constants of their papers. The recorded runs do not have them yet.
     "steer": Arm("STEER", CovGRPOConfig(weighting="steer")),
     "high_entropy": Arm("80/20", CovGRPOConfig(weighting="high_entropy")),
 }
