@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .config import ClipCov, CovarianceWeighting, CovGRPOConfig, HighEntropy, KLCov, Steer
+from .config import ClipCov, CovarianceWeighting, CovGRPOConfig, HighEntropy, KLCov, Steer, Weighting
 from .covariance import CovarianceStats, ScopeMoments
 from .inputs import Tokens
 from .segments import Segments
@@ -78,11 +78,6 @@ def policy_objective(
         chosen = _clip_cov(x, tokens, kind, valid & ~is_clipped, generator)
     else:
         chosen = _token_weights(x, entropy, old, tokens, kind, moments)
-    advantages = tokens.advantages
-    if isinstance(kind, HighEntropy):
-        # A token that is left out has no policy term, whatever its ratio and rollout weight are.
-        assert chosen.weights is not None
-        advantages = advantages.where(chosen.weights != 0, 0)
     covariance = None
     if metrics:
         covariance = _group_covariance(x, tokens) if chosen.covariance is None else chosen.covariance
@@ -99,7 +94,7 @@ def policy_objective(
     )  # fmt: skip
     terms = operators.token_terms(
         TokenInputs(
-            x, entropy, advantages, valid, old,
+            x, entropy, _advantages(tokens, kind, chosen.weights), valid, old,
             ref if metrics or config.beta != 0 else None, rollout, chosen.weights, chosen.penalised, covariance,
             sequences.segment if sequences is not None and needs_segments else None,
             lengths if divides_by_length else None, mean_log_ratio,
@@ -135,6 +130,14 @@ def _ratio_bounds(config: CovGRPOConfig) -> tuple[float | None, float | None]:
         return None, None
     low, high = config.clip_low, config.clip_high
     return None if low is None else 1 - low, None if high is None else 1 + high
+
+
+def _advantages(tokens: Tokens, kind: Weighting | None, weights: Tensor | None) -> Tensor:  # [N]
+    """What the 80/20 rule leaves out has no policy term, whatever its ratio and rollout weight are."""
+    if not isinstance(kind, HighEntropy):
+        return tokens.advantages
+    assert weights is not None
+    return tokens.advantages.where(weights != 0, 0)
 
 
 def _total(tokens: Tokens, lengths: Tensor | None, normalizer: float | Tensor | None) -> Tensor:  # []

@@ -159,8 +159,7 @@ def covgrpo_loss(
     high = None if config.clip_high is None or isinstance(kind, KLCov) else 1 + config.clip_high
     clipped = r if low is None and high is None else r.clamp(low, high)
 
-    # Token weights: the covariance weights, or those of Clip-Cov (arXiv 2505.22617 eq. 9-10), of STEER (arXiv
-    # 2510.10150), or n over the number of those kept for the tokens of highest entropy (arXiv 2506.01939).
+    # Token weights: the covariance weights, those of Clip-Cov (arXiv 2505.22617 eq. 9-10), or of the next function.
     W = torch.ones_like(x)
     n = len(keep)
     cov = ((x - x.mean()) * (A - A.mean())).detach()
@@ -173,16 +172,9 @@ def covgrpo_loss(
         candidate = (cov > kind.low) & (cov < kind.high) & ~(clipped * A < r * A)
         chosen = draw.where(candidate, 2.0).argsort()[: max(int(kind.ratio * n), 1)]
         W = W.index_fill(0, chosen[candidate[chosen]], 0.0)
-    elif isinstance(kind, Steer):
-        change = (A * r * (1 - x.exp()) * (x + H)).abs().detach()
-        change = change.where(change.isfinite(), 0)
-        k = -math.log(kind.min_weight) / max([*change.tolist(), kind.min_change])
-        W = (-k * change).exp().clamp(kind.min_weight, 1)
-    elif isinstance(kind, HighEntropy) and n:
-        ranked = H.detach().nan_to_num(nan=-torch.inf)
-        kept = ranked >= ranked.sort(descending=True).values[max(int(kind.fraction * n + 0.9999), 1) - 1]
-        W = kept * (n / kept.sum().to(x.dtype))
-        A = A.where(kept, 0)  # those left out have no policy term
+    elif isinstance(kind, (Steer, HighEntropy)):
+        W = _weights_by_entropy(x.detach(), H.detach(), A, r.detach(), kind)
+        A = A.where(W != 0, 0)  # those left out have no policy term
 
     token_loss = _policy_term(x, old, A, W, cov, r, clipped, high, tis, config)
     if config.beta != 0:
@@ -195,6 +187,20 @@ def covgrpo_loss(
         return value.new_zeros(targets.numel()).index_put((keep,), value.detach()).reshape(shape)
 
     return Reference(_aggregate(token_loss, seq, config, normalizer), scatter(x), scatter(H), scatter(W))
+
+
+def _weights_by_entropy(x: Tensor, H: Tensor, A: Tensor, r: Tensor, kind: Steer | HighEntropy) -> Tensor:  # [n] all
+    """Of STEER (arXiv 2510.10150), or of the tokens of highest entropy, n over their number (arXiv 2506.01939)."""
+    n = len(x)
+    if isinstance(kind, Steer):
+        change = (A * r * (1 - x.exp()) * (x + H)).abs()
+        change = change.where(change.isfinite(), 0)
+        k = -math.log(kind.min_weight) / max([*change.tolist(), kind.min_change])
+        return (-k * change).exp().clamp(kind.min_weight, 1)
+    ranked = H.nan_to_num(nan=-torch.inf)
+    lowest = ranked.sort(descending=True).values[: max(int(kind.fraction * n + 0.9999), 1)][-1:]
+    kept = ranked >= lowest
+    return kept * (n / kept.sum().to(x.dtype))
 
 
 def _ratios(

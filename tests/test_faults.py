@@ -269,7 +269,7 @@ FAULTS = {
         equal_entropies, Fault(weighting._high_entropy_weights, "ranked >= threshold", "ranked > threshold")
     ),
     "left out with a rollout weight": (
-        left_out, Fault(objective.policy_objective, "advantages.where(chosen.weights != 0, 0)", "advantages")
+        left_out, Fault(objective._advantages, "tokens.advantages.where(weights != 0, 0)", "tokens.advantages")
     ),
     "a NaN among the highest": (
         nan_entropy,
