@@ -107,11 +107,10 @@ class Steer:
     ``|A r (1 - p) (x + H)|`` and the weight ``exp(-k O)``, with ``k = -ln(min_weight) / max(max O, min_change)``: the
     largest O of the batch has the least weight. PPO's clip and the denominator of the loss are left as they are.
 
-    The paper leaves some of it open, and this is read as the authors' code has it: the largest O is that of the
-    valid tokens of the call (here of all ranks of ``process_group``), an O that is not finite counts as zero, weights
-    carry no gradient. That code takes H of the policy that sampled, and at the first update on a batch this is the
-    same; here it is H of the policy that is trained, as in the paper's theorem, from the forward that the loss needs
-    anyway.
+    What the formula leaves open is read as the authors' code (github.com/zz-haooo/STEER) has it: the largest O is that
+    of the valid tokens of the call (here of all ranks of ``process_group``), an O that is not finite counts as zero,
+    weights carry no gradient. In one thing this differs: that code takes H from the pass that scored the old log-probs,
+    and here it is of the policy that is trained, as x is. At the first update on a batch the two are the same.
 
     Args:
         min_weight: of the token with the largest O; more than 0, at most 1. The paper's lambda_min.
@@ -133,7 +132,8 @@ class Steer:
 class HighEntropy:
     """The 80/20 rule (arXiv 2506.01939): only the tokens of highest entropy have a policy term, and it is normalised
     by their number. They are those whose entropy is no less than that of the ``fraction`` highest, so that equal ones
-    stay or go together (the paper's rule; the authors' code keeps the first ones of these).
+    stay or go together (the paper's rule; the authors' code, github.com/Shenzhi-Wang/Beyond-the-80-20-Rule-RLVR, keeps
+    some of these).
 
     Of n valid tokens the m that are kept have the weight n / m, and the others 0. So where token losses are averaged
     over tokens (``"bnpo"``, ``"dapo"``, ``"cispo"``) the policy term is the mean over those kept, as in the authors'
