@@ -4,12 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov
+    from .config import ClipCov, CovarianceWeighting, CovGRPOConfig, HighEntropy, KLCov, Steer
     from .group_moments import GroupMoments
     from .logprob import LinearLogprob, linear_logprob
     from .loss import CovGRPOLoss, CovGRPOOutput, covgrpo_loss
     from .objective import weighting_metrics
-    from .weighting import CovarianceWeights, covariance_weights
+    from .weighting import CovarianceWeights, covariance_weights, entropy_weights
 
 # Where each public name is. It is imported when it is first asked for: torch takes seconds, which `covgrpo --help` need
 # not wait for.
@@ -21,10 +21,13 @@ _MODULES = {
     "CovarianceWeighting": "config",
     "CovarianceWeights": "weighting",
     "GroupMoments": "group_moments",
+    "HighEntropy": "config",
     "KLCov": "config",
     "LinearLogprob": "logprob",
+    "Steer": "config",
     "covariance_weights": "weighting",
     "covgrpo_loss": "loss",
+    "entropy_weights": "weighting",
     "linear_logprob": "logprob",
     "weighting_metrics": "objective",
 }
@@ -37,10 +40,13 @@ __all__ = [
     "CovarianceWeighting",
     "CovarianceWeights",
     "GroupMoments",
+    "HighEntropy",
     "KLCov",
     "LinearLogprob",
+    "Steer",
     "covariance_weights",
     "covgrpo_loss",
+    "entropy_weights",
     "linear_logprob",
     "weighting_metrics",
 ]

@@ -31,12 +31,16 @@ def all_counts(count: int, device: torch.device, group: dist.ProcessGroup) -> li
     return torch.cat(counts).tolist()
 
 
-def all_ids(ids: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[G] every id that any rank has, ascending, the same on all. Waits for the device."""
-    mine = ids.long().unique()
-    counts = all_counts(len(mine), ids.device, group)
-    padded = mine.new_zeros(max(counts))
-    padded[: len(mine)] = mine
+def all_values(values: Tensor, group: dist.ProcessGroup) -> Tensor:  # [N] of each rank
+    """The values of all ranks in their order, the same on all. Waits for the device."""
+    counts = all_counts(len(values), values.device, group)
+    padded = values.new_zeros(max(counts))
+    padded[: len(values)] = values
     gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded, group)
-    return torch.cat([each[:n] for each, n in zip(gathered, counts, strict=True)]).unique()
+    return torch.cat([each[:n] for each, n in zip(gathered, counts, strict=True)])
+
+
+def all_ids(ids: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[G] every id that any rank has, ascending, the same on all. Waits for the device."""
+    return all_values(ids.long().unique(), group).unique()

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from .checks import check_flag, check_int, check_number, check_one_of
+from .checks import check_flag, check_int, check_number, check_one_of, check_positive
 
 IGNORE_INDEX = -100
 
@@ -14,7 +14,7 @@ Scope = Literal["group", "batch"]
 Centering = Literal["scope", "sequence"]
 AdvantageCentering = Literal["token", "response"]
 Normalizer = Literal["valid", "numel"]
-WeightingName = Literal["covariance", "none", "clip_cov", "kl_cov"]
+WeightingName = Literal["covariance", "none", "clip_cov", "kl_cov", "steer", "high_entropy"]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
 ImportanceLevel = Literal["token", "sequence"]
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -100,7 +100,69 @@ class KLCov:
         check_number("coef", self.coef, 0.0)
 
 
-_WEIGHTINGS = {"covariance": CovarianceWeighting, "none": None, "clip_cov": ClipCov, "kl_cov": KLCov}
+@dataclass(frozen=True)
+class Steer:
+    """STEER (arXiv 2510.10150): a token whose update would change the entropy much weighs less. With r the importance
+    ratio, p the token's probability, x its logarithm and H the entropy of its distribution, O is
+    ``|A r (1 - p) (x + H)|`` and the weight ``exp(-k O)``, with ``k = -ln(min_weight) / max(max O, min_change)``: the
+    largest O of the batch has the least weight. PPO's clip and the denominator of the loss are left as they are.
+
+    What the formula leaves open is read as the authors' code (github.com/zz-haooo/STEER) has it: the largest O is that
+    of the valid tokens of the call (here of all ranks of ``process_group``), an O that is not finite counts as zero,
+    weights carry no gradient. In one thing this differs: that code takes H from the pass that scored the old log-probs,
+    and here it is of the policy that is trained, as x is. At the first update on a batch the two are the same.
+
+    Args:
+        min_weight: of the token with the largest O; more than 0, at most 1. The paper's lambda_min.
+        min_change: the largest O is taken for no less than this, in nats times the unit of the advantages.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+    """
+
+    min_weight: float = 0.8
+    min_change: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_number("min_weight", self.min_weight, 0.0, 1.0, above_low=True)
+        check_positive("min_change", self.min_change)
+
+
+@dataclass(frozen=True)
+class HighEntropy:
+    """The 80/20 rule (arXiv 2506.01939): only the tokens of highest entropy have a policy term, and it is normalised
+    by their number. They are those whose entropy is no less than that of the ``fraction`` highest, so that equal ones
+    stay or go together (the paper's rule; the authors' code, github.com/Shenzhi-Wang/Beyond-the-80-20-Rule-RLVR, keeps
+    some of these).
+
+    Of n valid tokens the m that are kept have the weight n / m, and the others 0. So where token losses are averaged
+    over tokens (``"bnpo"``, ``"dapo"``, ``"cispo"``) the policy term is the mean over those kept, as in the authors'
+    code; ``"grpo"``, ``"dr_grpo"`` and a given ``normalizer`` see it scaled alike. KL and entropy terms are of all
+    valid tokens, as there. The entropy is that of the policy that is trained, and carries no gradient; the n tokens are
+    those of the call (here of all ranks of ``process_group``), as that code takes each micro-batch by itself.
+
+    Args:
+        fraction: share of the n tokens that is kept, from 0 to 1; rounded up, at least one.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+    """
+
+    fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_number("fraction", self.fraction, 0.0, 1.0)
+
+
+Weighting = CovarianceWeighting | ClipCov | KLCov | Steer | HighEntropy
+_WEIGHTINGS = {
+    "covariance": CovarianceWeighting,
+    "none": None,
+    "clip_cov": ClipCov,
+    "kl_cov": KLCov,
+    "steer": Steer,
+    "high_entropy": HighEntropy,
+}
 
 
 @dataclass(frozen=True)
@@ -108,8 +170,8 @@ class CovGRPOConfig:
     """The policy loss. Defaults are CW-GRPO as the paper states it (arXiv 2605.11538).
 
     Args:
-        weighting: ``"covariance"``, ``"none"``, ``"clip_cov"``, ``"kl_cov"``, or an instance of
-            `CovarianceWeighting`, `ClipCov` or `KLCov`.
+        weighting: ``"covariance"``, ``"none"``, ``"clip_cov"``, ``"kl_cov"``, ``"steer"``, ``"high_entropy"``, or an
+            instance of `CovarianceWeighting`, `ClipCov`, `KLCov`, `Steer` or `HighEntropy`.
         loss_type: how token losses are added up. ``"grpo"``: mean over sequences of the mean over their valid
             tokens; ``"bnpo"``, ``"dapo"``: mean over valid tokens (they differ in what a trainer passes as
             ``normalizer``); ``"dr_grpo"``: sum over ``sequences * max_completion_length``; ``"cispo"``
@@ -126,7 +188,7 @@ class CovGRPOConfig:
         TypeError, ValueError: a wrong argument, by name.
     """
 
-    weighting: WeightingName | CovarianceWeighting | ClipCov | KLCov = "covariance"
+    weighting: WeightingName | Weighting = "covariance"
     loss_type: LossType = "grpo"
     importance_level: ImportanceLevel = "token"
     clip_low: float | None = 0.2
@@ -138,10 +200,10 @@ class CovGRPOConfig:
     max_completion_length: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weighting, (CovarianceWeighting, ClipCov, KLCov)):
+        if not isinstance(self.weighting, Weighting):
             if not isinstance(self.weighting, str):
                 raise TypeError(
-                    "weighting must be a str, CovarianceWeighting, ClipCov or KLCov, "
+                    "weighting must be a str, CovarianceWeighting, ClipCov, KLCov, Steer or HighEntropy, "
                     f"got {type(self.weighting).__name__}"
                 )
             check_one_of("weighting", self.weighting, tuple(_WEIGHTINGS))
@@ -160,6 +222,11 @@ class CovGRPOConfig:
             self.dual_clip is not None or isinstance(self.token_weighting, (ClipCov, KLCov))
         ):
             raise ValueError("loss_type 'cispo' has no PPO clip for dual_clip, 'clip_cov' or 'kl_cov' to change")
+        if self.importance_level == "sequence" and isinstance(self.token_weighting, (Steer, HighEntropy)):
+            raise ValueError(
+                "importance_level 'sequence' has one ratio for all tokens of a sequence, whose gradient they share: "
+                "'steer' and 'high_entropy', which tell them apart, need 'token'"
+            )
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError("max_completion_length must be given for loss_type 'dr_grpo', got None")
         if self.max_completion_length is not None:
@@ -167,7 +234,7 @@ class CovGRPOConfig:
             check_number("max_completion_length", self.max_completion_length, 1)
 
     @property
-    def token_weighting(self) -> CovarianceWeighting | ClipCov | KLCov | None:
+    def token_weighting(self) -> Weighting | None:
         """The weighting as an object; None where tokens are not weighted."""
         if not isinstance(self.weighting, str):
             return self.weighting

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import operators
 from .checks import check_flag, check_positive, check_tensor
-from .config import IGNORE_INDEX, ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov
+from .config import IGNORE_INDEX, ClipCov, CovarianceWeighting, CovGRPOConfig, HighEntropy, KLCov, Steer
 from .covariance import ScopeMoments
 from .group_moments import GroupMoments
 from .inputs import (
@@ -77,6 +77,10 @@ class _Settings(NamedTuple):
     def with_entropy(self) -> bool:
         return self.metrics or self.config.entropy_coef != 0
 
+    @property
+    def needs_entropy(self) -> bool:
+        return self.with_entropy or isinstance(self.config.token_weighting, (Steer, HighEntropy))
+
 
 def _scored(tokens: Tokens, settings: _Settings) -> Tensor:  # [N] bool
     """Rows worth a log-prob. Without metrics, KL and entropy a zero advantage has no influence, unless a token
@@ -85,7 +89,8 @@ def _scored(tokens: Tokens, settings: _Settings) -> Tensor:  # [N] bool
     if settings.metrics or config.beta != 0 or config.entropy_coef != 0:
         return valid
     kind = config.token_weighting
-    if isinstance(kind, KLCov):  # its penalty needs no advantage
+    # A penalty needs no advantage; and whose entropy is among the highest depends on all tokens, also of other ranks.
+    if isinstance(kind, (KLCov, HighEntropy)):
         return valid
     matters = tokens.advantages != 0  # they are zero where masked
     if config.importance_level == "sequence":
@@ -122,7 +127,7 @@ class _CovGRPO(torch.autograd.Function):
         targets = targets.where(is_scored, IGNORE_INDEX)
         inputs = HeadInputs(hidden, weight, bias, targets, temperature, transform)
         scored = operators.forward(
-            inputs, entropy=settings.with_entropy, ignore_index=IGNORE_INDEX, precision=precision,
+            inputs, entropy=settings.needs_entropy, ignore_index=IGNORE_INDEX, precision=precision,
             needs_grad=needs_grad, vocab_slice=settings.vocab_slice,
         )  # fmt: skip
         x, entropy = scored.stats.logprob, scored.stats.entropy
@@ -246,7 +251,8 @@ def covgrpo_loss(
             are those of the whole batch and the losses of the ranks add up to its loss: under DDP and FSDP, which
             average gradients, multiply by the number of ranks. Equal ``group_ids`` are the same group; with
             ``group_size`` the rows of the ranks follow each other. Metrics, and the choices of Clip-Cov and KL-Cov,
-            are the rank's own. Numbering groups over ranks waits for the device, before the forward.
+            are the rank's own. Numbering groups over ranks waits for the device, before the forward, and so does
+            comparing entropies for ``"high_entropy"``, after it.
         sequence_group: ranks over which each response is spread (sequence parallelism), a part of ``process_group`` or
             all of it: equal ``sequence_ids``, or without them rows, are then parts of one response.
 

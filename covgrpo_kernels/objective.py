@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .config import ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov
+from .config import ClipCov, CovarianceWeighting, CovGRPOConfig, HighEntropy, KLCov, Steer, Weighting
 from .covariance import CovarianceStats, ScopeMoments
 from .inputs import Tokens
 from .segments import Segments
 from .token_terms import WEIGHTING_METRICS, TermOptions, TokenInputs, clip_ratio, importance_ratio, weighting_summary
-from .weighting import batch_covariance, clip_cov_choice, covariance_stats, covariance_weights_grad, kl_cov_choice
+from .weighting import (
+    batch_covariance,
+    clip_cov_choice,
+    covariance_stats,
+    covariance_weights_grad,
+    kl_cov_choice,
+    weights_by_entropy,
+)
 
 
 class Objective(NamedTuple):
@@ -70,7 +77,7 @@ def policy_objective(
         is_clipped = clip_ratio(ratio, low, high) * tokens.advantages < ratio * tokens.advantages
         chosen = _clip_cov(x, tokens, kind, valid & ~is_clipped, generator)
     else:
-        chosen = _token_weights(x, tokens, kind, moments)
+        chosen = _token_weights(x, entropy, old, tokens, kind, moments)
     covariance = None
     if metrics:
         covariance = _group_covariance(x, tokens) if chosen.covariance is None else chosen.covariance
@@ -87,7 +94,7 @@ def policy_objective(
     )  # fmt: skip
     terms = operators.token_terms(
         TokenInputs(
-            x, entropy, tokens.advantages, valid, old,
+            x, entropy, _advantages(tokens, kind, chosen.weights), valid, old,
             ref if metrics or config.beta != 0 else None, rollout, chosen.weights, chosen.penalised, covariance,
             sequences.segment if sequences is not None and needs_segments else None,
             lengths if divides_by_length else None, mean_log_ratio,
@@ -125,6 +132,14 @@ def _ratio_bounds(config: CovGRPOConfig) -> tuple[float | None, float | None]:
     return None if low is None else 1 - low, None if high is None else 1 + high
 
 
+def _advantages(tokens: Tokens, kind: Weighting | None, weights: Tensor | None) -> Tensor:  # [N]
+    """What the 80/20 rule leaves out has no policy term, whatever its ratio and rollout weight are."""
+    if not isinstance(kind, HighEntropy):
+        return tokens.advantages
+    assert weights is not None
+    return tokens.advantages.where(weights != 0, 0)
+
+
 def _total(tokens: Tokens, lengths: Tensor | None, normalizer: float | Tensor | None) -> Tensor:  # []
     """What the sum of the token losses over the batch is divided by."""
     if isinstance(normalizer, Tensor):
@@ -137,10 +152,17 @@ def _total(tokens: Tokens, lengths: Tensor | None, normalizer: float | Tensor | 
 
 
 def _token_weights(
-    x: Tensor, tokens: Tokens, kind: CovarianceWeighting | KLCov | None, moments: ScopeMoments | None
+    x: Tensor,
+    entropy: Tensor,
+    old: Tensor | None,
+    tokens: Tokens,
+    kind: CovarianceWeighting | KLCov | Steer | HighEntropy | None,
+    moments: ScopeMoments | None,
 ) -> _TokenWeights:
     if kind is None:
         return _TokenWeights(None, None)
+    if isinstance(kind, (Steer, HighEntropy)):
+        return _TokenWeights(weights_by_entropy(x, entropy, old, tokens, kind), None)
     if isinstance(kind, KLCov):
         covariance = batch_covariance(x, tokens)
         return _TokenWeights(None, covariance, kl_cov_choice(covariance, tokens.valid, kind))

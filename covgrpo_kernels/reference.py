@@ -8,13 +8,14 @@ A advantages, r importance ratios (arXiv 2605.11538; GRPO: arXiv 2402.03300).
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import IGNORE_INDEX, ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov
+from .config import IGNORE_INDEX, ClipCov, CovarianceWeighting, CovGRPOConfig, HighEntropy, KLCov, Steer
 
 
 class Reference(NamedTuple):
@@ -158,7 +159,7 @@ def covgrpo_loss(
     high = None if config.clip_high is None or isinstance(kind, KLCov) else 1 + config.clip_high
     clipped = r if low is None and high is None else r.clamp(low, high)
 
-    # Token weights: the covariance weights, or those of Clip-Cov (arXiv 2505.22617 eq. 9-10).
+    # Token weights: the covariance weights, those of Clip-Cov (arXiv 2505.22617 eq. 9-10), or of the next function.
     W = torch.ones_like(x)
     n = len(keep)
     cov = ((x - x.mean()) * (A - A.mean())).detach()
@@ -171,6 +172,9 @@ def covgrpo_loss(
         candidate = (cov > kind.low) & (cov < kind.high) & ~(clipped * A < r * A)
         chosen = draw.where(candidate, 2.0).argsort()[: max(int(kind.ratio * n), 1)]
         W = W.index_fill(0, chosen[candidate[chosen]], 0.0)
+    elif isinstance(kind, (Steer, HighEntropy)):
+        W = _weights_by_entropy(x.detach(), H.detach(), A, r.detach(), kind)
+        A = A.where(W != 0, 0)  # those left out have no policy term
 
     token_loss = _policy_term(x, old, A, W, cov, r, clipped, high, tis, config)
     if config.beta != 0:
@@ -183,6 +187,20 @@ def covgrpo_loss(
         return value.new_zeros(targets.numel()).index_put((keep,), value.detach()).reshape(shape)
 
     return Reference(_aggregate(token_loss, seq, config, normalizer), scatter(x), scatter(H), scatter(W))
+
+
+def _weights_by_entropy(x: Tensor, H: Tensor, A: Tensor, r: Tensor, kind: Steer | HighEntropy) -> Tensor:  # [n] all
+    """Of STEER (arXiv 2510.10150), or of the tokens of highest entropy, n over their number (arXiv 2506.01939)."""
+    n = len(x)
+    if isinstance(kind, Steer):
+        change = (A * r * (1 - x.exp()) * (x + H)).abs()
+        change = change.where(change.isfinite(), 0)
+        k = -math.log(kind.min_weight) / max([*change.tolist(), kind.min_change])
+        return (-k * change).exp().clamp(kind.min_weight, 1)
+    ranked = H.nan_to_num(nan=-torch.inf)
+    lowest = ranked.sort(descending=True).values[: max(int(kind.fraction * n + 0.9999), 1)][-1:]
+    kept = ranked >= lowest
+    return kept * (n / kept.sum().to(x.dtype))
 
 
 def _ratios(

@@ -1,7 +1,9 @@
-"""Token weights: `covariance_weights` (arXiv 2605.11538), and the choices of Clip-Cov and KL-Cov (arXiv 2505.22617)."""
+"""Token weights: `covariance_weights` (arXiv 2605.11538), the choices of Clip-Cov and KL-Cov (arXiv 2505.22617), the
+weights of STEER (arXiv 2510.10150) and of the 80/20 rule (arXiv 2506.01939)."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -9,14 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import operators
-from .checks import check_flag, check_floating, check_type
-from .config import ClipCov, CovarianceWeighting, KLCov
+from .checks import check_flag, check_floating, check_tensor, check_type
+from .collectives import all_reduce_max, all_values
+from .config import ClipCov, CovarianceWeighting, HighEntropy, KLCov, Steer, Weighting
 from .covariance import CovarianceStats, ScopeMoments, weights_from_moments
 from .covariance import covariance_weights as covariance_weights_in_torch
 from .covariance import covariance_weights_grad as covariance_weights_grad_in_torch
 from .group_moments import GroupMoments
-from .inputs import Tokens, accumulator_dtype, flatten, flatten_tokens, valid_tokens
+from .inputs import Tokens, accumulator_dtype, flatten, flatten_floats, flatten_tokens, valid_tokens
 from .segments import Segments
+from .token_terms import importance_ratio
 
 
 class CovarianceWeights(NamedTuple):
@@ -88,7 +92,7 @@ def covariance_weights_grad(
 def with_moments(
     tokens: Tokens,
     moments: GroupMoments | None,
-    weighting: CovarianceWeighting | ClipCov | KLCov | None,
+    weighting: Weighting | None,
     group_ids: Tensor | None,
     like: Tensor,  # [B, T] or [N]
 ) -> tuple[Tokens, ScopeMoments | None]:
@@ -135,6 +139,48 @@ def kl_cov_choice(covariance: Tensor, valid: Tensor, weighting: KLCov) -> Tensor
     """The tokens of highest covariance, which KL-Cov penalises."""
     order = covariance.where(valid, -torch.inf).argsort(descending=True, stable=True)
     return _first_of(order, _share_of(valid, weighting.fraction)) & valid
+
+
+def weights_by_entropy(
+    logprobs: Tensor,  # [N], zero where masked, as the next two
+    entropy: Tensor,  # [N]
+    old: Tensor | None,  # [N]
+    tokens: Tokens,
+    weighting: Steer | HighEntropy,
+) -> Tensor:  # [N], zero where masked
+    """The weights of STEER or of the 80/20 rule, as their classes describe them."""
+    if isinstance(weighting, Steer):
+        return _steer_weights(logprobs, entropy, old, tokens, weighting)
+    return _high_entropy_weights(entropy, tokens, weighting)
+
+
+def _steer_weights(
+    logprobs: Tensor,  # [N]
+    entropy: Tensor,  # [N]
+    old: Tensor | None,  # [N]
+    tokens: Tokens,
+    weighting: Steer,
+) -> Tensor:  # [N]
+    ratio = importance_ratio(logprobs, old, None, None)
+    change = (tokens.advantages * ratio * torch.expm1(logprobs) * (logprobs + entropy)).abs()
+    change = change.nan_to_num(nan=0.0, posinf=0.0)
+    largest = torch.nn.functional.pad(change, (0, 1), value=weighting.min_change).amax()
+    largest = all_reduce_max(largest, tokens.process_group)
+    weights = (change * (math.log(weighting.min_weight) / largest)).exp().clamp(weighting.min_weight, 1)
+    return weights * tokens.valid
+
+
+def _high_entropy_weights(entropy: Tensor, tokens: Tokens, weighting: HighEntropy) -> Tensor:  # [N]
+    # A NaN is no high entropy, but belongs to a valid token.
+    ranked = entropy.nan_to_num(nan=torch.finfo(entropy.dtype).min).where(tokens.valid, -torch.inf)
+    of_all = ranked if tokens.process_group is None else all_values(ranked, tokens.process_group)
+    descending = torch.nn.functional.pad(of_all, (0, 1), value=-torch.inf).sort(descending=True).values
+    count = tokens.count_valid().double()
+    # Rounded up, but for what is rounding in the product itself.
+    last = (count * weighting.fraction + 0.9999).floor().clamp(min=1).long() - 1
+    threshold = descending.gather(0, last.reshape(1))
+    weight = count / (of_all >= threshold).sum()
+    return weight.to(entropy.dtype).where(tokens.valid & (ranked >= threshold), 0)
 
 
 def _share_of(valid: Tensor, share: float) -> Tensor:  # []
@@ -262,3 +308,50 @@ def covariance_weights(
         value.reshape(logprobs.shape) for value in _CovarianceWeights.apply(x, tokens, weighting, values)
     )
     return CovarianceWeights(weights, covariance) if return_covariance else weights
+
+
+def entropy_weights(
+    logprobs: Tensor,
+    entropy: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    *,
+    weighting: Steer | HighEntropy,
+    old_logprobs: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The token weights of STEER (arXiv 2510.10150) or of the 80/20 rule (arXiv 2506.01939), for a trainer that keeps
+    its own loss: multiply each token's advantage by its weight. `Steer` and `HighEntropy` say what they are, and what
+    is read into the papers.
+
+    Args:
+        logprobs: [B, T] or packed [N], floating, in nats, of the policy that is trained.
+        entropy: as ``logprobs``, nats: both as `linear_logprob` gives them with ``entropy=True``.
+        advantages: [B] or [B, T]; [N] packed.
+        mask: as ``logprobs``, nonzero where a token counts; None: all do. What stands under zeros has no
+            influence, NaN included.
+        weighting: `Steer` or `HighEntropy`.
+        old_logprobs: as ``logprobs``, of the policy that sampled; None: ``logprobs``. Read by `Steer` alone.
+        process_group: ranks over which the batch is spread, all of which make this call.
+
+    Returns:
+        Weights of ``logprobs``' shape in its dtype (float32 for 16-bit ones), zero where masked. Without gradient.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+    """
+    if not isinstance(weighting, (Steer, HighEntropy)):
+        raise TypeError(f"weighting must be a Steer or HighEntropy, got {type(weighting).__name__}")
+    check_floating("logprobs", logprobs)
+    dtype = accumulator_dtype(logprobs.dtype)
+    valid = valid_tokens("logprobs", logprobs, mask)
+    tokens = flatten_tokens(
+        logprobs, advantages, valid, dtype=dtype, group_ids=None, group_size=None, sequence_ids=None,
+        process_group=process_group, sequence_group=None,
+    )  # fmt: skip
+    x = flatten_floats("logprobs", logprobs, logprobs, valid, dtype)
+    h = flatten_floats("entropy", check_tensor("entropy", entropy), logprobs, valid, dtype, per_token=True)
+    old = flatten_floats("old_logprobs", old_logprobs, logprobs, valid, dtype, per_token=True)
+    assert x is not None
+    assert h is not None
+    return weights_by_entropy(x, h, old, tokens, weighting).reshape(logprobs.shape)

@@ -12,7 +12,9 @@ from covgrpo_kernels import (
     CovarianceWeighting,
     CovGRPOConfig,
     CovGRPOLoss,
+    HighEntropy,
     KLCov,
+    Steer,
     covariance_weights,
     covgrpo_loss,
     engines,
@@ -329,6 +331,14 @@ WRONG_CONFIG = [
     (KLCov, "fraction", 2, ValueError),
     (KLCov, "coef", -1.0, ValueError),
     (KLCov, "coef", "1", TypeError),
+    (Steer, "min_weight", 0.0, ValueError),
+    (Steer, "min_weight", 1.1, ValueError),
+    (Steer, "min_weight", "0.8", TypeError),
+    (Steer, "min_change", 0.0, ValueError),
+    (Steer, "min_change", NAN, ValueError),
+    (HighEntropy, "fraction", -0.1, ValueError),
+    (HighEntropy, "fraction", 1.5, ValueError),
+    (HighEntropy, "fraction", None, TypeError),
 ]
 
 
@@ -347,6 +357,8 @@ def test_configuration(kind: type, field: str, value: Any, error: type[Exception
         (dict(loss_type="cispo", dual_clip=3.0), "loss_type"),
         (dict(loss_type="cispo", weighting="clip_cov"), "loss_type"),
         (dict(loss_type="cispo", weighting=KLCov()), "loss_type"),
+        (dict(importance_level="sequence", weighting="steer"), "importance_level"),
+        (dict(importance_level="sequence", weighting=HighEntropy()), "importance_level"),
     ],
 )
 def test_configuration_that_contradicts_itself(fields: dict[str, Any], name: str) -> None:

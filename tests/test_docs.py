@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import inspect
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -23,7 +24,16 @@ import torch
 
 import covgrpo_kernels
 from bench import report
-from covgrpo_kernels import ClipCov, CovarianceWeighting, CovGRPOConfig, KLCov, covgrpo_loss, loss
+from covgrpo_kernels import (
+    ClipCov,
+    CovarianceWeighting,
+    CovGRPOConfig,
+    HighEntropy,
+    KLCov,
+    Steer,
+    covgrpo_loss,
+    loss,
+)
 from covgrpo_kernels.engines.tiling import WORKSPACE_BYTES
 
 try:
@@ -134,9 +144,11 @@ def _fields(kind: type) -> dict[str, Any]:
 def _config_tables() -> list[tuple[type, list[list[str]]]]:
     config, weighting = _tables("| field | default | |")
     [neighbours] = _tables("| | field | default | |")
-    second = next(i for i, row in enumerate(neighbours) if "KLCov" in row[0])
-    baselines = [[row[1:] for row in part] for part in (neighbours[:second], neighbours[second:])]
-    return list(zip((CovGRPOConfig, CovarianceWeighting, ClipCov, KLCov), (config, weighting, *baselines), strict=True))
+    begins = [i for i, row in enumerate(neighbours) if row[0]]
+    tables = [[row[1:] for row in neighbours[a:b]] for a, b in itertools.pairwise([*begins, len(neighbours)])]
+    kinds = (ClipCov, KLCov, Steer, HighEntropy)
+    assert [_code(neighbours[i][0]) for i in begins] == [[kind.__name__] for kind in kinds]
+    return list(zip((CovGRPOConfig, CovarianceWeighting, *kinds), (config, weighting, *tables), strict=True))
 
 
 def test_options_and_defaults() -> None:

@@ -16,7 +16,9 @@ from covgrpo_kernels import (
     ClipCov,
     CovarianceWeighting,
     CovGRPOConfig,
+    HighEntropy,
     KLCov,
+    Steer,
     covariance_weights,
     covgrpo_loss,
     engines,
@@ -38,6 +40,8 @@ CONFIGS = {
     "none": CovGRPOConfig(weighting="none", loss_type="bnpo"),
     "clip_cov": CovGRPOConfig(weighting=ClipCov(ratio=0.2, low=0.0, high=50.0), loss_type="dapo"),
     "kl_cov": CovGRPOConfig(weighting=KLCov(fraction=0.2), beta=0.1, kl_estimator="k2"),
+    "steer": CovGRPOConfig(weighting=Steer(0.3), entropy_coef=0.1),
+    "high_entropy": CovGRPOConfig(weighting=HighEntropy(0.3), loss_type="cispo"),
     "cispo": CovGRPOConfig(loss_type="cispo", beta=0.1, kl_estimator="k1"),
     "sequence": CovGRPOConfig(
         importance_level="sequence", loss_type="dr_grpo", max_completion_length=7, entropy_coef=0.1

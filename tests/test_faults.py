@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import test_entropy_weights
 import test_logprob
 import test_loss
 import test_plan
@@ -25,7 +26,18 @@ import test_weights
 import torch
 from faulty_kernels import NO_FAULT, KernelFault, faulty_kernels
 
-from covgrpo_kernels import covariance, engines, inputs, kernels, objective, plan, segments, sparse, token_terms
+from covgrpo_kernels import (
+    covariance,
+    engines,
+    inputs,
+    kernels,
+    objective,
+    plan,
+    segments,
+    sparse,
+    token_terms,
+    weighting,
+)
 from covgrpo_kernels.engines import chunked, collecting, scaling, streaming, tiling
 from covgrpo_kernels.kernels import eager, interface
 from covgrpo_kernels.kernels.interface import VOCAB_BLOCK
@@ -74,6 +86,42 @@ def losses(patch):
 
 def kl_cov(patch):
     test_loss.test_every_option_equals_the_reference("kl_cov")
+
+
+def steer(patch):
+    test_loss.test_every_option_equals_the_reference("steer")
+
+
+def not_finite(patch):
+    test_entropy_weights.test_a_change_that_is_not_finite_counts_as_none(True)
+
+
+def small_changes(patch):
+    test_entropy_weights.test_small_changes_are_left_alone()
+
+
+def zero_entropies(patch):
+    test_entropy_weights.test_entropies_of_zero()
+
+
+def high_entropy(patch):
+    test_loss.test_every_option_equals_the_reference("high_entropy")
+
+
+def how_many(patch):
+    test_entropy_weights.test_how_many_are_kept(0.07, 100, 7)
+
+
+def equal_entropies(patch):
+    test_entropy_weights.test_equal_entropies_stay_or_go_together(0.2, 4, torch.float32)
+
+
+def left_out(patch):
+    test_entropy_weights.test_what_is_left_out_has_no_influence("rollout_weights", float("inf"), True)
+
+
+def nan_entropy(patch):
+    test_entropy_weights.test_a_nan_entropy_is_not_among_the_highest(True)
 
 
 def differentiated(patch):
@@ -197,6 +245,36 @@ FAULTS = {
         losses, Fault(token_terms.token_terms, "within * a < policy_ratio * a", "within * a > policy_ratio * a")
     ),
     "KL-Cov without its penalty's sign": (kl_cov, Fault(token_terms.token_terms, "gap.sign()", "gap.sign().abs()")),
+    "STEER without the entropy": (steer, Fault(weighting._steer_weights, "(logprobs + entropy)", "logprobs")),
+    "STEER without the ratio": (steer, Fault(weighting._steer_weights, "* ratio *", "*")),
+    "STEER's least change forgotten": (
+        small_changes, Fault(weighting._steer_weights, "value=weighting.min_change", "value=0.0")
+    ),
+    "an infinite change": (
+        not_finite, Fault(weighting._steer_weights, "nan_to_num(nan=0.0, posinf=0.0)", "nan_to_num()")
+    ),
+    "lowest entropies kept": (
+        high_entropy, Fault(weighting._high_entropy_weights, "ranked >= threshold", "ranked <= threshold")
+    ),
+    "not normalised by those kept": (
+        high_entropy, Fault(weighting._high_entropy_weights, "count / (of_all >= threshold).sum()", "count / count")
+    ),
+    "masked entropies ranked": (
+        zero_entropies, Fault(weighting._high_entropy_weights, ".where(tokens.valid, -torch.inf)", "")
+    ),
+    "rounding of the share counted": (
+        how_many, Fault(weighting._high_entropy_weights, " + 0.9999).floor()", ").ceil()")
+    ),
+    "equal entropies told apart": (
+        equal_entropies, Fault(weighting._high_entropy_weights, "ranked >= threshold", "ranked > threshold")
+    ),
+    "left out with a rollout weight": (
+        left_out, Fault(objective._advantages, "tokens.advantages.where(weights != 0, 0)", "tokens.advantages")
+    ),
+    "a NaN among the highest": (
+        nan_entropy,
+        Fault(weighting._high_entropy_weights, "torch.finfo(entropy.dtype).min", "torch.finfo(entropy.dtype).max"),
+    ),
     "bandwidth taken for a constant": (
         differentiated,
         Fault(covariance.covariance_weights_grad,

@@ -792,7 +792,7 @@ def test_nan_stops_the_run(uninterrupted: Path, tmp_path: Path, monkeypatch: pyt
     assert metrics(tmp_path) == metrics(uninterrupted)
 
 
-@pytest.mark.parametrize("weighting", ["none", "clip_cov", "kl_cov"])
+@pytest.mark.parametrize("weighting", ["none", "clip_cov", "kl_cov", "steer", "high_entropy"])
 def test_every_weighting_resumes(tmp_path: Path, weighting: str) -> None:
     options = dict(weighting=weighting, beta=0.01, warm_start_steps=5, eval_every=1)
     train(tiny(tmp_path / "whole", **options, steps=2))

@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from covgrpo_kernels import (
     CovarianceWeighting,
     CovGRPOConfig,
+    HighEntropy,
     KLCov,
+    Steer,
     covgrpo_loss,
     engines,
     kernels,
@@ -125,6 +127,8 @@ CONFIGS = {
     "sequence": (CovGRPOConfig(importance_level="sequence"), (48, 39, 1)),
     "batch": (CovGRPOConfig(weighting=CovarianceWeighting(scope="batch")), (41, 27, 1)),
     "kl_cov": (CovGRPOConfig(weighting=KLCov()), (53, 35, 1)),
+    "steer": (CovGRPOConfig(weighting=Steer()), (54, 38, 1)),
+    "high_entropy": (CovGRPOConfig(weighting=HighEntropy()), (62, 43, 1)),
     "author": (CovGRPOConfig.author_code(), (48, 30, 1)),
 }
 

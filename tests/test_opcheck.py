@@ -6,6 +6,7 @@ two of their parameters, the backend among them, and not all combinations.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -156,8 +157,9 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def policy_loss(batch: dict[str, Any], hidden: Tensor, weight: Tensor) -> Tensor:
-    out = covgrpo_loss(**(batch | dict(hidden=hidden, weight=weight)), config=config(beta=0.1, entropy_coef=0.01))
+def policy_loss(batch: dict[str, Any], hidden: Tensor, weight: Tensor, weighting: Any = "covariance") -> Tensor:
+    kind = config(beta=0.1, entropy_coef=0.01, weighting=weighting)
+    out = covgrpo_loss(**(batch | dict(hidden=hidden, weight=weight)), config=kind)
     return out.loss + 0 * out.metrics["weight/ess"]
 
 
@@ -184,9 +186,11 @@ def test_compile_linear_logprob(backend: str, fresh_dynamo: None) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
-def test_compile_covgrpo_loss(backend: str, fresh_dynamo: None) -> None:
+@pytest.mark.parametrize("weighting", ["covariance", "steer", "high_entropy"])
+def test_compile_covgrpo_loss(backend: str, weighting: str, fresh_dynamo: None) -> None:
     """The same for the length of responses."""
-    check_compiled(policy_loss, [random_batch(i, length=i, dtype=torch.float32) for i in (5, 6, 8, 11)], first=2)
+    function = functools.partial(policy_loss, weighting=weighting)
+    check_compiled(function, [random_batch(i, length=i, dtype=torch.float32) for i in (5, 6, 8, 11)], first=2)
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)

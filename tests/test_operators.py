@@ -20,7 +20,9 @@ from covgrpo_kernels import (
     CovarianceWeighting,
     CovGRPOConfig,
     CovGRPOLoss,
+    HighEntropy,
     KLCov,
+    Steer,
     covariance_weights,
     covgrpo_loss,
     linear_logprob,
@@ -48,6 +50,8 @@ CONFIGS = {
     "none": config("bnpo", weighting="none"),
     "clip_cov": config("dapo", weighting=ClipCov(ratio=0.2, low=-50.0, high=50.0)),
     "kl_cov": config("dapo", weighting=KLCov(fraction=0.2)),
+    "steer": config(weighting=Steer(0.3)),
+    "high_entropy": config("dapo", weighting=HighEntropy(0.3)),
     "cispo": config("cispo", beta=0.1),
     "sequence": config("dr_grpo", importance_level="sequence", entropy_coef=0.1),
 }
@@ -660,6 +664,8 @@ def test_without_metrics_and_advantages(name: str) -> None:
         ("none_sequence", "sequence"),
         ("clip_cov", "batch"),
         ("kl_cov", "batch"),
+        ("steer", "token"),
+        ("high_entropy", "batch"),
         ("batch_scope", "batch"),
         ("beta", "batch"),
         ("sequence", "batch"),  # has an entropy bonus

@@ -4,6 +4,7 @@ transformers, rewarded by a function. What both see and make is recorded around 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +25,16 @@ from datasets import Dataset  # noqa: E402
 from processes import processes  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from covgrpo_kernels import ClipCov, CovarianceWeighting, linear_logprob, reference, weighting_metrics  # noqa: E402
+from covgrpo_kernels import (  # noqa: E402
+    ClipCov,
+    CovarianceWeighting,
+    HighEntropy,
+    Steer,
+    entropy_weights,
+    linear_logprob,
+    reference,
+    weighting_metrics,
+)
 from covgrpo_kernels.grpo.policy import byte_tokenizer  # noqa: E402
 from covgrpo_kernels.integrations import transformers as patched  # noqa: E402
 from covgrpo_kernels.integrations.trl import CovGRPOTrainer  # noqa: E402
@@ -450,7 +460,151 @@ def test_over_ranks(models: Path) -> None:
     assert count == same == [sum(length > 1 for length in lengths[::2] + other[::2])]
 
 
+# ------------------------------------------------------------------------------------------------ weights by entropy
+
+
+@dataclass
+class Loss:
+    """A rank's rows of one loss, and the advantages that TRL's loss saw; scores of the policy as it was then."""
+
+    advantages: Tensor  # [B]
+    mask: Tensor  # [B, T]
+    old: Tensor | None  # [B, T]
+    eager: tuple[Tensor, Tensor]  # [B, T] log-probs and entropies in float32
+    exact: tuple[Tensor, Tensor]  # [B, T] and in float64
+    weighted: Tensor  # [B, T]
+
+
+BY_ENTROPY = {"steer": Steer(), "high_entropy": HighEntropy()}
+
+
+def losses_by_entropy(models: Path, options: dict[str, Any], name: str) -> tuple[list[Loss], list[dict[str, float]]]:
+    """Of every loss of a run, and what was logged for it."""
+    trainer = new_trainer(CovGRPOTrainer, models, dict(max_steps=4) | options, weighting=name)
+    losses: list[Loss] = []
+    compute_loss = trl.GRPOTrainer._compute_loss
+
+    def watched(self: Any, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        advantages = inputs.get("unweighted_advantages", inputs["advantages"])
+        tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        copied, length = exact_copy(trainer_model(model)), inputs["completion_ids"].size(1)
+        with torch.no_grad():
+            exact, eager = (
+                exact_scores(copied.to(dtype), tokens, attention, length, self.temperature)[:2]
+                for dtype in (torch.float64, torch.float32)
+            )
+        loss = compute_loss(self, model, inputs)
+        old, mask = inputs.get("old_per_token_logps"), inputs["completion_mask"]
+        losses.append(Loss(advantages, mask, old, eager, exact, inputs["advantages"]))
+        return loss
+
+    with mock.patch.object(trl.GRPOTrainer, "_compute_loss", watched):
+        trainer.train()
+    return losses, [log for log in trainer.state.log_history if "loss" in log]
+
+
+def check_by_entropy(ranks: list[Loss], name: str) -> Tensor:
+    """All ranks' rows in one batch. Gives their weighted advantages, flat and with the mask's length."""
+    flat = {
+        field: torch.cat([getattr(rank, field).flatten() for rank in ranks]) for field in ("mask", "weighted")
+    }  # fmt: skip
+    results = []
+    for scores in ("eager", "exact"):
+        x, h = (torch.cat([getattr(rank, scores)[i].flatten() for rank in ranks]) for i in (0, 1))
+        a = torch.cat([rank.advantages.unsqueeze(1).expand_as(rank.mask).flatten() for rank in ranks]).to(x.dtype)
+        old = None if ranks[0].old is None else torch.cat([rank.old.flatten() for rank in ranks]).to(x.dtype)  # type: ignore[union-attr]
+        weights = entropy_weights(x, h, a, flat["mask"], old_logprobs=old, weighting=BY_ENTROPY[name])
+        results.append({"weighted": weights * a})
+    eps = torch.finfo(torch.float32).eps
+    assert results[1]["weighted"].any()
+    check_draw({"weighted": flat["weighted"]}, *results, bound={"weighted": 64 * eps * rms(results[1]["weighted"])})
+    return flat["weighted"][flat["mask"] != 0]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", BY_ENTROPY)
+def test_every_loss_is_weighted_by_its_entropies(models: Path, name: str, schedule: str) -> None:
+    """From advantages without weights, also where TRL comes back to the same inputs after a step; and a token that is
+    left out is not live."""
+    losses, logs = losses_by_entropy(models, SCHEDULES[schedule], name)
+    weighted = [check_by_entropy([loss], name) for loss in losses]
+    accumulated = len(weighted) // len(logs)
+    for i, log in enumerate(logs):
+        parts = weighted[i * accumulated : (i + 1) * accumulated]
+        live = sum((part != 0).double().mean().item() for part in parts) / accumulated
+        assert (live < 0.5) == (log["weight/max"] > 2) == (name == "high_entropy")
+        if i == 0:
+            assert log["rows/live_fraction"] == pytest.approx(live)
+        else:  # what PPO clips is not live either
+            assert log["rows/live_fraction"] <= live + 1e-6
+
+
+@pytest.mark.parametrize("name", BY_ENTROPY)
+def test_entropies_of_all_ranks(models: Path, name: str) -> None:
+    ranks = processes(2).run(losses_by_entropy, models, SPLIT[2], name)
+    for parts in zip(*(losses for losses, _ in ranks), strict=True):
+        check_by_entropy(list(parts), name)
+    for one, other in zip(*(logs for _, logs in ranks), strict=True):
+        names = [n for n in one if n.startswith(("weight/", "rows/"))]
+        assert len(names) == 5
+        assert [one[n] for n in names] == [other[n] for n in names]
+
+
 # ---------------------------------------------------------------------------------------------------------- the rest
+
+
+def documented_metrics() -> dict[str, str]:
+    """The names of the table in docs/integrations.md, and with which weightings each is logged."""
+    page = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text()
+    table = page.split("| metric | unit | logged | meaning |\n")[1].split("\n\n")[0].splitlines()[1:]
+    rows = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in table]
+    return {name: logged for names, _, logged, _ in rows for name in re.findall(r"`([^`]+)`", names)}
+
+
+@pytest.mark.parametrize("weighting", ["covariance", "steer", "high_entropy", "none"])
+def test_the_log_has_the_metrics_that_are_documented(models: Path, weighting: str) -> None:
+    """And beside these what GRPOTrainer logs, in training and in evaluation."""
+    logged = []
+    for kind, ours in ((trl.GRPOTrainer, {}), (CovGRPOTrainer, dict(weighting=weighting))):
+        trainer = new_trainer(kind, models, dict(max_steps=1), **ours)
+        trainer.train()
+        trainer.evaluate()
+        logged.append({name for log in trainer.state.log_history for name in log})
+    expected = set()
+    for name, when in documented_metrics().items():
+        if f'`"{weighting}"`' in when or when.startswith("always"):
+            expected |= {name} if "training" in when else {name, f"eval_{name}"}
+    assert logged[1] - logged[0] == expected
+    assert logged[0] <= logged[1]
+
+
+def test_live_rows(models: Path) -> None:
+    """Tokens whose log-prob has a gradient; with an entropy bonus all have one of their entropy."""
+    options = dict(max_steps=1)
+    for more, everything in (({}, False), (dict(entropy_coef=0.02), True)):
+        trainer = new_trainer(CovGRPOTrainer, models, options | more, weighting="none")
+        generation = train_without_one_advantage(trainer)
+        valid = generation["completion_mask"] != 0
+        live = valid & (generation["advantages"].unsqueeze(1) != 0)
+        assert 0 < live.sum() < valid.sum()
+        [log] = [log for log in trainer.state.log_history if "loss" in log]
+        expected = 1.0 if everything else (live.sum() / valid.sum()).item()
+        assert log["rows/live_fraction"] == pytest.approx(expected)
+
+
+def train_without_one_advantage(trainer: Any) -> dict[str, Any]:
+    """Trains on completions of which one has no advantage, and gives the inputs of the last loss."""
+    compute_loss, seen = trl.GRPOTrainer._compute_loss, {}
+
+    def watched(self: Any, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        inputs["advantages"][0] = 0
+        seen.update(inputs)
+        return compute_loss(self, model, inputs)
+
+    with mock.patch.object(trl.GRPOTrainer, "_compute_loss", watched):
+        trainer.train()
+    return seen
 
 
 def test_metrics_are_in_the_log(models: Path) -> None:
@@ -591,9 +745,9 @@ def test_the_head_in_float32_under_autocast(models: Path) -> None:
 @pytest.mark.parametrize(
     ("ours", "message"),
     [
-        (dict(weighting=ClipCov()), "weighting must be 'covariance', 'none' or"),
-        (dict(weighting="kl_cov"), "weighting must be 'covariance', 'none' or"),
-        (dict(weighting=CovarianceWeighting(differentiate_weights=True)), "weighting must be 'covariance', 'none' or"),
+        (dict(weighting=ClipCov()), "weighting must be 'covariance', 'steer', "),
+        (dict(weighting="kl_cov"), "weighting must be 'covariance', 'steer', "),
+        (dict(weighting=CovarianceWeighting(differentiate_weights=True)), "weighting must be 'covariance', 'steer', "),
         (dict(weighting="gaussian"), "weighting must be one of"),
         (dict(weighting=3), "weighting must be a str"),
         (dict(fused_head="yes"), "fused_head must be a bool"),
@@ -605,3 +759,8 @@ def test_wrong_arguments(ours: dict[str, Any], message: str) -> None:
     """Before any work: there is no model."""
     with pytest.raises((TypeError, ValueError), match=message):
         CovGRPOTrainer(**ours)
+
+
+def test_weights_by_entropy_need_ratios_of_tokens(models: Path) -> None:
+    with pytest.raises(ValueError, match="importance_sampling_level must be 'token'"):
+        new_trainer(CovGRPOTrainer, models, dict(importance_sampling_level="sequence"), weighting="steer")

@@ -14,7 +14,14 @@ if TYPE_CHECKING:  # torch takes seconds, which `covgrpo --help` need not wait f
     from .. import CovGRPOConfig
 
 # The values of --weighting, and what progress lines, tables and plots call them.
-ALGORITHMS = {"covariance": "CW-GRPO", "none": "GRPO", "clip_cov": "Clip-Cov", "kl_cov": "KL-Cov"}
+ALGORITHMS = {
+    "covariance": "CW-GRPO",
+    "none": "GRPO",
+    "clip_cov": "Clip-Cov",
+    "kl_cov": "KL-Cov",
+    "steer": "STEER",
+    "high_entropy": "80/20",
+}
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 
 

@@ -1,7 +1,8 @@
-"""`CovGRPOTrainer`: TRL's GRPOTrainer, its advantages weighted by the covariance, its log-probs without logits."""
+"""`CovGRPOTrainer`: TRL's GRPOTrainer, its advantages weighted token by token, its log-probs without logits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,16 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
-from .. import CovarianceWeighting, CovGRPOConfig, covariance_weights, linear_logprob, weighting_metrics
+from .. import (
+    CovarianceWeighting,
+    CovGRPOConfig,
+    HighEntropy,
+    Steer,
+    covariance_weights,
+    entropy_weights,
+    linear_logprob,
+    weighting_metrics,
+)
 from .transformers import patch_model
 
 # What TRL hands to its scoring function beside the tokens, as `_generate_and_score_completions` names it.
@@ -40,15 +50,21 @@ class CovGRPOTrainer(GRPOTrainer):
       loss sees all completions of its prompts, over all ranks, and the weights come from its own log-probs. Else the
       generation is scored once by the policy without gradient, which costs one more forward pass a completion.
 
-    TRL's log gets the metrics ``weight/*`` and ``covariance/*`` of `covgrpo_loss`, over the tokens of all ranks, and
-    ``ratio/non_finite``: how many tokens of a micro-batch, on all ranks, have an importance ratio that is inf or NaN
-    (its sequence's ratio, where TRL's ``importance_sampling_level`` says so). It should be zero. As for all of TRL's
-    metrics, the log has the mean over the micro-batches since the last one.
+    The weights of STEER and of the 80/20 rule come from the log-probs and entropies of each loss, among its tokens on
+    all ranks: those of a micro-batch, as their authors' codes have it. TRL's ``top_entropy_quantile`` keeps the tokens
+    of the latter too, but divides by the number of all.
+
+    What TRL's log gets is listed in docs/integrations.md: the metrics ``weight/*`` and ``covariance/*`` of
+    `covgrpo_loss`, over the tokens of all ranks; ``rows/live_fraction``, the share of tokens whose log-prob or entropy
+    has a gradient, the others costing no backward of the head; and ``ratio/non_finite``, how many tokens of a
+    micro-batch, on all ranks, have an importance ratio that is inf or NaN (its sequence's ratio, where TRL's
+    ``importance_sampling_level`` says so). It should be zero. As for all of TRL's metrics, the log has the mean over
+    the micro-batches since the last one.
 
     Args:
         *args, **kwargs: as GRPOTrainer takes them.
-        weighting: "covariance", "none" (or None), or a `CovarianceWeighting` whose weights are not differentiated.
-            Scope "batch" is the batch of a generation.
+        weighting: "covariance", "steer", "high_entropy", "none" (or None), a `CovarianceWeighting` whose weights are
+            not differentiated, a `Steer` or a `HighEntropy`. Scope "batch" is the batch of a generation.
         fused_head: log-probs by `linear_logprob`, through `patch_model`; inputs with images go TRL's way. False leaves
             all to TRL. With TRL 1.14 it also takes the place of ``use_liger_kernel``'s path, whose kernels for layers
             stay.
@@ -66,7 +82,7 @@ class CovGRPOTrainer(GRPOTrainer):
     def __init__(
         self,
         *args: Any,
-        weighting: str | CovarianceWeighting | None = "covariance",
+        weighting: str | CovarianceWeighting | Steer | HighEntropy | None = "covariance",
         fused_head: bool = True,
         grad_tol: float | str = "auto",
         **kwargs: Any,
@@ -80,7 +96,11 @@ class CovGRPOTrainer(GRPOTrainer):
         self._fused_head = fused_head
         # Inputs of the loss that is being computed, until it has its log-probs.
         self._loss_inputs: dict[str, Any] | None = None
+        # Of the losses whose backward has run: tokens with a gradient, and tokens.
+        self._live_rows: list[Tensor] = []
         super().__init__(*args, **kwargs)
+        if isinstance(self._weighting, (Steer, HighEntropy)) and self.importance_sampling_level == "sequence":
+            raise ValueError("importance_sampling_level must be 'token' with weights by entropy, got 'sequence'")
         if not fused_head:
             return
         if getattr(self, "use_liger_kernel", False):
@@ -99,7 +119,7 @@ class CovGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        if self._weighting is None:
+        if not isinstance(self._weighting, CovarianceWeighting):
             return output
         training = self.model.training
         # As for TRL's advantages: the ranks' rows follow each other, and so do a prompt's completions.
@@ -124,6 +144,14 @@ class CovGRPOTrainer(GRPOTrainer):
             self._weight_advantages(output, logprobs)
         return output
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        counts = torch.stack([*self._live_rows, torch.zeros(2, dtype=torch.int64, device=loss.device)]).sum(0)
+        self._live_rows.clear()
+        live, total = self.accelerator.gather(counts).view(-1, 2).sum(0)
+        self._add_metric("rows/live_fraction", live / total.clamp(min=1))
+        return loss
+
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         self._loss_inputs = inputs
         try:
@@ -142,6 +170,8 @@ class CovGRPOTrainer(GRPOTrainer):
         compute_aux_loss: bool = False,
         **multimodal: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # [B, T], [B, T], []
+        by_entropy = self._loss_inputs is not None and isinstance(self._weighting, (Steer, HighEntropy))
+        compute_entropy = compute_entropy or by_entropy
         flags: dict[str, Any] = dict(
             batch_size=batch_size, compute_entropy=compute_entropy, compute_aux_loss=compute_aux_loss
         )
@@ -154,10 +184,14 @@ class CovGRPOTrainer(GRPOTrainer):
         if self._loss_inputs is not None:
             inputs, self._loss_inputs = self._loss_inputs, None
             self._count_ratios(inputs, result[0].detach())
+            self._count_live_rows(inputs, [x for x in result[:2] if x is not None and x.requires_grad])
             # The loss looks at its advantages after it has got its log-probs. TRL may use the weighted ones again,
             # before the next optimiser step.
             if "group_ids" in inputs:
                 self._weight_advantages(inputs, result[0].detach())
+            if by_entropy:
+                assert result[1] is not None
+                self._weight_advantages_by_entropy(inputs, result[0], result[1])
         return result
 
     def _score(
@@ -190,19 +224,52 @@ class CovGRPOTrainer(GRPOTrainer):
     @torch.no_grad()
     def _weight_advantages(self, inputs: dict[str, Any], logprobs: Tensor) -> None:  # [B, T]
         """Replaces the advantages [B] by those of tokens [B, T], and the group ids by nothing."""
+        assert isinstance(self._weighting, CovarianceWeighting)
         mask = _loss_mask(inputs)
         weights, covariance = covariance_weights(
             logprobs, inputs["advantages"], mask, group_ids=inputs.pop("group_ids"), weighting=self._weighting,
-            process_group=dist.group.WORLD if self.accelerator.num_processes > 1 else None, return_covariance=True,
+            process_group=self._all_ranks, return_covariance=True,
         )  # fmt: skip
         inputs["advantages"] = inputs["advantages"].unsqueeze(1) * weights
+        self._log_weights(weights, covariance, mask)
 
+    @torch.no_grad()
+    def _weight_advantages_by_entropy(self, inputs: dict[str, Any], logprobs: Tensor, entropy: Tensor) -> None:
+        """Replaces the advantages [B] by those of tokens [B, T]. TRL comes back to the same inputs after an optimiser
+        step, with other log-probs: the advantages as they were are kept."""
+        assert isinstance(self._weighting, (Steer, HighEntropy))
+        advantages, mask = inputs.setdefault("unweighted_advantages", inputs["advantages"]), _loss_mask(inputs)
+        weights = entropy_weights(
+            logprobs, entropy, advantages, mask, weighting=self._weighting,
+            old_logprobs=inputs.get("old_per_token_logps"), process_group=self._all_ranks,
+        )  # fmt: skip
+        inputs["advantages"] = advantages.unsqueeze(1) * weights
+        self._log_weights(weights, None, mask)
+
+    @property
+    def _all_ranks(self) -> dist.ProcessGroup | None:
+        return dist.group.WORLD if self.accelerator.num_processes > 1 else None
+
+    def _log_weights(self, weights: Tensor, covariance: Tensor | None, mask: Tensor) -> None:  # [B, T]
         # Of all ranks' tokens: quantiles cannot be merged.
-        columns = torch.stack([values.flatten() for values in (weights, covariance, mask.to(weights.dtype))], dim=1)
+        named = (weights, weights if covariance is None else covariance, mask.to(weights.dtype))
+        columns = torch.stack([values.flatten() for values in named], dim=1)
         columns = self.accelerator.gather(self.accelerator.pad_across_processes(columns, dim=0))
-        weights, covariance, valid = columns.unbind(1)
-        for name, value in weighting_metrics(weights, covariance, valid != 0).items():
-            self._add_metric(name, value)
+        of_all, covariance_of_all, valid = columns.unbind(1)
+        for name, value in weighting_metrics(of_all, covariance_of_all, valid != 0).items():
+            if covariance is not None or name.startswith("weight/"):
+                self._add_metric(name, value)
+
+    def _count_live_rows(self, inputs: dict[str, Any], outputs: list[Tensor]) -> None:  # [B, T] each
+        """When the gradients of these log-probs and entropies are there."""
+        mask = _loss_mask(inputs) != 0
+
+        def count(grads: Sequence[Tensor | None]) -> None:
+            live = torch.stack([grad != 0 for grad in grads if grad is not None]).any(0)
+            self._live_rows.append(torch.stack([live & mask, mask]).sum((1, 2)))
+
+        if outputs:
+            torch.autograd.graph.register_multi_grad_hook(outputs, count)
 
     @torch.no_grad()
     def _count_ratios(self, inputs: dict[str, Any], logprobs: Tensor) -> None:  # [B, T]
@@ -222,13 +289,14 @@ def _loss_mask(inputs: dict[str, Any]) -> Tensor:  # [B, T], nonzero where TRL's
     return mask * inputs.get("tool_mask", 1)
 
 
-def _checked_weighting(weighting: object) -> CovarianceWeighting | None:
+def _checked_weighting(weighting: object) -> CovarianceWeighting | Steer | HighEntropy | None:
     kind = CovGRPOConfig(weighting="none" if weighting is None else weighting).token_weighting  # type: ignore[arg-type]
-    if kind is None:
-        return None
+    if kind is None or isinstance(kind, (Steer, HighEntropy)):
+        return kind
     if not isinstance(kind, CovarianceWeighting) or kind.differentiate_weights:
         raise ValueError(
-            "weighting must be 'covariance', 'none' or a CovarianceWeighting without differentiate_weights: TRL's loss "
-            f"takes what can be multiplied to an advantage, got {weighting!r}"
+            "weighting must be 'covariance', 'steer', 'high_entropy', 'none', a CovarianceWeighting without "
+            "differentiate_weights, a Steer or a HighEntropy: TRL's loss takes what can be multiplied to an advantage, "
+            f"got {weighting!r}"
         )
     return kind

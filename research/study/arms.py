@@ -33,7 +33,7 @@ class Evaluation:
 # - At a learning rate of 5e-4 countdown does the same in half as many steps; what methods differ in should not be what
 #   steps that are too large do to them, so it is 2e-4.
 # - From a start of 30% GRPO does not learn arithmetic: what is right at that stage is mostly guessed.
-# - A run takes a minute of a core, so 264 of them (22 of each seed) some 2 h 15 min on two.
+# - A run takes a minute of a core, so 312 of them (26 of each seed) some 2 h 40 min on two.
 # The temperature is 1, where the paper has 0.7: entropies are then those of the policy itself.
 _SIZES = TrainConfig(
     hidden_size=64,
@@ -159,6 +159,9 @@ ARMS = {
     # weighted advantages: extreme tokens have large ones. AdamW is blind to a constant factor of the loss, so the
     # learning rate gets it: this control is of smaller steps, not of a smaller loss.
     "mean_weight": Arm("GRPO, steps as small", _NONE, lr_like="cw_grpo"),
+    # Weights by entropy, with the constants of their papers. The recorded runs do not have them yet.
+    "steer": Arm("STEER", CovGRPOConfig(weighting="steer")),
+    "high_entropy": Arm("80/20", CovGRPOConfig(weighting="high_entropy")),
 }
 # The readings of the paper that differ, one at a time; and the bandwidth of the batch with means of the group.
 ABLATIONS = {
