@@ -36,7 +36,8 @@ class PrefixTree(NamedTuple):
         depth = (attention.cumsum(1) - 1).clamp(min=0)  # [B, L] of a token in its row
         at = torch.full_like(tokens[:, 0], -1)  # [B] the node that a row is at, -1: before its first
         places = torch.zeros_like(tokens)
-        found, parents = [], []
+        found: list[int] = []
+        parents: list[int] = []
         for length in range(int(depth.max()) + 1):
             here = valid & (depth == length)  # one token of a row at most
             going_on = here.any(1)
@@ -81,9 +82,10 @@ class PrefixTreePolicy(Policy):
         return out
 
 
-def _rows_of(cache: DynamicCache, places: Tensor) -> DynamicCache:  # of one sequence, [B, L]; of B sequences
+def _rows_of(cache: Any, places: Tensor) -> DynamicCache:  # of one sequence, [B, L]; of B sequences
     """Keys and values [1, heads, M, d] of the nodes as those of the rows [B, heads, L, d]."""
     rows = DynamicCache()
     for index, layer in enumerate(cache.layers):
-        rows.update(*(kv[0][:, places].transpose(0, 1) for kv in (layer.keys, layer.values)), index)
+        keys, values = (each[0][:, places].transpose(0, 1) for each in (layer.keys, layer.values))
+        rows.update(keys, values, index)
     return rows

@@ -96,10 +96,13 @@ def batch_bandwidth(
 ) -> Tensor:  # [B, T]
     """The covariances are those of the group, their standard deviation and the normaliser those of the batch. Log-probs
     and advantages with the mean of their group taken off have none in the batch: scope "batch" then does this."""
-    centred = [
-        values - group_mean(values, mask, group_size) for values in (logprobs, advantages.unsqueeze(1).expand_as(mask))
-    ]
-    return covariance_weights(*centred, mask, weighting=CovarianceWeighting(scope="batch"))
+    a = advantages.unsqueeze(1).expand_as(mask)
+    return covariance_weights(
+        logprobs - group_mean(logprobs, mask, group_size),
+        a - group_mean(a, mask, group_size),
+        mask,
+        weighting=CovarianceWeighting(scope="batch"),
+    )
 
 
 def group_mean(values: Tensor, weights: Tensor, group_size: int) -> Tensor:  # [B, T], of both; [B, 1]
@@ -112,7 +115,7 @@ def group_mean(values: Tensor, weights: Tensor, group_size: int) -> Tensor:  # [
 def recentred(
     logprobs: Tensor, advantages: Tensor, mask: Tensor, group_size: int, _: torch.Generator
 ) -> Tensor:  # [B, T]
-    """W (A - mean of A under W) / A: the weighted advantages then add up to zero in each group, as the advantages do."""
+    """W (A - mean of A under W) / A: the weighted advantages then add up to zero in each group."""
     weights = covariance_weights(logprobs, advantages, mask, group_size=group_size)
     a = advantages.unsqueeze(1).expand_as(mask)
     # Advantages are zero where a group's rewards are equal: its weights teach nothing.

@@ -7,7 +7,6 @@ the arms, the grid of learning rates and the rule that chooses from it, before t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -61,12 +60,13 @@ def real_run(out: str, results: str, *, seeds: int = REAL_SEEDS, workers: int = 
             raise ValueError(f"{name} must be >= {low}, got {value}")
     torch.set_num_threads(1)
     perform_all([spec for arm in REAL_ARMS for spec in sweep_runs(Path(out), arm)], workers)
+    rates = {arm: learning_rate(Path(out), arm) for arm in REAL_ARMS}
     specs = [
-        RunSpec(Path(out), task, arm, seed, dataclasses.replace(config, lr=learning_rate(Path(out), arm)), REAL_EVALUATION)
+        RunSpec(Path(out), task, arm, seed, dataclasses.replace(config, lr=rates[arm]), REAL_EVALUATION)
         for seed in range(seeds)
         for task, config in REAL_TASKS.items()
         for arm in REAL_ARMS
-    ]  # fmt: skip
+    ]
     perform_all(specs, workers)
     write_summaries(specs, Path(results) / "real_run.json")
 

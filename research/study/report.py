@@ -285,9 +285,9 @@ the advantages, since tokens with large ones have large covariances. AdamW is bl
 the second control has it in the learning rate."""
 
 VARIANTS_OF_WEIGHTS = """\
-What the Gaussian takes away is lopsided: large covariances are mostly those of unlikely tokens in bad responses, and of
-the weighted advantages more is negative than positive. Three changes to that, each against GRPO. The weighted advantages
-of a group can have their mean taken off, under the weights, so that they add up to zero; the Gaussian can weigh the
+What the Gaussian takes away is lopsided: large covariances are mostly those of unlikely tokens in bad responses, and
+the weighted advantages add up to less than zero. Three changes to that, each against GRPO. The weighted advantages of a
+group can have their mean taken off, under the weights, so that they add up to zero; the Gaussian can weigh the
 covariances of one sign alone; and its centre can be the mean covariance in place of zero. These weights are computed
 once, before the updates of a step; CW-GRPO's are computed in each update. A variant is worth having that keeps entropy
 (higher than GRPO's with all comparisons in mind) and loses nothing (neither reward nor pass@1 is lower on its own)."""

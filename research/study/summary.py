@@ -93,10 +93,10 @@ def write_summaries(specs: Sequence[RunSpec], path: Path) -> Summaries:
     for spec in specs:
         results = read_run(spec.path)
         line, task = summary(results), {name: results.settings[name] for name in ("options", "evaluation")}
-        starts = {tuple(other[name] for name in _OF_THE_START) for other in runs.values() if other["task"] == spec.task}
-        if tasks.setdefault(spec.task, task) != task or starts - {tuple(line[name] for name in _OF_THE_START)}:
+        starts = [_start(other) for other in (line, *runs.values()) if other["task"] == spec.task]
+        if tasks.setdefault(spec.task, task) != task or len(set(starts)) > 1:
             raise TrainingError(
-                f"{path} has runs of {spec.task} of other options or another start: give another folder"
+                f"{path} has runs of {spec.task} with other options or another start: choose a folder"
             )
         runs[_key(line)] = line
     order = {arm: place for place, arm in enumerate(ALL_ARMS)}
@@ -107,7 +107,9 @@ def write_summaries(specs: Sequence[RunSpec], path: Path) -> Summaries:
     return Summaries(tasks, lines)
 
 
-_OF_THE_START = ("pass@1 before", "pass@8 before")  # of the same problems, with the same random numbers
+def _start(line: Line) -> tuple[float, float]:
+    """Of the same problems, with the same random numbers."""
+    return line["pass@1 before"], line["pass@8 before"]
 
 
 def _key(line: Line) -> tuple[str, str, int]:

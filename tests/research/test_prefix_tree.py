@@ -45,7 +45,8 @@ def test_nodes_are_the_different_prefixes() -> None:
         assert tree.positions[0, node] == len(branch) - 1
         assert tree.positions[0, branch].tolist() == list(range(len(branch)))
         found.append(tuple(tree.tokens[0, branch].tolist()))
-    assert len(found) == len(prefixes) and set(found) == prefixes
+    assert len(found) == len(prefixes)
+    assert set(found) == prefixes
     for row in range(4):
         for column in attention[row].nonzero().flatten():
             prefix = tokens[row, : column + 1][attention[row, : column + 1].bool()]
