@@ -52,6 +52,12 @@ def _study(**options: Any) -> None:
     study(**options)
 
 
+def _real_run(**options: Any) -> None:
+    from .study.real import real_run
+
+    real_run(**options)
+
+
 def _recipe(file: str, overrides: list[str], dry_run: bool) -> None:
     from .recipe.run import run
 
@@ -117,6 +123,17 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--workers", metavar="INT", type=int, default=2, help="runs at a time (default: 2)")
     study.add_argument("--miniature", action="store_true", help="a minute or two, to see that all works")
     study.add_argument("--report-only", action="store_true", help="from the study.json that is there")
+
+    real = command(
+        "real-run", _real_run, POLICIES,
+        "the study's methods on a real model, SmolLM2-135M-Instruct, in a night on a CPU",
+        "Chooses each method's learning rate in short runs, trains with several seeds, and adds a section to study.md. "
+        "The model is that of fetch-models. Interrupted runs go on from their last checkpoints.",
+    )  # fmt: skip
+    real.add_argument("--out", metavar="FOLDER", default="runs/real", help="of the runs (default: runs/real)")
+    real.add_argument("--results", metavar="FOLDER", type=Path, help=f"default: research/{RESULTS.name}")
+    real.add_argument("--seeds", metavar="INT", type=int, default=3, help="so many (default: 3)")
+    real.add_argument("--workers", metavar="INT", type=int, default=2, help="runs at a time (default: 2)")
 
     recipe = command(
         "recipe", _recipe, ("trl", "math_verify", "yaml"),

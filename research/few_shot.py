@@ -1,8 +1,9 @@
 """Problems for a real model, SmolLM2-135M-Instruct: examples, then a question, which it answers in a line.
 
-It answers them right often enough at first to learn from: at temperature 0.7 a fifth of the sums, and over a third of
-the largest numbers, where a guess among the five is right in a fifth. Without examples, or in its chat template, it
-answers few of them; sorting, sequences, days and reversed words it hardly answers at all.
+It answers them right often enough at first to learn from: at temperature 0.7 some 30% of the sums (with other examples
+10% to 25%), and over a third of the largest numbers, where a guess among the five is right in a fifth. Without
+examples, or in its chat template, it answers few of them; sorting, sequences, days and reversed words it hardly answers
+at all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from covgrpo_kernels.grpo.tasks import Problem, Task, in_a_tenth
 from .models import model_folder
 from .prefix_tree import PrefixTreePolicy
 
-SUMS = "97 + 11 = 108\n58 + 80 = 138\n83 + 87 = 170\n17 + 76 = 93\n"
+SUMS = "42 + 48 = 90\n33 + 32 = 65\n26 + 12 = 38\n31 + 32 = 63\n"
 LARGEST = "Largest of 45, 70, 59, 81, 34: 81\nLargest of 46, 58, 19, 21, 83: 83\nLargest of 63, 38, 36, 74, 55: 74\n"
 
 

@@ -36,8 +36,8 @@ CURVES = {  # in study.json: panel, unit
 def save_figures(summaries: Summaries, folder: Path) -> None:
     """study_curves.png; study_differences.png and study_ablations.png where there are arms to compare."""
     study = Study(summaries)
+    save_curves(summaries, folder / "study_curves.png")
     with matplotlib.rc_context(STYLE):
-        _save(_curves(study), folder / "study_curves.png")
         for name, baseline, among in (("differences", "grpo", ARMS), ("ablations", "cw_grpo", ABLATIONS)):
             rows = {task: [arm for arm in study.arms(task, among) if arm != baseline] for task in study.tasks}
             if any(rows.values()):
@@ -45,6 +45,11 @@ def save_figures(summaries: Summaries, folder: Path) -> None:
                     _differences(study, {task: arms for task, arms in rows.items() if arms}, baseline),
                     folder / f"study_{name}.png",
                 )
+
+
+def save_curves(summaries: Summaries, path: Path) -> None:
+    with matplotlib.rc_context(STYLE):
+        _save(_curves(Study(summaries)), path)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -14,12 +14,15 @@ import torch
 
 from covgrpo_kernels.grpo.config import TrainConfig
 
+from .. import RESULTS
+from ..models import model_folder
 from .arms import Evaluation
 from .run import RunSpec, perform_all, read_run
+from .study import write_report
 from .summary import write_summaries
 
-# Of pilots: at a learning rate of 1e-5 GRPO takes both tasks from a fifth or a third to four fifths of the responses
-# right within twelve steps. A step takes 6 s of a core. Float32: bfloat16 was no faster on this CPU.
+# Of pilots: at a learning rate of 1e-5 GRPO takes easier forms of both tasks from a fifth or two fifths of responses
+# that are right to four fifths in twelve steps. A step takes 6 s of a core. Float32: bfloat16 was no faster on this CPU.
 _SIZES = TrainConfig(
     model="smollm2",
     prompts_per_step=8,
@@ -47,14 +50,16 @@ SWEEP_STEPS = 30
 _SWEEP_EVALUATION = Evaluation(problems=8, samples=8, every=SWEEP_STEPS)
 
 
-def real_run(out: str, results: str, *, seeds: int = REAL_SEEDS, workers: int = 2) -> None:
-    """Runs what is not finished in OUT, and writes real_run.json in `results`.
+def real_run(out: str, *, results: Path | None = None, seeds: int = REAL_SEEDS, workers: int = 2) -> None:
+    """Runs what is not finished in OUT, and writes real_run.json and the report in `results`, which has a study.json.
+    None: research/results.
 
     Raises:
         ValueError: a wrong argument, by name.
         ModelNotFetchedError: the model is not there; the message says how to get it.
         TrainingError: OUT holds runs with other settings, or a run cannot go on.
     """
+    model_folder(_SIZES.model or "")
     for name, value, low in (("seeds", seeds, 2), ("workers", workers, 1)):
         if value < low:
             raise ValueError(f"{name} must be >= {low}, got {value}")
@@ -68,7 +73,9 @@ def real_run(out: str, results: str, *, seeds: int = REAL_SEEDS, workers: int = 
         for arm in REAL_ARMS
     ]
     perform_all(specs, workers)
-    write_summaries(specs, Path(results) / "real_run.json")
+    folder = RESULTS if results is None else results
+    write_summaries(specs, folder / "real_run.json")
+    write_report(folder)
 
 
 def sweep_runs(out: Path, arm: str) -> list[RunSpec]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 TAILS = {"0.01%": 1e-4, "1%": 0.01, "20%": 0.2, "40%": 0.4, "100%": 1.0}  # of the paper's table
 RESAMPLES = 20_000
+FEW = 6  # seeds: of fewer a bootstrap has too few different samples, and Student's t is used
 
 
 def pass_at_k(right: Tensor, samples: int, k: int) -> Tensor:  # [...] int64 -> [...] float64
@@ -53,8 +54,8 @@ class Difference:
 def difference(values: Tensor, comparisons: int, seed: int = 0) -> Difference:  # [seeds]
     """Of paired differences. Bootstrap-t: seeds are drawn anew, and how many standard errors their mean is away is what
     the interval is made from; the plain percentile interval of eight values holds the mean in 90% of cases only, not
-    in 95%. With ``comparisons`` in a table each gets its share of the 5% (Bonferroni). Of fewer seeds than an interval
-    can be made from its ends are infinite. Raises ValueError for fewer than two."""
+    in 95%. Of a few seeds that number is drawn from Student's distribution, as if the differences were normal. With
+    ``comparisons`` in a table each gets its share of the 5% (Bonferroni). Raises ValueError for fewer than two."""
     n = len(values)
     if n < 2:
         raise ValueError(f"values must be of two seeds at least, got {n}")
@@ -62,9 +63,14 @@ def difference(values: Tensor, comparisons: int, seed: int = 0) -> Difference:  
     centre, error = x.mean(), _standard_error(x)
     if error == 0:
         return Difference(*[centre.item()] * 5)
-    drawn = x[torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))]
-    # Where one seed was drawn n times there is nothing to measure by: infinitely far.
-    away = ((drawn.mean(1) - centre) / _standard_error(drawn)).sort().values
+    generator = torch.Generator().manual_seed(seed)
+    if n < FEW:
+        normal = torch.randn(n, RESAMPLES, generator=generator, dtype=x.dtype)
+        away = (normal[0] / (normal[1:].square().sum(0) / (n - 1)).sqrt()).sort().values
+    else:
+        drawn = x[torch.randint(n, (RESAMPLES, n), generator=generator)]
+        # Where one seed was drawn n times there is nothing to measure by: infinitely far.
+        away = ((drawn.mean(1) - centre) / _standard_error(drawn)).sort().values
     ends = []
     for share in (0.05, 0.05 / comparisons):
         tail = int(share / 2 * RESAMPLES)

@@ -22,7 +22,7 @@ from .arms import (
     SEEDS,
     TASKS,
 )
-from .figures import save_figures
+from .figures import save_curves, save_figures
 from .report import save_report
 from .run import RunSpec, perform_all
 from .summary import read_summaries, write_summaries
@@ -74,9 +74,17 @@ def study(
         if results is not None:
             for name in ("entropy_law.png", "entropy_law.json"):
                 _copy(Path(out) / name, folder / name)
-    summaries = read_summaries(folder / "study.json")
+    write_report(folder)
+
+
+def write_report(folder: Path) -> None:
+    """The report and its figures, from the study.json in the folder, and from real_run.json where there is one."""
+    summaries, real = read_summaries(folder / "study.json"), None
     save_figures(summaries, folder)
-    save_report(summaries, folder / "study.md")
+    if (folder / "real_run.json").exists():
+        real = read_summaries(folder / "real_run.json")
+        save_curves(real, folder / "real_run_curves.png")
+    save_report(summaries, folder / "study.md", real)
     print(f"{folder / 'study.md'}: what was found")
 
 

@@ -95,9 +95,7 @@ def write_summaries(specs: Sequence[RunSpec], path: Path) -> Summaries:
         line, task = summary(results), {name: results.settings[name] for name in ("options", "evaluation")}
         starts = [_start(other) for other in (line, *runs.values()) if other["task"] == spec.task]
         if tasks.setdefault(spec.task, task) != task or len(set(starts)) > 1:
-            raise TrainingError(
-                f"{path} has runs of {spec.task} with other options or another start: choose a folder"
-            )
+            raise TrainingError(f"{path} has runs of {spec.task} with other options or another start: choose a folder")
         runs[_key(line)] = line
     order = {arm: place for place, arm in enumerate(ALL_ARMS)}
     lines = sorted(runs.values(), key=lambda line: (line["seed"], list(tasks).index(line["task"]), order[line["arm"]]))

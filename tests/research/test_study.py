@@ -27,7 +27,6 @@ pytest.importorskip("matplotlib")
 
 from covgrpo_kernels import CovarianceWeighting, CovGRPOConfig, covariance_weights, covgrpo_loss
 from covgrpo_kernels.grpo.checkpoint import TrainingError
-from covgrpo_kernels.grpo.config import TrainConfig
 from covgrpo_kernels.grpo.rollout import Batch, Rollout
 from covgrpo_kernels.grpo.tasks import Problem
 from covgrpo_kernels.testing import random_batch
@@ -55,7 +54,7 @@ from research.study.report import CLAIMS, MEASURES, Study, document, in_short
 from research.study.run import RunSpec, make_start, perform, perform_all, read_run
 from research.study.statistics import TAILS, difference, pass_at_k, tail_means
 from research.study.study import all_runs, study
-from research.study.summary import Summaries, read_summaries, summary
+from research.study.summary import Summaries, read_summaries, summary, write_summaries
 
 F64 = torch.float64
 ROOT = Path(__file__).parents[2]
@@ -129,9 +128,15 @@ def test_differences_move_and_scale_with_the_values() -> None:
     assert difference(values, 3) == a
 
 
-def test_two_seeds_prove_nothing() -> None:
-    found = difference(torch.tensor([1.0, 1.1]), 1)
-    assert (found.low, found.high, found.sign, found.survives) == (-math.inf, math.inf, 0, False)
+@pytest.mark.parametrize(("n", "t"), [(2, 12.706), (3, 4.3027), (4, 3.1824), (5, 2.7764)])
+def test_intervals_of_a_few_seeds_are_students(n: int, t: float) -> None:
+    values = torch.arange(n, dtype=F64)
+    found, error = difference(values, 3), math.sqrt(n * (n + 1) / 12 / n)
+    middle = (n - 1) / 2
+    assert middle - found.low == pytest.approx(t * error, rel=0.08)
+    assert found.high - middle == pytest.approx(t * error, rel=0.08)
+    assert found.low_all < found.low
+    assert found.high_all > found.high
     with pytest.raises(ValueError, match="two seeds at least, got 1"):
         difference(torch.tensor([1.0]), 1)
 
@@ -629,6 +634,34 @@ def test_a_lower_variance_and_smaller_tails_are_what_is_wanted() -> None:
         assert ": *holds*. " in sentence(text, start)
 
 
+@pytest.mark.parametrize(
+    ("effects", "verdict"),
+    [
+        (dict(entropy=0.1), "entropy is kept, and no reward is lost"),
+        (dict(entropy=0.0), "entropy is not higher for sure on countdown"),
+        (dict(entropy=0.1, reward=-0.1), "reward is lower on countdown"),
+        (dict(entropy=0.1, **{"pass@1": -0.1}), "pass@1 is lower on countdown"),
+    ],
+)
+def test_what_a_variant_is_worth_follows_the_numbers(effects: dict[str, float], verdict: str) -> None:
+    summaries = made_up(**effects)
+    for run in summaries.runs:
+        run["arm"] = {"grpo": "grpo", "cw_grpo": "recentred"}[run["arm"]]
+    text = document(summaries)
+    assert sentence(text, f"- {VARIANTS['recentred'].title}: {verdict}")
+    assert "### Variants of the weights, countdown" in text
+
+
+def test_the_runs_of_a_real_model_are_a_section_of_the_report() -> None:
+    real = made_up(entropy=0.2)
+    real.tasks["countdown"]["options"] |= dict(model="smollm2")
+    text = document(made_up(), real)
+    before, section = text.split("## On a real model")
+    assert before == document(made_up()).split("## How sure is this?")[0]
+    assert "entropy over the last half of the steps is higher: holds on countdown" in section
+    assert "difficulty" not in section.split("###")[0]
+
+
 @pytest.mark.parametrize(("change", "verb"), [(-0.5, "falls"), (0.5, "rises"), (0.0, "neither falls nor rises")])
 def test_whether_there_was_anything_to_stabilise(change: float, verb: str) -> None:
     summaries = made_up()
@@ -688,15 +721,28 @@ def test_the_committed_report_is_made_from_the_committed_numbers() -> None:
     specs = all_runs(Path(), None, [arm for arm in ALL_ARMS if arm not in not_run_yet], SEEDS, None, False)
     there = [(run["task"], run["arm"], run["seed"]) for run in summaries.runs]
     assert there == [(spec.task, spec.arm, spec.seed) for spec in specs]
-    for task, first in {spec.task: spec for spec in reversed(specs)}.items():
-        settings, there = first.settings(), summaries.tasks[task]
-        # Options that there are no more may stand in the file. Those that were added since have their default, and two
-        # defaults are spelled otherwise.
-        spelled = {"grad_tol": {"auto": None}, "microbatch_prompts": {None: 0}}
-        for name, value in settings["options"].items():
-            made_with = there["options"].get(name, getattr(TrainConfig(), name))
-            assert spelled.get(name, {}).get(made_with, made_with) == value, name
-        assert there["evaluation"] == settings["evaluation"]
-        assert {(spec.config, spec.evaluation) for spec in specs if spec.task == task} == {
-            (first.config, first.evaluation)
-        }
+    for spec in specs:
+        settings = spec.settings()
+        assert summaries.tasks[spec.task] == {name: settings[name] for name in ("options", "evaluation")}
+
+
+def test_runs_that_a_call_has_not_stay_in_the_file(started: Path, tmp_path: Path) -> None:
+    """If they are comparable with its own: of the same start and the same options."""
+    path = tmp_path / "study.json"
+    first, second, third = spec(started), spec(started, "cw_grpo"), spec(started, "cw_grpo", seed=1)
+    for run in (first, second, third):
+        steps_of(run)
+    assert [(line["arm"], line["seed"]) for line in write_summaries([second, third], path).runs] == [
+        ("cw_grpo", 0), ("cw_grpo", 1),
+    ]  # fmt: skip
+    together = write_summaries([first], path)
+    assert [(line["arm"], line["seed"]) for line in together.runs] == [("grpo", 0), ("cw_grpo", 0), ("cw_grpo", 1)]
+    assert read_summaries(path) == together
+    text = path.read_text()
+    other_start, other_options = json.loads(text), json.loads(text)
+    other_start["runs"][1]["pass@1 before"] = 0.123
+    other_options["tasks"]["arithmetic"]["options"]["lr"] = 1.0
+    for wrong in (other_start, other_options):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(TrainingError, match="other options or another start"):
+            write_summaries([first], path)
