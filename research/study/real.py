@@ -22,7 +22,7 @@ from .study import write_report
 from .summary import write_summaries
 
 # Of pilots: at a learning rate of 1e-5 GRPO takes easier forms of both tasks from a fifth or two fifths of responses
-# that are right to four fifths in twelve steps. A step takes 6 s of a core. Float32: bfloat16 was no faster on this CPU.
+# that are right to four fifths in twelve steps. A step takes 6 s of a core, and bfloat16 was no faster on this CPU.
 _SIZES = TrainConfig(
     model="smollm2",
     prompts_per_step=8,
