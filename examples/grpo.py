@@ -106,6 +106,6 @@ def train(steps: int = 60, inner_steps: int = 2, weighting: str = "covariance", 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="GRPO on a tiny language model, with covgrpo_kernels")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--weighting", default="covariance", choices=["covariance", "none", "clip_cov", "kl_cov"])
+    parser.add_argument("--weighting", default="covariance", help="as CovGRPOConfig takes it")
     parser.add_argument("--seed", type=int, default=0)
     train(**vars(parser.parse_args()))
