@@ -48,6 +48,24 @@ def test_help_is_light() -> None:
     assert "(default: 0.00015; with --model 1e-06)" in " ".join(result.stdout.split())
 
 
+def test_the_package_imports_torch_and_no_more() -> None:
+    """Every public name: its own modules and the standard library beside what `import torch` has imported, so no
+    compiler, no transformers, no triton. It takes a tenth of a second."""
+    code = (
+        "import sys, torch\n"
+        "before = {name.split('.')[0] for name in sys.modules}\n"
+        "compilers = {name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules}\n"
+        "from covgrpo_kernels import *\n"
+        "more = {name.split('.')[0] for name in sys.modules} - before - sys.stdlib_module_names\n"
+        "assert more == {'covgrpo_kernels'}, more\n"
+        "assert compilers == {name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules}"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    code = "import sys, covgrpo_kernels; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_commands_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])

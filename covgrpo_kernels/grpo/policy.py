@@ -97,8 +97,9 @@ def cached(output: Any) -> dict[str, Any]:
 def usable_dtype(name: str, device: torch.device) -> torch.dtype:
     """What "auto" stands for: bfloat16 where the device multiplies in it."""
     if name == "auto":
-        is_fast = torch.cuda.is_bf16_supported if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported
-        name = "bfloat16" if is_fast() else "float32"
+        on_gpu = device.type == "cuda"
+        is_fast = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu.get_capabilities().get("avx512_bf16", False)
+        name = "bfloat16" if is_fast else "float32"
     return getattr(torch, name)
 
 
