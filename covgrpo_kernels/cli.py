@@ -38,8 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return _fail(f"covgrpo {command} needs {', '.join(missing)}: {how_to_install('grpo')}")
     try:
+        if "config" in options:
+            from .grpo.config_file import read_config
+
+            options = read_config(options.pop("config")) | options
         config = TrainConfig(**options) if command == "train" else dataclasses.replace(DEMO, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError) as error:
         return _fail(str(error))
     return _run(command, config)
 
@@ -86,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         "its processes share the work, with the numbers of a single one but for rounding; the next command may have "
         "another number of them.",
     )
+    train.add_argument(
+        "--config", default=argparse.SUPPRESS, metavar="FILE",
+        help="options from a YAML file, one a line (group_size: 8); those of the command line come on top",
+    )  # fmt: skip
     for field in dataclasses.fields(TrainConfig):
         _add_option(train, field, field.metadata["default"])
 
