@@ -145,7 +145,7 @@ def file_task(path: str, seed: int) -> Task:
                 continue
             place = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
                 if not all(isinstance(row[key], str) and row[key].strip() for key in ("prompt", "answer")):
                     raise TypeError("a prompt and an answer must be strings, and not empty")
                 (row["prompt"] + row["answer"]).encode()  # JSON can spell half a character
