@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,15 @@ def test_values_as_the_command_line_has_them(path: Path) -> None:
     for nothing in ("", "# nothing\n"):
         path.write_text(nothing)
         assert read_config(str(path)) == {}
+
+
+def test_the_file_of_the_documents(path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "commands.md").read_text()
+    [block] = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    path.write_text(block)
+    options = read_config(str(path))
+    assert len(options) > 3
+    TrainConfig(**options)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds, which `covgrpo --help` need not wait for
+    import torch
+
     from .. import CovGRPOConfig
 
 # The values of --weighting, and what progress lines, tables and plots call them.
@@ -120,6 +122,17 @@ def option_type(name: str) -> type:
     """int, float or str: the type of an option's value where it is not None."""
     hint = typing.get_type_hints(TrainConfig)[name]
     return next((t for t in typing.get_args(hint) if t is not type(None)), hint)
+
+
+def usable_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What "auto" stands for: bfloat16 where the device multiplies in it."""
+    import torch
+
+    if name == "auto":
+        on_gpu = device.type == "cuda"
+        is_fast = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu.get_capabilities().get("avx512_bf16", False)
+        name = "bfloat16" if is_fast else "float32"
+    return getattr(torch, name)
 
 
 _COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}

@@ -36,10 +36,10 @@ from torch.optim import Optimizer
 from .. import CovGRPOConfig, covgrpo_loss, linear_logprob
 from . import parallel
 from .checkpoint import RunFolder, TrainingError
-from .config import ALGORITHMS, TrainConfig
+from .config import ALGORITHMS, TrainConfig, usable_dtype
 from .logs import MetricsLog, check_tracker, read_metrics
 from .plots import save_report
-from .policy import Policy, load_policy, new_policy, usable_dtype
+from .policy import Policy, load_policy, new_policy
 from .progress import ProgressBar
 from .rollout import Batch, Rollout, encode_solutions, group_advantages, reward, reward_metrics, sample
 from .tasks import Problem, Task, countdown_task, file_task
