@@ -76,7 +76,7 @@ def test_fewer_tokens_where_all_would_take_long(monkeypatch: pytest.MonkeyPatch)
     assert made.remarks == []
     seconds *= 20
     made = compare(4000, torch.float32)
-    assert made.tokens == int(benchmark.TURN / (3 * 20 * per_token)) < 300
+    assert made.tokens == int(benchmark.TURN / (3 * 20 * per_token)) < 600
     [remark] = made.remarks
     assert f"Measured are {made.tokens} of 4000 tokens" in remark
     assert f"takes eager PyTorch some {2 * 20 * per_token * 4000:.0f} s here" in remark
