@@ -311,6 +311,7 @@ def _peak_in_this_process(contender: Contender, path: str, value: Any) -> None:
 
 OURS, EAGER = Ours(), Eager()
 TURN, TOTAL = 10.0, 15.0  # seconds that a turn of both, and all turns, may take
+LEAST_VOCAB, LEAST_TOKENS = 32768, 64  # with less the logits fit into caches, and eager PyTorch looks better
 SAMPLE, CHECKED = 128, 32  # different tokens of the problem, and those whose errors are measured
 
 
@@ -325,7 +326,8 @@ class Measured(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    tokens: int  # that were measured
+    tokens: int  # those that were measured, as the vocabulary
+    vocab: int
     turns: int
     measured: dict[str, Measured]  # by contender
     remarks: list[str]  # what is to know about it
@@ -348,22 +350,27 @@ def eager_bytes(tokens: int, vocab: int) -> int:
 def compare(
     tokens: int, depth: int, vocab: int, dtype: torch.dtype, device: torch.device, total: float = TOTAL
 ) -> Comparison:
-    """Ours and eager PyTorch in turns, for `total` seconds or a little more; fewer tokens where all would take longer.
-    Raises ValueError where the inputs do not fit into memory."""
+    """Ours and eager PyTorch in turns, for `total` seconds or a little more. Where a turn would take long, with a part
+    of the vocabulary, with which time and memory grow alike, and if need be of the tokens. Raises ValueError where the
+    inputs do not fit into memory."""
     remarks = []
-    free, inputs = free_bytes(device), (vocab + 4 * tokens) * depth * (8 + 2 * dtype.itemsize)
-    if free is not None and inputs > free:
-        raise ValueError(f"inputs and gradients need {_gib(inputs)}, of which {_gib(free)} are free")
     hidden, weight = (torch.ones(n, depth, dtype=dtype, device=device) for n in (256, 4096))
     probe = Problem(hidden, weight, targets=torch.zeros(256), logprob_grad=torch.zeros(256))
-    products = product_seconds(probe, dtype) / 256 * vocab / 4096  # of a token; ours takes about as long, eager twice
-    if (measured := min(tokens, max(int(TURN / (3 * products)), 64))) < tokens:
+    products = product_seconds(probe, dtype) / (256 * 4096)  # of a logit; ours takes about as long, eager twice
+    part = min(vocab, max(int(TURN / (3 * products * tokens)), LEAST_VOCAB))
+    measured = min(tokens, max(int(TURN / (3 * products * part)), LEAST_TOKENS))
+    if (measured, part) != (tokens, vocab):
+        seconds = 2 * products * tokens * vocab
         remarks.append(
-            f"Measured are {measured} of {tokens} tokens: a step of all takes eager PyTorch some "
-            f"{2 * products * tokens:.0f} s here. With fewer tokens the head's gradient, which is as large as ever, "
-            "weighs more: the shares of a whole step may be quite others."
+            f"A step of this size takes eager PyTorch some {seconds:.0f} s here: measured are {measured} tokens and "
+            f"{part} entries of the vocabulary. Time and memory grow with the vocabulary, while shares hardly change."
         )
-    problem = policy_problem(measured, depth, vocab, dtype, device)
+    if measured < tokens:
+        remarks.append("With few tokens the head's gradient, which is as large as ever, weighs more in both.")
+    free, inputs = free_bytes(device), (part + 4 * measured) * depth * (8 + 2 * dtype.itemsize)
+    if free is not None and inputs > free:
+        raise ValueError(f"inputs and gradients need {_gib(inputs)}, of which {_gib(free)} are free")
+    problem = policy_problem(measured, depth, part, dtype, device)
     if (ratio := slow_products(problem)) is not None:
         name = str(dtype).removeprefix("torch.")
         remarks.append(f"This processor is {ratio:.1f} times as fast in float32: no figure here is typical of {name}.")
@@ -371,11 +378,11 @@ def compare(
     free = free_bytes(device)
     # Of the process in which memory is measured on a CPU; on a GPU the gradients.
     copies = 2 * inputs if device.type == "cpu" else problem.weight.nbytes + problem.hidden.nbytes
-    for count in {tokens, measured}:
-        if free is not None and (needed := eager_bytes(count, vocab) + copies) > free:
-            what = f"Eager PyTorch would need {_gib(needed)} for {count} tokens, and {_gib(free)} are free"
-            remarks.append(f"{what}." if count > measured else f"{what}: it is left out.")
-            contenders = [OURS] if count == measured else contenders
+    for size in dict.fromkeys([(measured, part), (tokens, vocab)]):
+        if free is not None and (needed := eager_bytes(*size) + copies) > free:
+            what = f"Eager PyTorch would need {_gib(needed)} for {size[0]} tokens, and {_gib(free)} are free"
+            remarks.append(f"{what}: it is left out." if size == (measured, part) else f"{what}.")
+            contenders = [OURS] if size == (measured, part) else contenders
     seconds, results = _turns(contenders, problem, total)
     errors = _errors(results, problem)
     peaks = {c.name: peak_mib(c, problem) for c in contenders if can_measure_memory(device)}
@@ -384,7 +391,7 @@ def compare(
         forward, backward = map(statistics.median, zip(*seconds[contender.name], strict=True))
         off = errors.get(contender.name, (None, None))
         found[contender.name] = Measured(forward, backward, peaks.get(contender.name), *off)
-    return Comparison(measured, len(seconds["ours"]), found, remarks)
+    return Comparison(measured, part, len(seconds["ours"]), found, remarks)
 
 
 def _turns(

@@ -38,7 +38,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert header == ["forward", "backward", "together", "memory", "log-prob error", "gradient error"]
     for row, name in ((ours, "ours"), (eager, "eager")):
         assert row[0] == name
-        assert [re.sub(r"[\d.]+(e-\d\d)?", "0", cell) for cell in row[1:]] == [*["0 ms"] * 3, "0 MiB", "0", "0"]
+        assert [re.sub(r"[\d.]+(e-\d\d)?( m?s)?", "0", cell) for cell in row[1:]] == ["0", "0", "0", "0 MiB", "0", "0"]
     assert re.search(r"^Ours takes [\d.e-]+ of eager PyTorch's time and [\d.e-]+ of its memory\.$", shown, re.M)
     assert "Medians of " in shown
 
@@ -67,21 +67,25 @@ def test_errors_are_those_against_float64(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("no_memory")
-def test_fewer_tokens_where_all_would_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 at least. That of one token's products is for 256 of them and 4096 entries."""
-    seconds = 0.1
-    monkeypatch.setattr(benchmark, "product_seconds", lambda problem, dtype: seconds)
-    per_token = seconds / 256 * 3000 / 4096
-    assert (made := compare(1000, torch.float32)).tokens == 1000
-    assert made.remarks == []
-    seconds *= 20
-    made = compare(4000, torch.float32)
-    assert made.tokens == int(benchmark.TURN / (3 * 20 * per_token)) < 600
+def test_a_part_of_the_size_where_all_would_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First of the vocabulary, then of the tokens, so that a turn of both takes as long as it may."""
+    a_logit = 1e-6
+    monkeypatch.setattr(benchmark, "product_seconds", lambda problem, dtype: a_logit * 256 * 4096)
+    monkeypatch.setattr(benchmark, "LEAST_VOCAB", 1000)
+    made = compare(1000, torch.float32)
+    assert (made.tokens, made.vocab, made.remarks) == (1000, 3000, [])
+    a_logit = 2e-6
+    made = compare(1000, torch.float32)
+    assert (made.tokens, made.vocab) == (1000, int(benchmark.TURN / (3 * a_logit * 1000)))
     [remark] = made.remarks
-    assert f"Measured are {made.tokens} of 4000 tokens" in remark
-    assert f"takes eager PyTorch some {2 * 20 * per_token * 4000:.0f} s here" in remark
-    seconds *= 1000
-    assert compare(4000, torch.float32).tokens == 64
+    assert "takes eager PyTorch some 12 s here: measured are 1000 tokens and 1666 entries" in remark
+    a_logit = 1e-5
+    made = compare(1000, torch.float32)
+    assert (made.tokens, made.vocab) == (int(benchmark.TURN / (3 * a_logit * 1000)), 1000)
+    assert "With few tokens" in made.remarks[1]
+    a_logit = 1.0
+    made = compare(1000, torch.float32)
+    assert (made.tokens, made.vocab) == (benchmark.LEAST_TOKENS, 1000)
 
 
 @pytest.mark.usefixtures("no_memory")
@@ -167,7 +171,7 @@ def test_doctor_says_how_much_is_gained(monkeypatch: pytest.MonkeyPatch) -> None
 
     def compare(*arguments: object) -> Comparison:
         given.append(arguments)
-        return Comparison(2048, 9, measured, ["It was hot."])
+        return Comparison(2048, 128256, 9, measured, ["It was hot."])
 
     monkeypatch.setattr(benchmark, "compare", compare)
     rows = dict(doctor.beside_eager([CPU]))
