@@ -360,9 +360,9 @@ def compare(
     part = min(vocab, max(int(TURN / (3 * products * tokens)), LEAST_VOCAB))
     measured = min(tokens, max(int(TURN / (3 * products * part)), LEAST_TOKENS))
     if (measured, part) != (tokens, vocab):
-        seconds = 2 * products * tokens * vocab
+        whole = 2 * products * tokens * vocab
         remarks.append(
-            f"A step of this size takes eager PyTorch some {seconds:.0f} s here: measured are {measured} tokens and "
+            f"A step of this size takes eager PyTorch some {whole:.0f} s here: measured are {measured} tokens and "
             f"{part} entries of the vocabulary. Time and memory grow with the vocabulary, while shares hardly change."
         )
     if measured < tokens:
