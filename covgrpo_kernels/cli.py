@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"covgrpo {command} needs {', '.join(missing)}: {how_to_install('grpo')}")
     try:
         if "config" in options:
-            from .grpo.config_file import read_config
+            from .config_file import read_config
 
             options = read_config(options.pop("config")) | options
         config = TrainConfig(**options) if command == "train" else dataclasses.replace(DEMO, **options)

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("yaml")
 
 from covgrpo_kernels import cli
+from covgrpo_kernels.config_file import read_config
 from covgrpo_kernels.grpo.config import TrainConfig
-from covgrpo_kernels.grpo.config_file import read_config
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 from typing import Any
 
-from .config import TrainConfig, check_option, option_type
+from .grpo.config import TrainConfig, check_option, option_type
 
 _STRING, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
 
