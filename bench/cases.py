@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from covgrpo_kernels import testing
-
-from .measure import Problem
+from covgrpo_kernels.benchmark import Problem
 
 Size = tuple[int, int, int]  # N, D, V
 

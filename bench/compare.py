@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from covgrpo_kernels.benchmark import Contender, Problem, can_measure_memory, exact, peak_mib, slow_products, step, warm
 from covgrpo_kernels.testing import Results, check_draw, rms
 
-from .contenders import EAGER, Contender, certificates
-from .measure import Bare, Problem, can_measure_memory, errors, exact, peak_mib, rounding, slow_products, step, warm
+from .contenders import EAGER, certificates
+from .measure import Bare, errors, rounding
 
 # A peer's error may be this many times eager's; beyond that, and beyond what rounding explains, it is wrong.
 PEER_CLASS = 4

@@ -5,86 +5,21 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-import os
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from covgrpo_kernels import kernels, linear_logprob, operators
+from covgrpo_kernels import operators
+from covgrpo_kernels.benchmark import Contender, Eager, Ours, Outputs, Problem, eager_logprob
 from covgrpo_kernels.config import IGNORE_INDEX
-from covgrpo_kernels.inputs import resolve_grad_tol
-
-from .measure import Problem, eager_logprob
-
-
-class Outputs(NamedTuple):
-    logprob: Tensor | None  # [N]; None: only the loss comes out
-    entropy: Tensor | None = None  # [N]
-    loss: Tensor | None = None  # []; of a contender whose own loss has the problem's coefficients
-
-
-class Contender:
-    """Stateless, so that a fresh process can be given one."""
-
-    name: str
-    ours = False
-    entropy = False  # has a gradient for entropies
-    softcap = False
-    compiles = False  # for each shape, and takes seconds to
-    pure_forward = True  # its forward is not already half of its backward
-
-    def why_not(self, problem: Problem) -> str | None:
-        """Why it does not solve the problem where that is known beforehand. What is found out by trying is an
-        exception of `forward`."""
-        if problem.entropy_grad is not None and not self.entropy:
-            return "has no gradient for entropies"
-        if problem.softcap is not None and not self.softcap:
-            return "has no softcap"
-        return None
-
-    def forward(self, hidden: Tensor, weight: Tensor, problem: Problem) -> Outputs:
-        raise NotImplementedError
-
-    def around(self) -> AbstractContextManager[Any]:
-        """What a step runs in."""
-        return nullcontext()
-
-    def tolerance(self, dtype: torch.dtype) -> float:
-        """What ours may leave out of dZ, as a share."""
-        return 0.0
-
 
 # ------------------------------------------------------------------------------------------------------------ ours
-
-
-class Ours(Contender):
-    ours = entropy = softcap = True
-
-    def __init__(self, name: str = "ours", grad_tol: float | str = "auto", backend: str | None = None) -> None:
-        self.name, self.grad_tol, self.backend = name, grad_tol, backend
-
-    def why_not(self, problem: Problem) -> str | None:
-        if self.backend == "eager" and kernels.describe(problem.hidden.device) == "eager":
-            return "is the default backend here"
-        return None
-
-    def forward(self, hidden: Tensor, weight: Tensor, problem: Problem) -> Outputs:
-        entropy, softcap = problem.entropy_grad is not None, problem.softcap
-        options: dict[str, Any] = dict(entropy=entropy, softcap=softcap, grad_tol=self.grad_tol)
-        return Outputs(*linear_logprob(hidden, weight, problem.targets, **options))
-
-    def around(self) -> AbstractContextManager[Any]:
-        # Forward and backward are two operators, and each looks which backend is meant.
-        return mock.patch.dict(os.environ, {kernels.VARIABLE: self.backend} if self.backend else {})
-
-    def tolerance(self, dtype: torch.dtype) -> float:
-        return resolve_grad_tol(self.grad_tol, dtype)
 
 
 @contextmanager
@@ -108,16 +43,6 @@ def certificates() -> Iterator[list[dict[str, Any]]]:
 
 
 # ----------------------------------------------------------------------------------------------------------- peers
-
-
-class Eager(Contender):
-    name = "eager"
-    entropy = softcap = True
-    function = staticmethod(eager_logprob)
-
-    def forward(self, hidden: Tensor, weight: Tensor, problem: Problem) -> Outputs:
-        entropy = problem.entropy_grad is not None
-        return Outputs(*self.function(hidden, weight, problem.labels, problem.softcap, entropy))
 
 
 class CompiledEager(Eager):

@@ -1,131 +1,22 @@
-"""What every benchmark shares: the problem that contenders solve, one step of one of them, clocks, the exact gradients,
-peak memory, where a measurement was made, files that are whole."""
+"""What every benchmark shares beyond `covgrpo_kernels/benchmark.py`: the products alone, errors, profiles, where a
+measurement was made, files that are whole."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import math
-import multiprocessing
-import os
 import platform
 import re
 import subprocess
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from covgrpo_kernels import kernels, reference
-from covgrpo_kernels.config import IGNORE_INDEX
-from covgrpo_kernels.testing import Results, policy_head
-
-if TYPE_CHECKING:
-    from .contenders import Contender
-
-clock = time.perf_counter
-
-
-def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds that the device took, or on a CPU that passed."""
-    if device.type != "cuda":
-        begin = clock()
-        result = function()
-        return clock() - begin, result
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
-    result = function()
-    end.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / 1000, result
-
-
-# ------------------------------------------------------------------------------------------------- the problem
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What all contenders are given: the same tensors, and which gradients are wanted."""
-
-    hidden: Tensor  # [N, D]
-    weight: Tensor  # [V, D]
-    targets: Tensor  # [N], -100: ignored
-    logprob_grad: Tensor  # [N] coefficients
-    entropy_grad: Tensor | None = None  # [N]
-    softcap: float | None = None
-    frozen: bool = False  # the head: dW is not wanted
-    backward: bool = True
-
-    @classmethod
-    def of(cls, head: dict[str, Any], dtype: torch.dtype, device: torch.device, **options: Any) -> Problem:
-        """From a generator of `covgrpo_kernels.testing` or a recording. An ignored row has no coefficient."""
-        valid = head["targets"] != IGNORE_INDEX
-        x = {n: head[n].to(device, dtype) for n in ("hidden", "weight")}
-        x |= {n: head[n].float().where(valid, 0).to(device) for n in ("logprob_grad", "entropy_grad") if n in head}
-        if not options.pop("entropy", False):
-            x.pop("entropy_grad", None)
-        options = dict(softcap=head.get("softcap")) | options
-        return cls(**x, targets=head["targets"].to(device), **options)
-
-    @property
-    def size(self) -> dict[str, int]:
-        return dict(tokens=len(self.hidden), depth=self.hidden.shape[1], vocab=len(self.weight))
-
-    @property
-    def labels(self) -> Tensor:
-        """Targets for those that have no ignored rows; their coefficient is zero."""
-        return self.targets.clamp(min=0)
-
-    def toy(self) -> Problem:
-        """The same question at a size that takes no time."""
-        head = policy_head(0, 64, 32, 1100)
-        head["entropy_grad"] = head["logprob_grad"]
-        options = dict(softcap=self.softcap, frozen=self.frozen, backward=self.backward)
-        has_entropy = self.entropy_grad is not None
-        return Problem.of(head, self.hidden.dtype, self.hidden.device, entropy=has_entropy, **options)
-
-
-class Step(NamedTuple):
-    results: Results  # logprob, entropy [N]; dhidden [N, D], dweight [V, D]: those there are
-    forward: float  # seconds
-    backward: float | None
-
-
-def step(contender: Contender, problem: Problem) -> Step:
-    device, learn = problem.hidden.device, problem.backward
-    hidden = problem.hidden.detach().requires_grad_(learn)
-    weight = problem.weight.detach().requires_grad_(learn and not problem.frozen)
-    backward = None
-    with contender.around(), torch.set_grad_enabled(learn):
-        forward, out = timed(lambda: contender.forward(hidden, weight, problem), device)
-        if learn:
-            pairs = [(out.logprob, problem.logprob_grad), (out.entropy, problem.entropy_grad)]
-            if out.loss is not None:
-                pairs = [(out.loss, torch.ones_like(out.loss))]
-            outputs, grads = zip(*((x, g.to(x.dtype)) for x, g in pairs if g is not None), strict=True)
-            backward, _ = timed(lambda: torch.autograd.backward(outputs, grads), device)
-    valid = problem.targets != IGNORE_INDEX
-    # Entropies that nobody asked for, as some make them in passing, are not looked at.
-    found = dict(logprob=out.logprob, entropy=None if problem.entropy_grad is None else out.entropy)
-    results = {name: x.detach().where(valid, 0) for name, x in found.items() if x is not None}
-    for name, x in (("dhidden", hidden), ("dweight", weight)):
-        if x.requires_grad:
-            assert x.grad is not None, f"{contender.name} gave no {name}"
-            results[name] = x.grad
-    return Step(results, forward, backward)
-
-
-def warm(contender: Contender, problem: Problem) -> None:
-    """Threads, libraries and compilers, once."""
-    step(contender, problem if contender.compiles else problem.toy())
+from covgrpo_kernels import kernels
+from covgrpo_kernels.benchmark import Contender, Problem, step, timed, warm
+from covgrpo_kernels.testing import Results
 
 
 class Bare:
@@ -149,60 +40,7 @@ class Bare:
             self.backward.append(timed(products, device)[0])
 
 
-def product_seconds(problem: Problem, dtype: torch.dtype) -> float:
-    """Of the products of a step, forward and both gradients, on a cut-out of the problem's operands that takes no time:
-    the smaller of two."""
-    hidden, weight = (x[:rows].to(dtype) for x, rows in ((problem.hidden, 256), (problem.weight, 4096)))
-    logits = hidden @ weight.t()
-
-    def products() -> Any:
-        return torch.mm(hidden, weight.t(), out=logits), logits @ weight, logits.t() @ hidden
-
-    return min(timed(products, hidden.device)[0] for _ in range(2))
-
-
-def slow_products(problem: Problem) -> float | None:
-    """How many times as long as float32's the products take in the problem's dtype, on a processor that has no
-    instructions for it. None where they are faster, as they should be."""
-    dtype = problem.hidden.dtype
-    if problem.hidden.device.type != "cpu" or dtype.itemsize >= 4:
-        return None
-    ratio = product_seconds(problem, dtype) / product_seconds(problem, torch.float32)
-    return ratio if ratio > 1 else None
-
-
 # ----------------------------------------------------------------------------------------------------- numbers
-
-
-def eager_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None, entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """What trainers write: no more than what is asked for. (The reference always computes entropies.)"""
-    logits = F.linear(hidden, weight).float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    log_p = logits.log_softmax(-1)
-    logprob = log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
-    return logprob, -(log_p.exp() * log_p).sum(-1) if entropy else None
-
-
-def exact(problem: Problem, rows: int = 256) -> Results:
-    """The reference in float64 on the problem's inputs, a block of rows at a time."""
-    hidden, weight = (x.detach().to(torch.float64, copy=True) for x in (problem.hidden, problem.weight))
-    hidden.requires_grad_(problem.backward)
-    weight.requires_grad_(problem.backward and not problem.frozen)
-    logprobs, entropies = [], []
-    for block in torch.arange(len(hidden), device=hidden.device).split(rows):
-        x, e = reference.linear_logprob(hidden[block], weight, problem.targets[block], softcap=problem.softcap)
-        if problem.backward:
-            total = (x * problem.logprob_grad[block]).sum()
-            if problem.entropy_grad is not None:
-                total = total + (e * problem.entropy_grad[block]).sum()
-            total.backward()
-        logprobs.append(x.detach())
-        entropies.append(e.detach())
-    truth = dict(logprob=torch.cat(logprobs), entropy=torch.cat(entropies))
-    return truth | {f"d{n}": x.grad for n, x in (("hidden", hidden), ("weight", weight)) if x.grad is not None}
 
 
 def rounding(sizes: dict[str, float], dtype: torch.dtype, grad_tol: float = 0.0) -> dict[str, float]:
@@ -222,62 +60,6 @@ def errors(results: Results, truth: Results) -> dict[str, dict[str, float]]:
         largest, squares = (torch.stack(x) for x in zip(*pieces, strict=True))
         found[name] = dict(max=largest.max().item(), rms=(squares.sum() / value.numel()).sqrt().item())
     return found
-
-
-# ------------------------------------------------------------------------------------------------------ memory
-
-
-def can_measure_memory(device: torch.device) -> bool:
-    return device.type == "cuda" or os.access("/proc/self/clear_refs", os.W_OK)
-
-
-def peak_mib(contender: Contender, problem: Problem) -> float:
-    """Peak memory of a step beyond inputs and gradients: of the device's allocator, or on a CPU of the resident set of
-    a fresh process. Raises RuntimeError where that process fails."""
-    device = problem.hidden.device
-    if device.type == "cuda":
-        warm(contender, problem)
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        results = step(contender, problem).results
-        return (torch.cuda.max_memory_allocated(device) - before - _gradient_bytes(results)) / 2**20
-    context = multiprocessing.get_context("spawn")
-    value = context.Value("d", -1.0)
-    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
-        torch.save({f.name: getattr(problem, f.name) for f in dataclasses.fields(problem)}, file.name)
-        process = context.Process(target=_peak_in_this_process, args=(contender, file.name, value))
-        process.start()
-        process.join()
-    if process.exitcode:
-        raise RuntimeError(f"measuring the memory of {contender.name} failed with exit status {process.exitcode}")
-    return value.value
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """None where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    about = Path("/proc/meminfo")
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", about.read_text(), re.M) if about.exists() else None
-    return int(found[1]) << 10 if found else None
-
-
-def _gradient_bytes(results: Results) -> int:
-    return sum(x.nbytes for name, x in results.items() if name.startswith("d"))
-
-
-def _resident_kib(field: str) -> int:
-    return int(Path("/proc/self/status").read_text().split(field)[1].split()[0])
-
-
-def _peak_in_this_process(contender: Contender, path: str, value: Any) -> None:
-    problem = Problem(**torch.load(path))
-    warm(contender, problem)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    before = _resident_kib("VmRSS:")
-    results = step(contender, problem).results
-    value.value = (_resident_kib("VmHWM:") - before) / 1024 - _gradient_bytes(results) / 2**20
 
 
 # ------------------------------------------------------------------------------------------------ the GPU's profile

@@ -15,12 +15,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from covgrpo_kernels.benchmark import Contender, Problem, free_bytes, timed
 from covgrpo_kernels.testing import POLICIES
 
 from .cases import Case, Point, all_cases, policy_points
 from .compare import compare, lines, noise
-from .contenders import CONTENDERS, Contender
-from .measure import Problem, environment, free_bytes, gpu_profile, timed, write_json
+from .contenders import CONTENDERS
+from .measure import environment, gpu_profile, write_json
 from .record import load
 from .report import HEADER, RESULTS, cells, certificate
 

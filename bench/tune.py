@@ -12,12 +12,12 @@ from unittest import mock
 import torch
 
 from covgrpo_kernels import engines, kernels
+from covgrpo_kernels.benchmark import Ours, Problem, step, timed
 from covgrpo_kernels.engines.tiling import largest_tile
 from covgrpo_kernels.kernels.interface import VOCAB_BLOCK, Coefficients, LogitTransform, OnlineSoftmax, Tile
 from covgrpo_kernels.testing import policy_head
 
-from .contenders import Ours
-from .measure import Problem, environment, step, timed, write_json
+from .measure import environment, write_json
 
 SIZES = [dict(tokens=8192, depth=4096, vocab=128256), dict(tokens=16384, depth=896, vocab=151936)]
 TOY = [dict(tokens=48, depth=32, vocab=2100)]

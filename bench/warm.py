@@ -11,9 +11,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
 
+from covgrpo_kernels.benchmark import step
+
 from .cases import SMOKE, Point, Size, all_cases
 from .contenders import CONTENDERS
-from .measure import step
 
 CASES = ("headline", "small", "shallow", "frozen", "dense")
 # Few rows and a short vocabulary, both multiples of 16 as the real ones, which is what kernels are specialised on; the

@@ -1,4 +1,4 @@
-"""The `covgrpo` command: train, demo, doctor. What a command needs is imported when it runs."""
+"""The `covgrpo` command: train, demo, bench, doctor. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 from .grpo.config import TrainConfig, option_type
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .doctor import main as doctor
 
         return doctor(**options)
+    if command == "bench":
+        return _bench(**options)
     if command == "demo" and _processes() > 1:
         return _fail("covgrpo demo runs in one process; torchrun is for covgrpo train")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -38,8 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return _fail(f"covgrpo {command} needs {', '.join(missing)}: {how_to_install('grpo')}")
     try:
+        if "config" in options:
+            from .config_file import read_config
+
+            options = read_config(options.pop("config")) | options
         config = TrainConfig(**options) if command == "train" else dataclasses.replace(DEMO, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError) as error:
         return _fail(str(error))
     return _run(command, config)
 
@@ -64,6 +71,17 @@ def _run(command: str, config: TrainConfig) -> int:
     return parallel.leave(status)
 
 
+def _bench(**options: Any) -> int:
+    from .benchmark import main as bench
+
+    try:
+        return bench(**options)
+    except (ValueError, RuntimeError) as error:  # inputs that are too large, or a backend that cannot run
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
 def _what_is_left(out: Path) -> str:
     """Of a run or a demo that was interrupted."""
     if [*out.glob("model"), *out.glob("*/model")]:
@@ -86,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
         "its processes share the work, with the numbers of a single one but for rounding; the next command may have "
         "another number of them.",
     )
+    train.add_argument(
+        "--config", default=argparse.SUPPRESS, metavar="FILE",
+        help="options from a YAML file, one a line (group_size: 8); those of the command line come on top",
+    )  # fmt: skip
     for field in dataclasses.fields(TrainConfig):
         _add_option(train, field, field.metadata["default"])
 
@@ -99,6 +121,23 @@ def _parser() -> argparse.ArgumentParser:
         if field.name in ("out", "steps", "seed", "device"):
             _add_option(demo, field, getattr(DEMO, field.name))
 
+    bench = commands.add_parser(
+        "bench",
+        help="the loss beside eager PyTorch at your size, in less than a minute",
+        description="Time, memory and errors of log-probs and their gradients, from hidden states [N, D] and a head "
+        "[V, D], beside eager PyTorch's; on the GPU if there is one. In a clone, python -m bench has every peer.",
+    )
+    for name, metavar, help in (
+        ("tokens", "N", "tokens of an optimiser step, or of a micro-batch"),
+        ("depth", "D", "hidden size of the model"),
+        ("vocab", "V", "size of its vocabulary"),
+    ):
+        bench.add_argument(name, type=_positive, metavar=metavar, help=help)
+    bench.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto",
+        help="of hidden states and head (default: bfloat16 where the device has instructions for it, else float32)",
+    )  # fmt: skip
+
     doctor = commands.add_parser(
         "doctor",
         help="versions, devices, backends and a numeric self-test",
@@ -108,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
         "--json", action="store_true", dest="as_json", help="one object of JSON, for a program or an issue"
     )
     return parser
+
+
+def _positive(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text}")
 
 
 def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, default: object) -> None:

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -16,8 +16,9 @@ from urllib.parse import unquote, urlparse
 import torch
 from torch import Tensor
 
-from . import __version__, covgrpo_loss, kernels, linear_logprob, reference
+from . import __version__, benchmark, covgrpo_loss, kernels, linear_logprob, reference
 from .config import CovGRPOConfig
+from .grpo.config import usable_dtype
 from .testing import ErrorBook, Results, check_draw, random_batch, random_head, run_logprob, run_loss
 
 
@@ -90,6 +91,10 @@ def main(as_json: bool = False) -> int:
             for i, advice in enumerate(how_to_build()):
                 report.row("" if i else "to have it", advice)
 
+    report.section("benchmark", "beside eager PyTorch: forward and backward of log-probs")
+    for what, result in beside_eager([device for device, _ in devices if device.type == "cuda"][:1]):
+        report.row(what, result)
+
     report.section("self-test", "self-test: errors against float64, as multiples of eager PyTorch's in the same dtype")
     if not __debug__:
         return report.verdict(False, "python -O removes the assertions it is made of")
@@ -150,18 +155,37 @@ def _version(distribution: str) -> str | None:
 
 
 def _devices() -> list[tuple[torch.device, str]]:
-    capability = torch.backends.cpu.get_cpu_capability()
-    devices = [(torch.device("cpu"), f"{capability}, {torch.get_num_threads()} threads")]
+    devices = [(torch.device("cpu"), benchmark.describe(torch.device("cpu")))]
     for i in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(i)
-        memory = gpu.total_memory / 2**30
-        devices.append((torch.device("cuda", i), f"{gpu.name}, {memory:.0f} GiB, {gpu.major}.{gpu.minor}"))
+        device = torch.device("cuda", i)
+        devices.append((device, benchmark.describe(device)))
     return devices
 
 
 def _why_no_gpu() -> str:
     build = torch.version.cuda or torch.version.hip
     return f"none found by torch, built for {build}" if build else "none: this torch build is for the CPU"
+
+
+# ----------------------------------------------------------------------------------------------- the benchmark
+
+SIZE = (2048, 2048, 128256)  # tokens, hidden size and vocabulary: a micro-batch of a model of a billion parameters
+
+
+def beside_eager(devices: Sequence[torch.device], seconds: float = 2.0) -> Iterator[tuple[str, str]]:
+    """(what was measured, the result in words), of a GPU. On a CPU it would take too long to be done unasked."""
+    for device in devices:
+        try:
+            comparison = benchmark.compare(*SIZE, usable_dtype("auto", device), device, seconds)
+        except Exception as error:  # a full GPU, say; what is wrong with a kernel the self-test says
+            yield "failed", f"{type(error).__name__}: {error}"
+            continue
+        names, *rows = benchmark.cells(comparison)
+        for who, *values in rows:
+            yield who, ", ".join(f"{name} {value}" for name, value in zip(names[1:], values, strict=True))
+        if remarks := [*benchmark.in_short(comparison), *comparison.remarks]:
+            yield "in short", " ".join(remarks)
+    yield "at your size", "covgrpo bench N D V (tokens, hidden size, vocabulary)"
 
 
 # ----------------------------------------------------------------------------------------------- the self-test

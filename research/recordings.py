@@ -91,7 +91,7 @@ def statistics(
 ) -> dict[str, Any]:
     """Of a recording, or of a generator of `covgrpo_kernels.testing`, in inputs of a dtype: the distributions of all
     rows; the gradients of some whole groups, ``rows`` rows at most; the error of dL/dlogits of ``probes`` of these."""
-    from bench.measure import Problem
+    from covgrpo_kernels.benchmark import Problem
 
     every, problem = (Problem.of(x, dtype, torch.device("cpu")) for x in (head, some_groups(head, rows)))
     result: dict[str, Any] = dict(size=problem.size, coefficients=_share(problem.logprob_grad != 0))
@@ -161,8 +161,8 @@ def gradient_errors(problem: Any) -> dict[str, Any]:
     """How ours treats the rows, and the errors of its gradients against float64, beside those of its exact mode and of
     eager PyTorch in the same dtype: root mean squares over that of the exact gradient. And what AdamW's first step
     makes of the gradient of the head: g / (|g| + 1e-8), entry by entry."""
-    from bench.contenders import EAGER, Ours, certificates
-    from bench.measure import exact, step
+    from bench.contenders import EAGER, certificates
+    from covgrpo_kernels.benchmark import Ours, exact, step
 
     truth = exact(problem)
     found: dict[str, Any] = {}

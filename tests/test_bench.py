@@ -31,13 +31,13 @@ from bench import (
     run,
     warm,
 )
-from bench.contenders import EAGER, Eager, Ours
-from bench.measure import Problem
-from covgrpo_kernels import reference, testing
+from bench.contenders import EAGER
+from covgrpo_kernels import benchmark, reference, testing
+from covgrpo_kernels.benchmark import Eager, Ours, Problem
 from covgrpo_kernels.testing import policy_head, rms, run_logprob
 
 CPU = torch.device("cpu")
-needs_proc = pytest.mark.skipif(not measure.can_measure_memory(CPU), reason="peak memory is read from Linux's /proc")
+needs_proc = pytest.mark.skipif(not benchmark.can_measure_memory(CPU), reason="peak memory is read from Linux's /proc")
 
 
 def toy(dtype=torch.float32, **options):
@@ -85,7 +85,7 @@ NOISE = [1.0, 0.97, 1.04, 1.0, 1.02, 0.98]  # what a machine adds
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(measure, "clock", clock)
+    monkeypatch.setattr(benchmark, "clock", clock)
     return clock
 
 
@@ -236,14 +236,14 @@ def test_later_turns_are_checked_too():
 
 
 def test_ours_that_fails_is_not_a_line_of_the_table(monkeypatch):
-    monkeypatch.setattr(contenders, "linear_logprob", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("broken")))
+    monkeypatch.setattr(benchmark, "linear_logprob", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
         measured(Ours(), EAGER)
 
 
 def test_rows_without_a_coefficient_have_no_gradient(monkeypatch):
     """However small it is."""
-    step = measure.step
+    step = benchmark.step
 
     def off(contender, problem):
         made = step(contender, problem)
@@ -335,7 +335,7 @@ def test_the_triton_kernels_of_verl_need_no_ray(monkeypatch):
 
     def forward(hidden, weight, labels, *rest):
         called.append("forward")
-        logprob, entropy = measure.eager_logprob(hidden, weight, labels, entropy=True)
+        logprob, entropy = benchmark.eager_logprob(hidden, weight, labels, entropy=True)
         return logprob, entropy, hidden, hidden, hidden
 
     def backward(dlogprobs, dentropy, hidden, weight, *rest):
@@ -346,7 +346,7 @@ def test_the_triton_kernels_of_verl_need_no_ray(monkeypatch):
         module = contenders.verl_module("utils/kernel/kernels")
     monkeypatch.setattr(module, "efficient_entropy_forward", forward)
     monkeypatch.setattr(module, "efficient_entropy_backward", backward)
-    measure.step(contender, toy())
+    benchmark.step(contender, toy())
     contenders.verl_module.cache_clear()
     assert called == ["forward", "backward"]
 
@@ -392,15 +392,15 @@ def test_the_oracle_is_the_reference(options):
     problem = Problem.of(head, torch.float32, CPU, **options)
     inputs = {n: getattr(problem, n) for n in ("hidden", "weight", "targets", "logprob_grad", "entropy_grad")}
     whole = run_logprob(reference.linear_logprob, **inputs, dtype=torch.float64, softcap=problem.softcap)
-    for name, value in measure.exact(problem, rows=7).items():
+    for name, value in benchmark.exact(problem, rows=7).items():
         assert rms(value - whole[name]) <= 64 * torch.finfo(torch.float64).eps * rms(whole[name]), name
 
 
 def test_slow_products_are_said_to_be_slow(monkeypatch):
     """As on a processor that has no instructions for bfloat16, where a step may take a fraction of "the limit"."""
     seconds = {torch.bfloat16: 0.5, torch.float32: 0.1}
-    monkeypatch.setattr(measure, "product_seconds", lambda problem, dtype: seconds[dtype])
-    assert measure.slow_products(toy()) is None
+    monkeypatch.setattr(benchmark, "product_seconds", lambda problem, dtype: seconds[dtype])
+    assert benchmark.slow_products(toy()) is None
     point = measured(EAGER, problem=toy(torch.bfloat16))
     assert any("5.0 times as long as its float32 ones" in warning for warning in compare.noise(point))
     seconds[torch.float32] = 1.0
@@ -416,7 +416,7 @@ def test_products_are_timed_in_the_dtype(clock, monkeypatch):
         return mm(a, b, **options)
 
     monkeypatch.setattr(torch, "mm", slow)
-    assert measure.slow_products(toy(torch.bfloat16)) == pytest.approx(3, rel=0.01)
+    assert benchmark.slow_products(toy(torch.bfloat16)) == pytest.approx(3, rel=0.01)
 
 
 def test_it_says_how_long_it_takes(monkeypatch, tmp_path, capsys):
@@ -451,7 +451,7 @@ class Hungry(Eager):
 @needs_proc
 def test_memory_that_is_gone_is_seen():
     problem = Problem.of(policy_head(0, 32, 32, 1100), torch.float32, CPU)
-    assert measure.peak_mib(Hungry(), problem) - measure.peak_mib(EAGER, problem) == pytest.approx(48, abs=4)
+    assert benchmark.peak_mib(Hungry(), problem) - benchmark.peak_mib(EAGER, problem) == pytest.approx(48, abs=4)
 
 
 class Dies(Eager):
@@ -464,7 +464,7 @@ class Dies(Eager):
 @needs_proc
 def test_a_process_that_dies_is_an_error():
     with pytest.raises(RuntimeError, match="dies failed with exit status 3"):
-        measure.peak_mib(Dies(), toy())
+        benchmark.peak_mib(Dies(), toy())
 
 
 # ------------------------------------------------------------------------------------------------ the host, compilers
@@ -835,7 +835,7 @@ def test_a_recording_holds_what_the_model_saw(policy, monkeypatch, temperature):
     responses = tokens[:, -mask.shape[1] :]
     wanted = logits.log_softmax(-1).gather(2, responses.unsqueeze(2)).squeeze(2).where(mask, 0).flatten()
     problem = Problem.of(recording, torch.float32, CPU)
-    x = measure.step(EAGER, dataclasses.replace(problem, backward=False)).results["logprob"].where(mask.flatten(), 0)
+    x = benchmark.step(EAGER, dataclasses.replace(problem, backward=False)).results["logprob"].where(mask.flatten(), 0)
     for ours in (x, recording["old_logprobs"]):
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
     # The end of a sequence is a target, and nothing after it.

@@ -48,6 +48,24 @@ def test_help_is_light() -> None:
     assert "(default: 0.00015; with --model 1e-06)" in " ".join(result.stdout.split())
 
 
+def test_the_package_imports_torch_and_no_more() -> None:
+    """Every public name: its own modules and the standard library beside what `import torch` has imported, so no
+    compiler, no transformers, no triton. It takes a tenth of a second."""
+    code = (
+        "import sys, torch\n"
+        "before = {name.split('.')[0] for name in sys.modules}\n"
+        "compilers = {name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules}\n"
+        "from covgrpo_kernels import *\n"
+        "more = {name.split('.')[0] for name in sys.modules} - before - sys.stdlib_module_names\n"
+        "assert more == {'covgrpo_kernels'}, more\n"
+        "assert compilers == {name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules}"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    code = "import sys, covgrpo_kernels; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_commands_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
@@ -232,41 +250,6 @@ def test_what_is_left(
     monkeypatch.setattr(train, function, interrupted)
     assert cli.main(["train", "--out", str(tmp_path / "run"), *SMALL, "--steps", "1"]) == 130
     assert f"interrupted; the same command {message}" in capsys.readouterr().err
-
-
-@needs_extra
-def test_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line that changes, of the same width every time."""
-    from covgrpo_kernels.grpo.progress import ProgressBar
-
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    progress = ProgressBar("CW-GRPO", 0, 100_000)
-    for step in (1, 2, 100_000):
-        progress.update(step, "reward 0.123  entropy 1.234  " + 9 * "and more")
-    first, *shown = capsys.readouterr().out.split("\r")
-    assert first == ""
-    assert [len(line.rstrip("\n")) for line in shown] == [79] * 3
-    assert shown[-1].startswith("CW-GRPO 100000/100000  reward 0.123")
-    assert [line.endswith("\n") for line in shown] == [False, False, True]
-    progress = ProgressBar("CW-GRPO", 0, 100)
-    progress.update(50, "reward 0.123  entropy 1.234")
-    assert "left" in capsys.readouterr().out  # nothing is cut from what is shown in truth
-    progress.update(51, "enough", last=True)
-    assert capsys.readouterr().out.endswith("\n")
-
-
-@needs_extra
-def test_ten_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    from covgrpo_kernels.grpo.progress import ProgressBar
-
-    progress, quiet = ProgressBar("GRPO", 0, 40), ProgressBar("GRPO", 0, 40, quiet=True)
-    for step in range(1, 41):
-        progress.update(step, "reward 0.1")
-        quiet.update(step, "never shown")
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == [f"{step}/40" for step in range(4, 41, 4)]
-    assert all(line.startswith("GRPO ") and line.endswith(" left") for line in lines[:-1])
 
 
 def test_doctor_is_wired(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from covgrpo_kernels.grpo import checkpoint, tasks  # noqa: E402
 from covgrpo_kernels.grpo import train as training  # noqa: E402
 from covgrpo_kernels.grpo.checkpoint import TrainingError  # noqa: E402
 from covgrpo_kernels.grpo.config import LOSS_TYPES, TrainConfig  # noqa: E402
+from covgrpo_kernels.grpo.logs import MetricsLog  # noqa: E402
 from covgrpo_kernels.grpo.policy import Policy, byte_tokenizer, load_policy, new_policy  # noqa: E402
 from covgrpo_kernels.grpo.rollout import (  # noqa: E402
     Batch,
@@ -251,14 +252,15 @@ def test_problems_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{'prompt': 1}", "JSONDecodeError"),
-        ('{"prompt": "a", "answer": "b"', "JSONDecodeError"),
+        ("{'prompt': 1}", "JSONDecodeError: Expecting property name enclosed in double quotes, column 2"),
+        ('{"prompt": "a", "answer": "b"', "JSONDecodeError: .*, column 30"),
         ("[1, 2]", "TypeError"),
         ('{"prompt": "a"}', "KeyError: 'answer'"),
         ('{"answer": "a"}', "KeyError: 'prompt'"),
         ('{"prompt": "a", "answer": 3}', "must be strings, and not empty"),
         ('{"prompt": " ", "answer": "3"}', "must be strings, and not empty"),
         ("\udcff", "UnicodeDecodeError"),
+        ('{"prompt": "a", "answer": "\\ud800"}', "UnicodeEncodeError"),
     ],
 )
 def test_malformed_rows(tmp_path: Path, line: str, message: str) -> None:
@@ -650,6 +652,31 @@ def test_a_run_leaves(uninterrupted: Path) -> None:
     assert tokenizer.decode(tokenizer("1 +1").input_ids) == "1 +1"
 
 
+def test_a_checkpoint_on_the_way_is_a_model(tmp_path: Path) -> None:
+    """Of a run that is killed between two: transformers loads it, with its tokenizer, and it is the one that a run of
+    fewer steps ends with."""
+    real = training.generator_of
+
+    def killed(policy: Policy, seed: int, step: int) -> torch.Generator:
+        if step == 4:
+            raise Killed
+        return real(policy, seed, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "generator_of", killed)
+        with pytest.raises(Killed):
+            train(tiny(tmp_path / "out"))
+    train(tiny(tmp_path / "shorter", steps=2))
+    loaded = []
+    for out in (tmp_path / "out", tmp_path / "shorter"):
+        assert (out / "model" / "model.safetensors").is_file()
+        loaded.append(transformers.AutoModelForCausalLM.from_pretrained(out / "model"))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
+    assert all(map(torch.equal, *(model.parameters() for model in loaded)))
+    ids = tokenizer("3 +4 mod 7 =", return_tensors="pt").input_ids
+    assert loaded[0].generate(ids, max_new_tokens=3).shape[1] <= ids.shape[1] + 3
+
+
 def test_runs_are_reproducible(uninterrupted: Path, tmp_path: Path) -> None:
     train(tiny(tmp_path))
     assert metrics(tmp_path) == metrics(uninterrupted)
@@ -689,7 +716,8 @@ class Killed(BaseException):
 
 
 def test_a_crash_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run is stopped before its k-th rename or within its k-th file, for every k; then it is resumed."""
+    """A run is stopped before its k-th rename, within its k-th file or within a line of metrics, for every k; then it
+    is resumed."""
     countdown = [0]
 
     def tick() -> None:
@@ -697,7 +725,7 @@ def test_a_crash_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         if countdown[0] == 0:
             raise Killed
 
-    real_replace, real_save, real_rmtree = os.replace, torch.save, shutil.rmtree
+    real_replace, real_save, real_rmtree, real_append = os.replace, torch.save, shutil.rmtree, MetricsLog._append
 
     def replace(*arguments: object) -> None:
         tick()
@@ -713,7 +741,15 @@ def test_a_crash_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             tick()
         real_rmtree(path, **options)
 
+    def append(log: MetricsLog, line: bytes) -> None:
+        before = log._path.read_bytes()
+        log._path.write_bytes(before + line[:20])
+        tick()
+        log._path.write_bytes(before)
+        real_append(log, line)
+
     monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(MetricsLog, "_append", append)
     monkeypatch.setattr(torch, "save", save)
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     options = dict(steps=2, warm_start_steps=3, eval_problems=1, inner_steps=1, checkpoint_every=1, prompts_per_step=2)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.contenders import EAGER, Ours
-from bench.measure import Problem, peak_mib
+from bench.contenders import EAGER
 from covgrpo_kernels import covgrpo_loss, linear_logprob
+from covgrpo_kernels.benchmark import Ours, Problem, peak_mib
 from covgrpo_kernels.engines import fused_gpu
 from covgrpo_kernels.engines.interface import HeadGrads
 from covgrpo_kernels.segments import Segments

@@ -210,6 +210,15 @@ def test_files_of_others_in_a_run(run: Path, harm: Callable[[Path], None], messa
     refused(TrainingError, message, run, out=str(run), steps=3)
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "config.json", "tokenizer.json"])
+def test_a_checkpoint_whose_content_is_damaged(run: Path, name: str) -> None:
+    """Of the size that it had."""
+    path = run / "model" / name
+    path.write_bytes(b"?" * path.stat().st_size)
+    with pytest.raises((TrainingError, ValueError), match=rf"run/model(/{name}| \(qwen2\))? cannot be (read|used)"):
+        train(dataclasses.replace(RUN, out=str(run), steps=3))
+
+
 def test_other_files_beside_a_run_stay(run: Path) -> None:
     for name in ("notes.txt", "config.json"):
         _write(name)(run)
@@ -421,9 +430,7 @@ def test_prompts_that_are_too_long(tmp_path: Path) -> None:
         rows = [{"prompt": "short", "answer": "a"}, {"prompt": "x" * length, "answer": "a"}]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         if length == 62:
-            message = (
-                r"mine.jsonl: a prompt must .* fit into the 64 positions .* max_new_tokens, got 62 \+ 3 tokens with 'x"
-            )
+            message = r"mine.jsonl, line 2: a prompt must .* fit into the 64 positions .*, got 62 \+ 3 tokens with 'x"
             refused(ValueError, message, tmp_path, **options)
         else:
             train(dataclasses.replace(RUN, **options, steps=1))
@@ -439,7 +446,9 @@ def test_prompts_without_tokens(tmp_path: Path) -> None:
     tokenizer.save_pretrained(model)
     data.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "xxx", "answer": "b"}\n')
     options = dict(model=str(model), data=str(data), out=str(tmp_path / "out"))
-    refused(ValueError, "mine.jsonl: a prompt must have tokens, .* got 0 .* tokens with 'xxx'", tmp_path, **options)
+    refused(
+        ValueError, "mine.jsonl, line 2: a prompt must have tokens, .* got 0 .* tokens with 'xxx'", tmp_path, **options
+    )
 
 
 # --- what the command says ---------------------------------------------------------------------------------

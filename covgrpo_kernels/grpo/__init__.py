@@ -8,5 +8,6 @@ tasks.py       generated problems whose answers a program checks; your own from 
 config.py      every option of a run, and of `covgrpo train`
 parallel.py    the same run in several processes, under torchrun
 checkpoint.py  the folder of a run: whole after a kill, and nobody else's files touched
+logs.py        the metrics of each step: metrics.jsonl, TensorBoard, Weights & Biases
 demo.py        GRPO and CW-GRPO side by side; plots.py: report.png; progress.py: what is shown meanwhile
 """

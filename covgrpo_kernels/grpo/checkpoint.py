@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Collection
@@ -139,13 +138,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
-    """metrics.jsonl: a JSON line for each step, null for what is not finite."""
-    finite = [{k: None if v != v or v in (math.inf, -math.inf) else v for k, v in row.items()} for row in rows]
-    write_atomically(path, lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in finite))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_bytes().splitlines()]

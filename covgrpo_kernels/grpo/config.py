@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds, which `covgrpo --help` need not wait for
+    import torch
+
     from .. import CovGRPOConfig
 
 # The values of --weighting, and what progress lines, tables and plots call them.
@@ -82,6 +84,10 @@ class TrainConfig:
     parallel: str = _option(
         "ddp", "under torchrun: the model whole on every process, or sharded over them (FSDP2)", choices=("ddp", "fsdp")
     )
+    log_to: str = _option(
+        "none", "where metrics go beside OUT/metrics.jsonl; wandb: Weights & Biases",
+        choices=("none", "tensorboard", "wandb"),
+    )  # fmt: skip
     checkpoint_every: int = _option(10, "steps between checkpoints", ">= 1")
     eval_every: int = _option(20, "steps between evaluations; 0: only before and after", ">= 0")
     eval_problems: int = _option(256, "held-out problems of an evaluation, at most; answered greedily", ">= 1")
@@ -92,7 +98,7 @@ class TrainConfig:
             if value is None and about["with_model"] is not None:
                 value = about["default"] if self.model is None else about["with_model"]
                 object.__setattr__(self, option.name, value)
-            _check(option.name, value, about)
+            check_option(option.name, value, about)
         if self.hidden_size % 64:
             raise ValueError(f"hidden_size must be a multiple of 64, got {self.hidden_size}")
         if self.inner_steps > self.prompts_per_step:
@@ -125,10 +131,22 @@ def option_type(name: str) -> type:
     return next((t for t in typing.get_args(hint) if t is not type(None)), hint)
 
 
+def usable_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What "auto" stands for: bfloat16 where the device multiplies in it."""
+    import torch
+
+    if name == "auto":
+        on_gpu = device.type == "cuda"
+        is_fast = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu.get_capabilities().get("avx512_bf16", False)
+        name = "bfloat16" if is_fast else "float32"
+    return getattr(torch, name)
+
+
 _COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
-def _check(name: str, value: Any, about: typing.Mapping[str, Any]) -> None:
+def check_option(name: str, value: Any, about: typing.Mapping[str, Any]) -> None:
+    """Raises TypeError or ValueError where a value, by itself, is none for the option."""
     if value is None and about["default"] is None:
         return
     kind = option_type(name)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .checkpoint import read_metrics
 from .config import ALGORITHMS, TrainConfig
+from .logs import read_metrics
 from .plots import save_report
 from .train import start_run, train
 

@@ -94,14 +94,6 @@ def cached(output: Any) -> dict[str, Any]:
     return {name: output[name] for name in ("past_key_values", "cache_params") if output.get(name) is not None}
 
 
-def usable_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What "auto" stands for: bfloat16 where the device multiplies in it."""
-    if name == "auto":
-        is_fast = torch.cuda.is_bf16_supported if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported
-        name = "bfloat16" if is_fast() else "float32"
-    return getattr(torch, name)
-
-
 def load_policy(
     name: str, device: torch.device, dtype: torch.dtype = torch.float32, chat_template: str = "none"
 ) -> Policy:

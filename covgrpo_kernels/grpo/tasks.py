@@ -14,7 +14,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 
@@ -36,7 +36,7 @@ class Task:
     generate: Callable[[random.Random], Problem]
     is_held_out: Callable[[str], bool]  # of a prompt
     seed: int
-    prompts: tuple[str, ...] = ()  # all of them, if they are of a file
+    prompts: dict[str, str] = field(default_factory=dict)  # all those of a file, and where: "mine.jsonl, line 3"
 
     def training_problem(self, stream: str, index: int) -> Problem:
         """Problem `index` of a stream; streams ("train", "warm start") are independent of each other."""
@@ -138,27 +138,30 @@ def apply_operator(operator: str, a: int, b: int) -> int:
 def file_task(path: str, seed: int) -> Task:
     """Rows {"prompt": ..., "answer": ...}; a response is right that ends in the answer. A tenth of the prompts, at
     least one, is held out. Raises ValueError naming the line."""
-    problems = []
+    problems, places = [], dict[str, str]()
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            place = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
                 if not all(isinstance(row[key], str) and row[key].strip() for key in ("prompt", "answer")):
                     raise TypeError("a prompt and an answer must be strings, and not empty")
+                (row["prompt"] + row["answer"]).encode()  # JSON can spell half a character
             except (ValueError, TypeError, KeyError) as error:  # not JSON, not UTF-8, no object
+                at = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 raise ValueError(
-                    f'{path}, line {number}: not JSON of the form {{"prompt": ..., "answer": ...}} '
-                    f"({type(error).__name__}: {error})"
+                    f'{place}: not JSON of the form {{"prompt": ..., "answer": ...}} ({type(error).__name__}: {at})'
                 ) from None
             answer = row["answer"].strip()
             problems.append(Problem(row["prompt"], answer, partial(ends_in, answer=answer)))
-    prompts = sorted({p.prompt for p in problems}, key=lambda prompt: (zlib.crc32(prompt.encode()), prompt))
+            places.setdefault(row["prompt"], place)
+    prompts = sorted(places, key=lambda prompt: (zlib.crc32(prompt.encode()), prompt))
     if len(prompts) < 2:
         raise ValueError(f"{path}: at least two different prompts are needed, one of them to hold out")
     held_out = frozenset(prompts[: max(len(prompts) // 10, 1)])
-    return Task(lambda rng: rng.choice(problems), held_out.__contains__, seed, tuple(prompts))
+    return Task(lambda rng: rng.choice(problems), held_out.__contains__, seed, places)
 
 
 NUMBER = r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"

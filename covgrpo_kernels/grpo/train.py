@@ -35,16 +35,17 @@ from torch.optim import Optimizer
 
 from .. import CovGRPOConfig, covgrpo_loss, linear_logprob
 from . import parallel
-from .checkpoint import RunFolder, TrainingError, read_metrics, write_metrics
-from .config import ALGORITHMS, TrainConfig
+from .checkpoint import RunFolder, TrainingError
+from .config import ALGORITHMS, TrainConfig, usable_dtype
+from .logs import MetricsLog, check_tracker, read_metrics
 from .plots import save_report
-from .policy import Policy, load_policy, new_policy, usable_dtype
+from .policy import Policy, load_policy, new_policy
 from .progress import ProgressBar
 from .rollout import Batch, Rollout, encode_solutions, group_advantages, reward, reward_metrics, sample
 from .tasks import Problem, Task, countdown_task, file_task
 
 # A run may be resumed with other values of these; every other option changes its numbers.
-FREE_OPTIONS = ("out", "steps", "checkpoint_every", "parallel")
+FREE_OPTIONS = ("out", "steps", "checkpoint_every", "parallel", "log_to")
 SOLUTIONS = 64  # of a supervised step
 
 # --- the algorithm -----------------------------------------------------------------------------------------
@@ -140,35 +141,33 @@ def train(config: TrainConfig, start: Path | None = None) -> None:
         reference.model.requires_grad_(False)
         parallel.distribute(reference.model, config.parallel)
     policy, optimizer, done = last_checkpoint(folder, policy, config)
-    held_out, path = task.held_out_problems(config.eval_problems), folder.path / "metrics.jsonl"
-    if done:
-        rows = parallel.together(rows_of_steps, path, done)
-    else:
-        rows = [{"run": folder.id, "step": 0, "eval/accuracy": evaluate(policy, held_out, config)}]
-        parallel.on_rank_0(write_metrics, path, rows)
-    progress = ProgressBar(ALGORITHMS[config.weighting], done, config.steps, quiet=parallel.rank() > 0)
-    for step in range(done + 1, config.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, step / max(config.warmup_steps, 1))
-        problems = task.training_problems(step, config.prompts_per_step)
-        started = time.perf_counter()
-        try:
-            metrics = grpo_step(policy, reference, optimizer, problems, config, generator_of(policy, config.seed, step))
-        except TrainingError as error:
-            raise TrainingError(f"step {step}: {error}; the last checkpoint is untouched") from error
-        metrics |= {"optim/lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - started}
-        if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-            metrics["eval/accuracy"] = evaluate(policy, held_out, config)
-        # In this order: a checkpoint never knows of a step that metrics.jsonl does not.
-        rows.append({"step": step, **metrics})
-        parallel.on_rank_0(write_metrics, path, rows)
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            save_policy(folder, "model", policy, optimizer, step)
-        what = "nothing to learn" if metrics["reward/equal_groups"] == 1 else f"entropy {metrics['entropy']:.3f}"
-        progress.update(step, f"reward {metrics['reward/mean']:.3f}  {what}")
+    held_out = task.held_out_problems(config.eval_problems)
+    with MetricsLog(folder, config.log_to) as log:
+        parallel.on_rank_0(log.open, done)
+        if not done:
+            parallel.on_rank_0(log.add, 0, {"eval/accuracy": evaluate(policy, held_out, config)})
+        progress = ProgressBar(ALGORITHMS[config.weighting], done, config.steps, quiet=parallel.rank() > 0)
+        for step in range(done + 1, config.steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * min(1.0, step / max(config.warmup_steps, 1))
+            problems = task.training_problems(step, config.prompts_per_step)
+            started, generator = time.perf_counter(), generator_of(policy, config.seed, step)
+            try:
+                metrics = grpo_step(policy, reference, optimizer, problems, config, generator)
+            except TrainingError as error:
+                raise TrainingError(f"step {step}: {error}; the last checkpoint is untouched") from error
+            metrics |= {"optim/lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - started}
+            if step == config.steps or (config.eval_every and step % config.eval_every == 0):
+                metrics["eval/accuracy"] = evaluate(policy, held_out, config)
+            # In this order: a checkpoint never knows of a step that metrics.jsonl does not.
+            parallel.on_rank_0(log.add, step, metrics)
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                save_policy(folder, "model", policy, optimizer, step)
+            what = "nothing to learn" if metrics["reward/equal_groups"] == 1 else f"entropy {metrics['entropy']:.3f}"
+            progress.update(step, f"reward {metrics['reward/mean']:.3f}  {what}")
     if done >= config.steps and parallel.rank() == 0:
         print(f"{config.out} holds a finished run of {done} steps; with more --steps it goes on.")
-    parallel.on_rank_0(conclude, folder, config, rows, len(held_out))
+    parallel.on_rank_0(conclude, folder, config, len(held_out))
 
 
 def generator_of(policy: Policy, seed: int, step: int) -> torch.Generator:
@@ -186,8 +185,9 @@ def evaluate(policy: Policy, problems: list[Problem], config: TrainConfig) -> fl
     return right / len(problems)
 
 
-def conclude(folder: RunFolder, config: TrainConfig, rows: list[dict[str, Any]], problems: int) -> None:
+def conclude(folder: RunFolder, config: TrainConfig, problems: int) -> None:
     """Draws report.png, and says what came of the run and where it is."""
+    rows = read_metrics(folder.path / "metrics.jsonl")
     save_report(folder, {ALGORITHMS[config.weighting]: rows})
     steps, (first, *_, last) = rows[1:], (row["eval/accuracy"] for row in rows if "eval/accuracy" in row)
     print(f"Of {problems} held-out problems {first:.1%} solved at the start, {last:.1%} after {len(steps)} steps.")
@@ -230,6 +230,7 @@ def problems_and_policy(config: TrainConfig) -> tuple[Task, Policy]:
     # Also of a model's name on the hub, which a folder would shadow.
     if model is not None and Path(model).resolve() in (out, *out.parents):
         raise ValueError(f"out must not be in the folder of the model, {model}, got {config.out}")
+    check_tracker(config.log_to)
     device, task = parallel.device_of_rank(config.device), make_task(config)
     dtype = usable_dtype(config.dtype, device)
     if model is None:
@@ -238,11 +239,11 @@ def problems_and_policy(config: TrainConfig) -> tuple[Task, Policy]:
     else:
         policy = load_policy(model, device, dtype, config.chat_template)
     positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    for prompt in task.prompts:
+    for prompt, place in task.prompts.items():
         [ids] = policy.encode([prompt])
         if not 0 < len(ids) <= positions - config.max_new_tokens:
             raise ValueError(
-                f"{config.data}: a prompt must have tokens, and fit into the {positions} positions of the model with "
+                f"{place}: a prompt must have tokens, and fit into the {positions} positions of the model with "
                 f"max_new_tokens, got {len(ids)} + {config.max_new_tokens} tokens with {prompt[:40]!r}"
             )
     return task, policy
@@ -334,16 +335,17 @@ def last_checkpoint(folder: RunFolder, policy: Policy, config: TrainConfig) -> t
     parallel.distribute(policy.model, config.parallel)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0)
     if done:
-        # Every process maps the file; rank 0 reads it and sends the rest.
-        state = torch.load(folder.path / "model" / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+        state = parallel.together(optimizer_state, folder.path / "model" / "optimizer.pt")
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=parallel.group() is not None)
         set_optimizer_state_dict(policy.model, optimizer, state, options=options)
     return policy, optimizer, done
 
 
-def rows_of_steps(path: Path, done: int) -> list[dict[str, Any]]:
-    """The lines up to the last step of the checkpoint: later steps are done again."""
-    rows = [row for row in read_metrics(path) if row["step"] <= done] if path.exists() else []
-    if [row["step"] for row in rows] != list(range(done + 1)):
-        raise TrainingError(f"{path} does not hold all of the {done} steps of the checkpoint: put it back")
-    return rows
+def optimizer_state(path: Path) -> dict[str, Any]:
+    """Every process maps the file; rank 0 reads it and sends the rest."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of many kinds
+        raise TrainingError(
+            f"{path} cannot be read ({type(error).__name__}): move {path.parent} away, and the run begins again"
+        ) from error

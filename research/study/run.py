@@ -78,13 +78,15 @@ class RunSpec:
 
     def settings(self) -> dict[str, Any]:
         """What its numbers depend on, but for the code."""
+        options = dataclasses.asdict(dataclasses.replace(self.config, out=""))
+        del options["log_to"]  # which no run of the study heeds
         return {
             "task": self.task,
             "arm": self.arm,
             "seed": self.seed,
             "loss": repr(ALL_ARMS[self.arm].loss),
             "evaluation": dataclasses.asdict(self.evaluation),
-            "options": dataclasses.asdict(dataclasses.replace(self.config, out="")),
+            "options": options,
         }
 
     def is_finished(self) -> bool:
