@@ -10,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from email import message_from_string
@@ -71,25 +72,62 @@ def test_import_takes_no_longer_than_torch_and_a_fifth_of_a_second() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Built where there is no compiler, from a copy: a build leaves files beside its sources."""
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    ignored = shutil.ignore_patterns("__pycache__", "*.so")
-    for package in ("covgrpo_kernels", "bench", "research", "tests", "csrc"):
-        if (ROOT / package).exists():
-            shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built where there is no torch, from a copy of all that git has: a build leaves files beside its sources."""
+    folder = tmp_path_factory.mktemp("sdist")
+    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.so", "*.egg-info", "build", "runs", "site")
+    shutil.copytree(ROOT, folder / "source", ignore=ignored)
+    backend = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     built = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", "out"],
-        cwd=folder,
-        env=os.environ | dict(CC="/bin/false", CXX="/bin/false", CUDA_VISIBLE_DEVICES="", COVGRPO_BUILD_CPP="auto"),
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", backend, str(folder)],
+        cwd=folder / "source", env=os.environ | dict(COVGRPO_BUILD_CPP="0"), capture_output=True, text=True,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    [path] = folder.glob("*.tar.gz")
+    return path
+
+
+def test_sdist_holds_what_a_build_needs_and_nothing_else(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
+    made = {name for name in packed if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
+    needed = {"pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"}
+    needed |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*")}
+    needed |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("covgrpo_kernels/**/*.py")}
+    assert packed - made == needed | {"covgrpo_kernels/py.typed"}
+    assert sdist.stat().st_size < 1 << 20
+
+
+def wheel_of(sdist: Path, folder: Path, **environment: str) -> zipfile.ZipFile:
+    command = ["pip", "wheel", str(sdist), "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder)]
+    built = subprocess.run(
+        [sys.executable, "-m", *command], env=os.environ | environment, capture_output=True, text=True
     )
     assert built.returncode == 0, built.stderr
-    [path] = (folder / "out").glob("*.whl")
+    [path] = folder.glob("*.whl")
     return zipfile.ZipFile(path)
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built where there is no compiler."""
+    environment = dict(CC="/bin/false", CXX="/bin/false", CUDA_VISIBLE_DEVICES="", COVGRPO_BUILD_CPP="auto")
+    return wheel_of(sdist, tmp_path_factory.mktemp("wheel"), **environment)
+
+
+@pytest.mark.slow
+def test_wheel_with_the_extension(sdist: Path, tmp_path: Path) -> None:
+    """One for every Python, and its extension is loaded from there. Not optimised, which halves the time it takes."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    wheel = wheel_of(sdist, tmp_path, COVGRPO_BUILD_CPP="1", COVGRPO_CXXFLAGS="-O0")
+    assert re.fullmatch(r"covgrpo_kernels-[\d.]+-cp310-abi3-\w+\.whl", Path(str(wheel.filename)).name)
+    wheel.extractall(tmp_path / "site")
+    code = "from covgrpo_kernels.kernels import cpp; print(cpp.isa(), cpp._cpp.__file__)"
+    environment = os.environ | dict(PYTHONPATH=str(tmp_path / "site"))
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path / "site") in result.stdout
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
