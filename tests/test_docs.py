@@ -298,14 +298,28 @@ def test_version_has_a_changelog_entry_with_a_line_on_numerics() -> None:
     assert not [version for version, entry in entries.items() if "\n- Numerics: " not in entry]
 
 
-def test_forms_for_issues_and_the_citation() -> None:
-    """They can be read; whoever reports something wrong is asked for `covgrpo doctor --json`; versions are the same."""
+def test_forms_for_issues() -> None:
+    """Of the keys that GitHub takes, of which it shows a form with any other to nobody; every question has an answer.
+    Whoever reports something wrong is asked for `covgrpo doctor --json`."""
     yaml = pytest.importorskip("yaml")
     forms = {path.stem: yaml.safe_load(path.read_text()) for path in ROOT.glob(".github/ISSUE_TEMPLATE/*.yml")}
+    assert forms.pop("config") == {"blank_issues_enabled": True}
+    assert forms.keys() == {"bug", "slow", "wish"}
+    for form in forms.values():
+        assert form.keys() == {"name", "description", "body"}
+        for field in form["body"]:
+            assert field.keys() == {"type", "id", "attributes", "validations"}
+            assert field["type"] == "textarea"
+            assert {"label"} <= field["attributes"].keys() <= {"label", "description", "render"}
+            assert field["validations"] == {"required": True}
+        assert len({field["id"] for field in form["body"]}) == len(form["body"])
     for name in ("bug", "slow"):
         [doctor] = [field for field in forms[name]["body"] if field["id"] == "doctor"]
         assert "`covgrpo doctor --json`" in doctor["attributes"]["label"]
-        assert doctor["validations"]["required"]
+
+
+def test_the_citation() -> None:
+    yaml = pytest.importorskip("yaml")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == covgrpo_kernels.__version__
     assert citation["license"] == "Apache-2.0"

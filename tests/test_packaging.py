@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import shutil
 import stat
 import subprocess
@@ -115,6 +116,10 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipF
     return wheel_of(sdist, tmp_path_factory.mktemp("wheel"), **environment)
 
 
+def test_wheel_without_the_extension_is_for_any_system(sdist: Path, tmp_path: Path) -> None:
+    assert str(wheel_of(sdist, tmp_path, COVGRPO_BUILD_CPP="0").filename).endswith("-py3-none-any.whl")
+
+
 @pytest.mark.slow
 def test_wheel_with_the_extension(sdist: Path, tmp_path: Path) -> None:
     """One for every Python, and its extension is loaded from there. Not optimised, which halves the time it takes."""
@@ -198,6 +203,26 @@ def test_supported_python() -> None:
     assert PROJECT["tool"]["ruff"]["target-version"] == f"py3{minor}"
     for path in (ROOT / "covgrpo_kernels").rglob("*.py"):
         ast.parse(path.read_text(), str(path), feature_version=(3, minor))
+
+
+def test_lowest_torch() -> None:
+    """The one that is required, built against by cibuildwheel, and promised to the compiler are the same."""
+    [lowest] = re.findall(r"^torch>=(2\.\d+)$", "\n".join(PROJECT["project"]["dependencies"]), re.M)
+    assert f" torch=={lowest}.0" in PROJECT["tool"]["cibuildwheel"]["before-build"]
+    target = f"0x02{int(lowest.split('.')[1]):02X}000000000000"
+    assert f'TORCH_API = "{target}"' in (ROOT / "setup.py").read_text()
+    assert f"-DTORCH_TARGET_VERSION={target}" in (ROOT / "Makefile").read_text()
+
+
+def test_every_python_torch_and_extra_is_installed_by_make_test_installation() -> None:
+    """Each Python of the classifiers and each extra once, and the lowest torch with the lowest Python."""
+    checked = runpy.run_path(str(ROOT / "tests" / "installation.py"))
+    pythons = [version for version, _ in checked["COMBINATIONS"]]
+    classifiers = "\n".join(PROJECT["project"]["classifiers"])
+    assert pythons == re.findall(r"Python :: (3\.\d+)$", classifiers, re.M)
+    assert checked["EXTRAS"].keys() == PROJECT["project"]["optional-dependencies"].keys()
+    assert checked["COMBINATIONS"][0] == ("3.10", "2.11.0")
+    assert {name for name in checked["TESTS"] if not (ROOT / "tests" / name).exists()} == set()
 
 
 def test_pins_fit_the_extras() -> None:
@@ -455,6 +480,13 @@ def test_make_demo_installs_little_and_the_tests_add_to_it(make: Make) -> None:
     status, log = make("docs")
     assert (status, "-e .[docs]" in log, "[dev]" in log) == (0, True, False)
     assert log.splitlines()[-1].startswith("-m mkdocs build --strict")
+
+
+def test_make_wheel_has_its_tools_in_an_environment_of_their_own(make: Make) -> None:
+    status, log = make("test-installation")
+    assert (status, "-m venv build/tools" in log, ".venv" in log) == (0, True, False)
+    assert [line.split()[0] for line in log.splitlines()[-2:]] == ["tests/wheels.py", "tests/installation.py"]
+    assert "pip" not in make("wheel")[1]
 
 
 def test_make_says_what_it_is_doing(make: Make) -> None:
