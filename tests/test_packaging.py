@@ -287,6 +287,14 @@ def test_doctor_says_how_to_build_the_extension(tmp_path: Path, monkeypatch: pyt
     [command] = doctor.how_to_build()
     assert command.startswith(f"COVGRPO_BUILD_CPP=1 pip install '{source.parent}' ")
 
+    # A build of uv's does not see the environment's torch, unless it is told to.
+    installer = site / "covgrpo_kernels-0.1.0.dist-info" / "INSTALLER"
+    installer.write_text("uv")
+    [command] = doctor.how_to_build()
+    by_uv = "uv pip install --no-build-isolation --reinstall-package covgrpo-kernels"
+    assert command.startswith(f"COVGRPO_BUILD_CPP=1 {by_uv} '{source.parent}' ")
+    installer.write_text("pip\n")
+
     monkeypatch.setattr(doctor, "FOLDER", source)
     hidden, command = doctor.how_to_build()
     assert f"hides the package in {installed}" in hidden
