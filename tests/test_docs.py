@@ -321,6 +321,7 @@ def test_forms_for_issues() -> None:
 def test_the_citation() -> None:
     yaml = pytest.importorskip("yaml")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
     assert citation["version"] == covgrpo_kernels.__version__
     assert citation["license"] == "Apache-2.0"
 
