@@ -109,8 +109,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fsdp2_by_the_reference() -> tuple[float, float]:
-    """Loss of the whole batch and norm of its gradient, by the specification. Model and numbers are the example's, but not
-    which states predict which tokens."""
+    """Loss of the whole batch and norm of its gradient, by the specification. The model and the numbers are the
+    example's; which states predict which tokens is not taken from it."""
     model = example("fsdp2.py")["tiny_model"]()
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(200, (8, 12), generator=generator)  # the first five of a row are the prompt
