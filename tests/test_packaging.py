@@ -225,6 +225,16 @@ def test_every_python_torch_and_extra_is_installed_by_make_test_installation() -
     assert {name for name in checked["TESTS"] if not (ROOT / "tests" / name).exists()} == set()
 
 
+def test_the_workflow_installs_what_is_pinned() -> None:
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text())["jobs"]
+    commands = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
+    installed = re.findall(r"pip install -c constraints.txt (\w+)", "\n".join(commands))
+    assert installed == ["cibuildwheel", "build"]
+    pinned = (ROOT / "constraints.txt").read_text()
+    assert not [name for name in installed if f"\n{name}==" not in pinned]
+
+
 def test_pins_fit_the_extras() -> None:
     """Every package an extra names is pinned."""
     pinned = {
