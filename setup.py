@@ -42,7 +42,8 @@ def extensions() -> list[Extension]:
         if wanted == "auto" and sys.platform != "win32":
             print(
                 "covgrpo-kernels: WITHOUT its C++ backend, since torch is not installed where this is built for. On a "
-                "CPU it will run on plain PyTorch. To have it: install torch, then this again.",
+                "CPU it will run on plain PyTorch. To have it: install torch, then this again (with uv, whose builds "
+                "do not see it: uv pip install --no-build-isolation).",
                 file=sys.stderr,
             )
         return []

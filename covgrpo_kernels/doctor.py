@@ -124,7 +124,10 @@ def how_to_build() -> Iterator[str]:
     source = "FOLDER_OF_A_CHECKOUT" if where is None else shlex.quote(str(where))
     # The first time torch was not there, or no compiler. With 1 a build without them is an error that says so.
     editable = "-e " if checkout else ""
-    yield f"COVGRPO_BUILD_CPP=1 pip install {editable}{source}    (torch is there now; needs a compiler)"
+    # A build of uv's is isolated from the environment that it is for, and torch in it; one of pip's finds it.
+    by_uv = f"uv pip install --no-build-isolation --reinstall-package {NAME}"
+    command = by_uv if _noted("INSTALLER") == "uv" else "pip install"
+    yield f"COVGRPO_BUILD_CPP=1 {command} {editable}{source}    (torch is there now; needs a compiler)"
 
 
 def _installed_elsewhere() -> Path | None:
@@ -135,13 +138,19 @@ def _installed_elsewhere() -> Path | None:
 
 def _built_from() -> Path | None:
     """The checkout that the installed package was built from, as pip notes it."""
-    try:
-        noted = importlib.metadata.distribution(NAME).read_text("direct_url.json")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    noted = _noted("direct_url.json")
     url = urlparse(json.loads(noted)["url"]) if noted else None
     folder = Path(unquote(url.path)) if url and url.scheme == "file" else None
     return folder if folder is not None and folder.is_dir() else None
+
+
+def _noted(file: str) -> str | None:
+    """What is in a file that the installer wrote about the package."""
+    try:
+        text = importlib.metadata.distribution(NAME).read_text(file)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return text.strip() if text else None
 
 
 # ------------------------------------------------------------------------------------------------ what there is

@@ -24,11 +24,16 @@ from covgrpo_kernels.integrations.transformers import patch_model
 ROWS, GROUP, LENGTH = 8, 4, 12
 
 
-def sharded_model(device: torch.device) -> Any:
-    """Stands for yours. Patched before it is sharded, or after."""
+def tiny_model() -> Any:
+    """Stands for yours."""
     torch.manual_seed(0)
     size = dict(vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    model: Any = patch_model(LlamaForCausalLM(LlamaConfig(**size)).to(device))
+    return LlamaForCausalLM(LlamaConfig(**size))
+
+
+def sharded(model: Any) -> Any:
+    """Patched before it is sharded, or after."""
+    patch_model(model)
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard([model.model.norm, model.lm_head])
@@ -40,7 +45,7 @@ def main(ranks: dist.ProcessGroup) -> tuple[float, float]:
     """Loss of the whole batch, and norm of its gradient."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind, ranks.rank() if kind == "cuda" else None)
-    model = sharded_model(device)
+    model = sharded(tiny_model().to(device))
 
     # What a sampler gives: here the same on each rank, which takes its rows of it. A group may be cut by this.
     generator = torch.Generator().manual_seed(1)

@@ -310,15 +310,30 @@ def test_version_has_a_changelog_entry_with_a_line_on_numerics() -> None:
     assert not [version for version, entry in entries.items() if "\n- Numerics: " not in entry]
 
 
-def test_forms_for_issues_and_the_citation() -> None:
-    """They can be read; whoever reports something wrong is asked for `covgrpo doctor --json`; versions are the same."""
+def test_forms_for_issues() -> None:
+    """Of the keys that GitHub takes, of which it shows a form with any other to nobody; every question has an answer.
+    Whoever reports something wrong is asked for `covgrpo doctor --json`."""
     yaml = pytest.importorskip("yaml")
     forms = {path.stem: yaml.safe_load(path.read_text()) for path in ROOT.glob(".github/ISSUE_TEMPLATE/*.yml")}
+    assert forms.pop("config") == {"blank_issues_enabled": True}
+    assert forms.keys() == {"bug", "slow", "wish"}
+    for form in forms.values():
+        assert form.keys() == {"name", "description", "body"}
+        for field in form["body"]:
+            assert field.keys() == {"type", "id", "attributes", "validations"}
+            assert field["type"] == "textarea"
+            assert {"label"} <= field["attributes"].keys() <= {"label", "description", "render"}
+            assert field["validations"] == {"required": True}
+        assert len({field["id"] for field in form["body"]}) == len(form["body"])
     for name in ("bug", "slow"):
         [doctor] = [field for field in forms[name]["body"] if field["id"] == "doctor"]
         assert "`covgrpo doctor --json`" in doctor["attributes"]["label"]
-        assert doctor["validations"]["required"]
+
+
+def test_the_citation() -> None:
+    yaml = pytest.importorskip("yaml")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
     assert citation["version"] == covgrpo_kernels.__version__
     assert citation["license"] == "Apache-2.0"
 
@@ -399,6 +414,43 @@ class _Page(HTMLParser):
             self.loads.append(source)
 
 
+def _broken_links(site: Path) -> list[str]:
+    """Links of its pages to files or anchors that are not there, and what a page loads from elsewhere."""
+    pages = {path: _Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
+    broken = []
+    for path, page in pages.items():
+        for target in [*page.links, *page.loads]:
+            link = urlsplit(target)
+            if link.scheme or link.netloc:
+                if target in page.loads:
+                    broken.append(f"{path.relative_to(site)} loads {target} from elsewhere")
+                continue
+            there = (path.parent / unquote(link.path)).resolve() if link.path else path
+            there = there / "index.html" if there.is_dir() else there
+            is_anchor = not link.fragment or there not in pages or unquote(link.fragment) in pages[there].anchors
+            if not there.exists() or not is_anchor:
+                broken.append(f"{path.relative_to(site)}: {target}")
+    return broken
+
+
+def test_broken_links_are_found(tmp_path: Path) -> None:
+    """Or the test below would see nothing."""
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "index.html").write_text('<h1 id="here"></h1><a href="../">up</a><a href="#there"></a>')
+    (tmp_path / "index.html").write_text(
+        '<link rel="icon" href="https://example.org/icon.png"><img src="no.png"><img src="page/index.html">'
+        '<a href="https://example.org">out</a><a href="page/">page</a><a href="page/#here">anchor</a>'
+        '<a href="page/#away">no anchor</a><a href="away/">no page</a>'
+    )
+    assert sorted(_broken_links(tmp_path)) == [
+        "index.html loads https://example.org/icon.png from elsewhere",
+        "index.html: away/",
+        "index.html: no.png",
+        "index.html: page/#away",
+        "page/index.html: #there",
+    ]
+
+
 def test_site_builds_without_warnings_and_its_links_lead_somewhere(tmp_path: Path) -> None:
     pytest.importorskip("mkdocstrings")
     pytest.importorskip("material")
@@ -407,22 +459,8 @@ def test_site_builds_without_warnings_and_its_links_lead_somewhere(tmp_path: Pat
         cwd=ROOT, env=os.environ | dict(NO_MKDOCS_2_WARNING="1"), capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    pages = {path: _Page(path) for path in tmp_path.rglob("*.html") if path.name != "404.html"}
-    assert len(pages) > 15
-    broken = []
-    for path, page in pages.items():
-        for target in [*page.links, *page.loads]:
-            link = urlsplit(target)
-            if link.scheme or link.netloc:
-                if target in page.loads:
-                    broken.append(f"{path.relative_to(tmp_path)} loads {target} from elsewhere")
-                continue
-            there = (path.parent / unquote(link.path)).resolve() if link.path else path
-            there = there / "index.html" if there.is_dir() else there
-            is_anchor = not link.fragment or there not in pages or unquote(link.fragment) in pages[there].anchors
-            if not there.exists() or not is_anchor:
-                broken.append(f"{path.relative_to(tmp_path)}: {target}")
-    assert not broken
+    assert len(list(tmp_path.rglob("*.html"))) > 15
+    assert not _broken_links(tmp_path)
     # What the site has beyond the documents.
     assert "--group-size" in (tmp_path / "commands" / "index.html").read_text()
     assert "which rows are dense" in (tmp_path / "CONTRIBUTING" / "index.html").read_text()

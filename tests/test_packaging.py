@@ -6,10 +6,12 @@ import ast
 import json
 import os
 import re
+import runpy
 import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from email import message_from_string
@@ -71,25 +73,66 @@ def test_import_takes_no_longer_than_torch_and_a_fifth_of_a_second() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Built where there is no compiler, from a copy: a build leaves files beside its sources."""
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    ignored = shutil.ignore_patterns("__pycache__", "*.so")
-    for package in ("covgrpo_kernels", "bench", "research", "tests", "csrc"):
-        if (ROOT / package).exists():
-            shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built where there is no torch, from a copy of all that git has: a build leaves files beside its sources."""
+    folder = tmp_path_factory.mktemp("sdist")
+    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.so", "*.egg-info", "build", "runs", "site")
+    shutil.copytree(ROOT, folder / "source", ignore=ignored)
+    backend = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     built = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", "out"],
-        cwd=folder,
-        env=os.environ | dict(CC="/bin/false", CXX="/bin/false", CUDA_VISIBLE_DEVICES="", COVGRPO_BUILD_CPP="auto"),
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", backend, str(folder)],
+        cwd=folder / "source", env=os.environ | dict(COVGRPO_BUILD_CPP="0"), capture_output=True, text=True,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    [path] = folder.glob("*.tar.gz")
+    return path
+
+
+def test_sdist_holds_what_a_build_needs_and_nothing_else(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
+    made = {name for name in packed if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
+    needed = {"pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"}
+    needed |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*")}
+    needed |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("covgrpo_kernels/**/*.py")}
+    assert packed - made == needed | {"covgrpo_kernels/py.typed"}
+    assert sdist.stat().st_size < 1 << 20
+
+
+def wheel_of(sdist: Path, folder: Path, **environment: str) -> zipfile.ZipFile:
+    command = ["pip", "wheel", str(sdist), "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder)]
+    built = subprocess.run(
+        [sys.executable, "-m", *command], env=os.environ | environment, capture_output=True, text=True
     )
     assert built.returncode == 0, built.stderr
-    [path] = (folder / "out").glob("*.whl")
+    [path] = folder.glob("*.whl")
     return zipfile.ZipFile(path)
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built where there is no compiler."""
+    environment = dict(CC="/bin/false", CXX="/bin/false", CUDA_VISIBLE_DEVICES="", COVGRPO_BUILD_CPP="auto")
+    return wheel_of(sdist, tmp_path_factory.mktemp("wheel"), **environment)
+
+
+def test_wheel_without_the_extension_is_for_any_system(sdist: Path, tmp_path: Path) -> None:
+    assert str(wheel_of(sdist, tmp_path, COVGRPO_BUILD_CPP="0").filename).endswith("-py3-none-any.whl")
+
+
+@pytest.mark.slow
+def test_wheel_with_the_extension(sdist: Path, tmp_path: Path) -> None:
+    """One for every Python, and its extension is loaded from there. Not optimised, which halves the time it takes."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    wheel = wheel_of(sdist, tmp_path, COVGRPO_BUILD_CPP="1", COVGRPO_CXXFLAGS="-O0")
+    assert re.fullmatch(r"covgrpo_kernels-[\d.]+-cp310-abi3-\w+\.whl", Path(str(wheel.filename)).name)
+    wheel.extractall(tmp_path / "site")
+    code = "from covgrpo_kernels.kernels import cpp; print(cpp.isa(), cpp._cpp.__file__)"
+    environment = os.environ | dict(PYTHONPATH=str(tmp_path / "site"))
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path / "site") in result.stdout
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
@@ -162,6 +205,36 @@ def test_supported_python() -> None:
         ast.parse(path.read_text(), str(path), feature_version=(3, minor))
 
 
+def test_lowest_torch() -> None:
+    """The one that is required, built against by cibuildwheel, and promised to the compiler are the same."""
+    [lowest] = re.findall(r"^torch>=(2\.\d+)$", "\n".join(PROJECT["project"]["dependencies"]), re.M)
+    assert f" torch=={lowest}.0" in PROJECT["tool"]["cibuildwheel"]["before-build"]
+    target = f"0x02{int(lowest.split('.')[1]):02X}000000000000"
+    assert f'TORCH_API = "{target}"' in (ROOT / "setup.py").read_text()
+    assert f"-DTORCH_TARGET_VERSION={target}" in (ROOT / "Makefile").read_text()
+
+
+def test_every_python_torch_and_extra_is_installed_by_make_test_installation() -> None:
+    """Each Python of the classifiers and each extra once, and the lowest torch with the lowest Python."""
+    checked = runpy.run_path(str(ROOT / "tests" / "installation.py"))
+    pythons = [version for version, _ in checked["COMBINATIONS"]]
+    classifiers = "\n".join(PROJECT["project"]["classifiers"])
+    assert pythons == re.findall(r"Python :: (3\.\d+)$", classifiers, re.M)
+    assert checked["EXTRAS"].keys() == PROJECT["project"]["optional-dependencies"].keys()
+    assert checked["COMBINATIONS"][0] == ("3.10", "2.11.0")
+    assert {name for name in checked["TESTS"] if not (ROOT / "tests" / name).exists()} == set()
+
+
+def test_the_workflow_installs_what_is_pinned() -> None:
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text())["jobs"]
+    commands = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
+    installed = re.findall(r"pip install -c constraints.txt (\w+)", "\n".join(commands))
+    assert installed == ["cibuildwheel", "build"]
+    pinned = (ROOT / "constraints.txt").read_text()
+    assert not [name for name in installed if f"\n{name}==" not in pinned]
+
+
 def test_pins_fit_the_extras() -> None:
     """Every package an extra names is pinned."""
     pinned = {
@@ -223,6 +296,14 @@ def test_doctor_says_how_to_build_the_extension(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(doctor, "FOLDER", installed)
     [command] = doctor.how_to_build()
     assert command.startswith(f"COVGRPO_BUILD_CPP=1 pip install '{source.parent}' ")
+
+    # A build of uv's does not see the environment's torch, unless it is told to.
+    installer = site / "covgrpo_kernels-0.1.0.dist-info" / "INSTALLER"
+    installer.write_text("uv")
+    [command] = doctor.how_to_build()
+    by_uv = "uv pip install --no-build-isolation --reinstall-package covgrpo-kernels"
+    assert command.startswith(f"COVGRPO_BUILD_CPP=1 {by_uv} '{source.parent}' ")
+    installer.write_text("pip\n")
 
     monkeypatch.setattr(doctor, "FOLDER", source)
     hidden, command = doctor.how_to_build()
@@ -417,6 +498,13 @@ def test_make_demo_installs_little_and_the_tests_add_to_it(make: Make) -> None:
     status, log = make("docs")
     assert (status, "-e .[docs]" in log, "[dev]" in log) == (0, True, False)
     assert log.splitlines()[-1].startswith("-m mkdocs build --strict")
+
+
+def test_make_wheel_has_its_tools_in_an_environment_of_their_own(make: Make) -> None:
+    status, log = make("test-installation")
+    assert (status, "-m venv build/tools" in log, ".venv" in log) == (0, True, False)
+    assert [line.split()[0] for line in log.splitlines()[-2:]] == ["tests/wheels.py", "tests/installation.py"]
+    assert "pip" not in make("wheel")[1]
 
 
 def test_make_says_what_it_is_doing(make: Make) -> None:
