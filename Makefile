@@ -1,6 +1,6 @@
 # make demo       train GRPO and CW-GRPO from one warm start; ends with a table and runs/demo/report.png
 # make docs       the documentation as a site, in site/; warnings are errors
-# make study      does CW-GRPO do what its paper says? Some two hours on two cores; goes on where it was
+# make study      does CW-GRPO do what its paper says? Some three and a half hours on two cores; goes on where it was
 # make test       the tests of the library, the benchmark and the documents
 # make test-research  the tests of research/
 # make test-deep  both, the long grids as well, the C++ under sanitizers, and installation; run by hand

@@ -33,7 +33,7 @@ class Evaluation:
 # - At a learning rate of 5e-4 countdown does the same in half as many steps; what methods differ in should not be what
 #   steps that are too large do to them, so it is 2e-4.
 # - From a start of 30% GRPO does not learn arithmetic: what is right at that stage is mostly guessed.
-# - A run takes a minute of a core, so 312 of them (26 of each seed) some 2 h 40 min on two.
+# - A run takes a minute of a core, so 408 of them (34 of each seed) some three and a half hours on two.
 # The temperature is 1, where the paper has 0.7: entropies are then those of the policy itself.
 _SIZES = TrainConfig(
     hidden_size=64,
