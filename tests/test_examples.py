@@ -177,7 +177,7 @@ def _is_public(module: str, name: str) -> bool:
 def test_public_names_only(path: Path) -> None:
     if path in LOOP:
         pytest.importorskip("transformers")
-    own = [f"covgrpo_kernels.{module}" for module in ("doctor", "benchmark", "config_file")]  # of the command line alone
+    own = [f"covgrpo_kernels.{module}" for module in ("doctor", "benchmark", "config_file")]
     for module, name in _imported(path):
         of_the_loop = path in LOOP and (f"{module}.{name}." + ".").startswith("covgrpo_kernels.grpo.")
         of_the_command = path.name == "cli.py" and module in own
