@@ -1,7 +1,7 @@
 """Problems for a real model, SmolLM2-135M-Instruct: examples, then a question, which it answers in a line.
 
 It answers them right often enough at first to learn from: at temperature 0.7 some 30% of the sums (with other examples
-10% to 25%), and over a third of the largest numbers, where a guess among the five is right in a fifth. Without
+9% to 27%), and over a third of the largest numbers, where a guess among the five is right in a fifth. Without
 examples, or in its chat template, it answers few of them; sorting, sequences, days and reversed words it hardly answers
 at all.
 """

@@ -265,8 +265,8 @@ def weight_table(study: Study, task: str) -> list[str]:
 
 INTRODUCTION = """\
 Made by `python -m research study` from `study.json`; nothing here is written by hand. The paper is arXiv 2605.11538.
-All this is of a policy with some 0.1 million parameters on generated problems: it can show what the weights do to a
-policy gradient, not what they do for a language model of billions."""
+What is not said to be of a real model is of a policy with some 0.1 million parameters on generated problems: it can
+show what the weights do to a policy gradient, not what they do for a language model of billions."""
 
 VERDICTS = """\
 *Holds*, *the opposite is seen*: the 95% interval of the paired difference leaves out zero, with all {comparisons}

@@ -173,12 +173,12 @@ class Progress:
 
     @classmethod
     def load(cls, spec: RunSpec, policy: Policy, optimizer: torch.optim.Optimizer) -> Progress | None:
-        """None where there is no checkpoint, or one of other settings."""
+        """None where there is no checkpoint. Raises TrainingError for one of other settings."""
         if not spec.checkpoint.exists():
             return None
         state = torch.load(spec.checkpoint, weights_only=True, mmap=True)
         if state["settings"] != spec.settings():
-            return None
+            raise TrainingError(f"{spec.checkpoint} is of a run with other settings: give another --out, or delete it")
         policy.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         return cls(**state["progress"])

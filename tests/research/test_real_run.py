@@ -13,13 +13,14 @@ import torch
 
 pytest.importorskip("transformers")
 
+from covgrpo_kernels.grpo.checkpoint import TrainingError
 from covgrpo_kernels.grpo.policy import new_policy
 from research import few_shot
 from research.models import ModelNotFetchedError
 from research.prefix_tree import PrefixTreePolicy
 from research.study import real, run
 from research.study.arms import Evaluation
-from research.study.run import RunSpec, perform, read_run
+from research.study.run import RunSpec, perform
 
 
 def small_policy(model: str) -> PrefixTreePolicy:
@@ -80,11 +81,10 @@ def test_a_checkpoint_of_other_settings_is_not_taken(
     assert spec(tmp_path).checkpoint.exists()
     other = spec(tmp_path, temperature=1.0)
     other.path.rename(tmp_path / "elsewhere")
-    perform(other)
-    assert [row["step"] for row in read_run(other.path).steps] == list(range(6))
-    fresh = spec(tmp_path / "fresh", temperature=1.0)
-    perform(fresh)
-    assert read_run(other.path).steps == read_run(fresh.path).steps
+    with pytest.raises(TrainingError, match=r"grpo-0\.pt is of a run with other settings: give another --out"):
+        perform(other)
+    assert other.checkpoint.exists()
+    assert not other.path.exists()
 
 
 def test_the_learning_rate_of_the_highest_late_reward(tmp_path: Path) -> None:
