@@ -13,8 +13,8 @@ PATIENCE = 300  # seconds without a line where there is no terminal
 class ProgressBar:
     """Without a terminal there is a line for the first step and for each tenth of all, and after `PATIENCE`."""
 
-    def __init__(self, title: str, done: int, total: int, *, quiet: bool = False) -> None:
-        self._title, self._total, self._quiet = title, total, quiet
+    def __init__(self, title: str, done: int, total: int, *, unit: str = "step", quiet: bool = False) -> None:
+        self._title, self._total, self._unit, self._quiet = title, total, unit, quiet
         self._first, self._shown = done, done
         self._started = self._shown_at = time.monotonic()
 
@@ -27,7 +27,7 @@ class ProgressBar:
         if self._quiet or not (terminal or due):
             return
         pace = (now - self._started) / (done - self._first)
-        rate = f"  {pace:.1f} s/step" if pace >= 1 else f"  {1 / max(pace, 1e-3):.1f} steps/s"
+        rate = f"  {pace:.1f} s/{self._unit}" if pace >= 1 else f"  {1 / max(pace, 1e-3):.1f} {self._unit}s/s"
         left = "" if last else f"  {timedelta(seconds=round(pace * (self._total - done)))} left"
         line = f"{self._title} {done}/{self._total}  {state}"
         if terminal:  # what is cut is the state, not the rates

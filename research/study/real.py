@@ -64,7 +64,8 @@ def real_run(out: str, *, results: Path | None = None, seeds: int = REAL_SEEDS, 
         if value < low:
             raise ValueError(f"{name} must be >= {low}, got {value}")
     torch.set_num_threads(1)
-    perform_all([spec for arm in REAL_ARMS for spec in sweep_runs(Path(out), arm)], workers)
+    swept = [spec for arm in REAL_ARMS for spec in sweep_runs(Path(out), arm)]
+    perform_all(swept, workers)
     rates = {arm: learning_rate(Path(out), arm) for arm in REAL_ARMS}
     specs = [
         RunSpec(Path(out), task, arm, seed, dataclasses.replace(config, lr=rates[arm]), REAL_EVALUATION)
@@ -74,7 +75,8 @@ def real_run(out: str, *, results: Path | None = None, seeds: int = REAL_SEEDS, 
     ]
     perform_all(specs, workers)
     folder = RESULTS if results is None else results
-    write_summaries(specs, folder / "real_run.json")
+    sweep = [{"arm": spec.arm, "lr": spec.config.lr, "reward": _late_reward(spec)} for spec in swept]
+    write_summaries(specs, folder / "real_run.json", sweep)
     write_report(folder)
 
 

@@ -261,6 +261,16 @@ def weight_table(study: Study, task: str) -> list[str]:
     return _table(["", *columns.values()], rows)
 
 
+def sweep_table(study: Study, sweep: Sequence[Line]) -> list[str]:
+    rewards = {(line["arm"], line["lr"]): line["reward"] for line in sweep}
+    rates, rows = sorted({line["lr"] for line in sweep}), []
+    for arm in dict.fromkeys(line["arm"] for line in sweep):
+        (chosen,) = {run["lr"] for task in study.tasks for run in study.runs_of(task, arm)}
+        cells = {lr: _number(rewards[arm, lr]) for lr in rates}
+        rows.append([ALL_ARMS[arm].title, *(f"**{cell}**" if lr == chosen else cell for lr, cell in cells.items())])
+    return _table(["", *(f"{lr:g}" for lr in rates)], rows)
+
+
 # --- the document -----------------------------------------------------------------------------------------
 
 INTRODUCTION = """\
@@ -304,9 +314,12 @@ Means over seeds, as in the picture above: of the first and the last tenth of th
 REAL_MODEL = """\
 SmolLM2-135M-Instruct, all of its weights trained in float32 from its own start. It answers a question after a few
 examples, in a line: the sum of two numbers of two digits, or the largest of five. Tasks, arms, claims and the rule for
-learning rates were fixed before the first run: each arm has the one of 1e-6, 3e-6 and 1e-5 with the highest reward over
-the last ten of 30 steps on sums, with a seed that no other run has. Intervals of so few seeds are those of Student's
-distribution: a difference that they cannot tell from zero may well be one."""
+learning rates were fixed before the first run. Intervals of so few seeds are those of Student's distribution: a
+difference that they cannot tell from zero may well be one."""
+
+SWEEP = """\
+Each arm has the learning rate with the highest reward at the end of a short run on the first task, with a seed that no
+other run has. That reward by learning rate, the chosen one in bold:"""
 
 INTERVALS = """\
 Intervals are bootstrap-t over seeds, of paired differences. In a table a star says that the interval leaves out zero,
@@ -320,7 +333,10 @@ def real_model(summaries: Summaries) -> list[str]:
     """The section of the runs with a real model."""
     study = Study(summaries)
     lines = ["", "## On a real model", "", REAL_MODEL, "", *in_short(study)]
-    lines += ["", *[_protocol(study, task) for task in study.tasks], "", *premise(study)]
+    lines += ["", *[_protocol(study, task) for task in study.tasks]]
+    if summaries.sweep:
+        lines += ["", SWEEP, "", *sweep_table(study, summaries.sweep)]
+    lines += ["", *premise(study)]
     lines += ["", "![Reward, entropy and held-out accuracy on the real model](real_run_curves.png)"]
     lines += ["", "### CW-GRPO against GRPO, real model", *claim_lines(study)]
     for task in study.tasks:
@@ -383,13 +399,15 @@ def save_report(summaries: Summaries, path: Path, real: Summaries | None = None)
 def _protocol(study: Study, task: str) -> str:
     options, evaluation = (study.options[task][name] for name in ("options", "evaluation"))
     runs = [run for (t, _, _), run in study.runs.items() if t == task]
+    rates = sorted({run["lr"] for run in runs if ALL_ARMS[run["arm"]].lr_like is None})
+    lr = " or ".join(f"{rate:g}" for rate in rates)
     difficulty = "" if options["model"] else f", difficulty {options['difficulty']}"
     return (
         f"- {task}{difficulty}: {len(runs)} runs, {len(study.arms(task))} arms of "
         f"{min(len(study.seeds(task, arm)) for arm in study.arms(task))} seeds at least; {options['steps']} steps of "
         f"{options['prompts_per_step']} problems with {options['group_size']} responses each, "
         f"{options['inner_steps']} updates a step; temperature {options['temperature']:g}, AdamW at "
-        f"{options['lr']:g}; {evaluation['problems']} held-out problems with {evaluation['samples']} responses each. "
+        f"{lr}; {evaluation['problems']} held-out problems with {evaluation['samples']} responses each. "
         f"A run has {_number(fmean(run['tokens'] for run in runs))} tokens and took "
         f"{fmean(run['seconds'] for run in runs):.0f} s on one core."
     )

@@ -231,7 +231,7 @@ def perform_all(specs: Sequence[RunSpec], workers: int) -> None:
     done = len(specs) - len(left)
     context = multiprocessing.get_context("spawn")  # a fork would share locks of the threads of torch
     others = multiprocessing.active_children()
-    progress = ProgressBar("study", done, len(specs))
+    progress = ProgressBar("runs", done, len(specs), unit="run")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         try:
             while left or running:

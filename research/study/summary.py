@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, pvariance
 from typing import Any
@@ -78,13 +78,15 @@ def six_digits(value: Any) -> Any:
 class Summaries:
     """The file study.json."""
 
-    tasks: dict[str, dict[str, Any]]  # options of the runs and how they were evaluated
+    tasks: dict[str, dict[str, Any]]  # options of the runs, but for the learning rate, and how they were evaluated
     runs: list[Line]
+    sweep: list[Line] = field(default_factory=list)  # "arm", "lr" and the "reward" at the end of a short run with it
 
 
-def write_summaries(specs: Sequence[RunSpec], path: Path) -> Summaries:
+def write_summaries(specs: Sequence[RunSpec], path: Path, sweep: Sequence[Line] = ()) -> Summaries:
     """A run a line. Runs of the file that are not among these stay in it, if they have the same options and the same
-    start: then seeds can be compared across them. Raises TrainingError if they have not."""
+    start, and those of one arm the same learning rate: then seeds can be compared across them. Raises TrainingError if
+    they have not."""
     tasks: dict[str, dict[str, Any]] = {}
     runs: dict[tuple[str, str, int], Line] = {}
     if path.exists():
@@ -92,17 +94,22 @@ def write_summaries(specs: Sequence[RunSpec], path: Path) -> Summaries:
         tasks, runs = before.tasks, {_key(line): line for line in before.runs}
     for spec in specs:
         results = read_run(spec.path)
-        line, task = summary(results), {name: results.settings[name] for name in ("options", "evaluation")}
-        starts = [_start(other) for other in (line, *runs.values()) if other["task"] == spec.task]
-        if tasks.setdefault(spec.task, task) != task or len(set(starts)) > 1:
+        line, task = summary(results), {name: dict(results.settings[name]) for name in ("options", "evaluation")}
+        del task["options"]["lr"]  # in the line: arms may differ in it
+        others = [line, *(other for other in runs.values() if other["task"] == spec.task)]
+        starts = {_start(other) for other in others}
+        rates = {other["lr"] for other in others if other["arm"] == spec.arm and spec.after is None}
+        if tasks.setdefault(spec.task, task) != task or len(starts) > 1 or len(rates) > 1:
             raise TrainingError(f"{path} has runs of {spec.task} with other options or another start: choose a folder")
         runs[_key(line)] = line
     order = {arm: place for place, arm in enumerate(ALL_ARMS)}
     lines = sorted(runs.values(), key=lambda line: (line["seed"], list(tasks).index(line["task"]), order[line["arm"]]))
     text = ",\n".join(map(json.dumps, lines))
-    text = f'{{"tasks": {json.dumps(tasks)}, "runs": [\n{text}\n]}}\n'
+    found = Summaries(tasks, lines, six_digits(list(sweep)))
+    swept = f', "sweep": {json.dumps(found.sweep)}' if sweep else ""
+    text = f'{{"tasks": {json.dumps(tasks)}{swept}, "runs": [\n{text}\n]}}\n'
     write_atomically(path, lambda file: file.write(text.encode()))
-    return Summaries(tasks, lines)
+    return found
 
 
 def _start(line: Line) -> tuple[float, float]:

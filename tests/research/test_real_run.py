@@ -21,6 +21,7 @@ from research.prefix_tree import PrefixTreePolicy
 from research.study import real, run
 from research.study.arms import Evaluation
 from research.study.run import RunSpec, perform
+from research.study.summary import read_summaries, write_summaries
 
 
 def small_policy(model: str) -> PrefixTreePolicy:
@@ -94,6 +95,19 @@ def test_the_learning_rate_of_the_highest_late_reward(tmp_path: Path) -> None:
         sweep.path.parent.mkdir(parents=True)
         sweep.path.write_text("\n".join(map(json.dumps, [sweep.settings(), *steps, {}])))
     assert real.learning_rate(tmp_path, "cw_grpo") == real.LEARNING_RATES[2]
+
+
+def test_each_arm_has_its_own_learning_rate_in_the_results(small_model: None, tmp_path: Path) -> None:
+    grpo = spec(tmp_path)
+    cw_grpo = spec(tmp_path, "cw_grpo")
+    cw_grpo = dataclasses.replace(cw_grpo, config=dataclasses.replace(cw_grpo.config, lr=3e-3))
+    for each in (grpo, cw_grpo):
+        perform(each)
+    sweep = [dict(arm="grpo", lr=1e-3, reward=1 / 3)]
+    found = write_summaries([grpo, cw_grpo], tmp_path / "real_run.json", sweep)
+    assert [line["lr"] for line in found.runs] == [1e-3, 3e-3]
+    assert found.sweep == [dict(arm="grpo", lr=1e-3, reward=0.333333)]
+    assert read_summaries(tmp_path / "real_run.json") == found
 
 
 def test_runs_of_the_sweep_have_their_own_seed(tmp_path: Path) -> None:

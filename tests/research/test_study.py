@@ -573,7 +573,7 @@ def made_up(**effects: float) -> Summaries:
         *MEASURES, *("entropy first", "entropy last", "reward first", "pass@1 before", "pass@8 before"),
         *(f"{end} {share}" for end in ("top", "bottom") for share in TAILS),
         *("gradient norm", "largest gradient norm", "advantages kept"),
-        *("smallest weight", "largest weight", "effective share", "lr", "covariance spread"),
+        *("smallest weight", "largest weight", "effective share", "covariance spread"),
     ]  # fmt: skip
     runs = []
     for seed in range(8):
@@ -586,9 +586,11 @@ def made_up(**effects: float) -> Summaries:
                     values[name.replace("_", " ")] += effect
             curves = dict(step=[2.0, 7.0, 12.0], entropy=[0.5, 0.5 + 0.1 * seed, 0.25])
             runs.append(
-                dict(task="countdown", arm=arm, seed=seed, steps=10, seconds=1.0, tokens=100, curves=curves) | values
+                dict(task="countdown", arm=arm, seed=seed, steps=10, seconds=1.0, lr=1e-3, tokens=100, curves=curves)
+                | values
             )
     options = dataclasses.asdict(TASKS["countdown"])
+    del options["lr"]
     return Summaries({"countdown": dict(options=options, evaluation=dict(problems=4, samples=8))}, runs)
 
 
@@ -655,11 +657,21 @@ def test_what_a_variant_is_worth_follows_the_numbers(effects: dict[str, float], 
 def test_the_runs_of_a_real_model_are_a_section_of_the_report() -> None:
     real = made_up(entropy=0.2)
     real.tasks["countdown"]["options"] |= dict(model="smollm2")
+    for run in real.runs:
+        run["lr"] = {"grpo": 3e-6, "cw_grpo": 1e-5}[run["arm"]]
+    swept = {"grpo": {3e-6: 0.5, 1e-5: 0.25}, "cw_grpo": {3e-6: 0.125, 1e-5: 0.375}}
+    real.sweep.extend(dict(arm=arm, lr=lr, reward=reward) for arm in swept for lr, reward in swept[arm].items())
     text = document(made_up(), real)
     before, section = text.split("## On a real model")
     assert before == document(made_up()).split("## How sure is this?")[0]
     assert "entropy over the last half of the steps is higher: holds on countdown" in section
     assert "difficulty" not in section.split("###")[0]
+    assert "AdamW at 3e-06 or 1e-05;" in section
+    assert (
+        "|  | 3e-06 | 1e-05 |\n| --- | ---: | ---: |\n| GRPO | **0.5** | 0.25 |\n| CW-GRPO | 0.125 | **0.375** |"
+        in section
+    )
+    assert "AdamW at 0.001;" in before
 
 
 @pytest.mark.parametrize(("change", "verb"), [(-0.5, "falls"), (0.5, "rises"), (0.0, "neither falls nor rises")])
@@ -710,7 +722,8 @@ def test_the_committed_report_is_made_from_the_committed_numbers() -> None:
     has no number of two decimals or more that is not there."""
     summaries = read_summaries(RESULTS / "study.json")
     report = (RESULTS / "study.md").read_text()
-    assert report == document(summaries)
+    recorded = RESULTS / "real_run.json"
+    assert report == document(summaries, read_summaries(recorded) if recorded.exists() else None)
     section = (ROOT / "docs" / "method.md").read_text().split("## What the study showed")[1]
     assert "\n".join(in_short(Study(summaries))) in section
     numbers = re.findall(r"\d\.\d\d+", section)
@@ -723,11 +736,13 @@ def test_the_committed_report_is_made_from_the_committed_numbers() -> None:
     assert there == [(spec.task, spec.arm, spec.seed) for spec in specs]
     for spec in specs:
         settings = spec.settings()
+        lr = settings["options"].pop("lr")
         assert summaries.tasks[spec.task] == {name: settings[name] for name in ("options", "evaluation")}
+        assert all(run["lr"] == lr for run in summaries.runs if run["arm"] == spec.arm) or spec.after is not None
 
 
 def test_runs_that_a_call_has_not_stay_in_the_file(started: Path, tmp_path: Path) -> None:
-    """If they are comparable with its own: of the same start and the same options."""
+    """If they are comparable with its own: of the same start, the same options, and an arm of one learning rate."""
     path = tmp_path / "study.json"
     first, second, third = spec(started), spec(started, "cw_grpo"), spec(started, "cw_grpo", seed=1)
     for run in (first, second, third):
@@ -739,10 +754,11 @@ def test_runs_that_a_call_has_not_stay_in_the_file(started: Path, tmp_path: Path
     assert [(line["arm"], line["seed"]) for line in together.runs] == [("grpo", 0), ("cw_grpo", 0), ("cw_grpo", 1)]
     assert read_summaries(path) == together
     text = path.read_text()
-    other_start, other_options = json.loads(text), json.loads(text)
+    other_start, other_options, other_rate = json.loads(text), json.loads(text), json.loads(text)
     other_start["runs"][1]["pass@1 before"] = 0.123
-    other_options["tasks"]["arithmetic"]["options"]["lr"] = 1.0
-    for wrong in (other_start, other_options):
+    other_options["tasks"]["arithmetic"]["options"]["temperature"] = 0.5
+    other_rate["runs"][0]["lr"] = 1.0
+    for wrong in (other_start, other_options, other_rate):
         path.write_text(json.dumps(wrong))
         with pytest.raises(TrainingError, match="other options or another start"):
             write_summaries([first], path)
