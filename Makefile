@@ -127,4 +127,4 @@ $(TOOLS_READY):
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info covgrpo_kernels/*.so

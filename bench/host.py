@@ -45,7 +45,7 @@ VARIABLES = dict(
     MALLOC_TRIM_THRESHOLD_=str(1 << 40),
 )  # fmt: skip
 
-HEADER = ["", "forward", "backward", "step", "launches", "waits"]
+HEADER = ["", "forward", "backward", "step", "launches, forward + backward", "waits, forward + backward"]
 PARTS = ("forward", "backward")
 
 # By name of the step, part of it and quantity.

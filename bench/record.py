@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     save(recording, arguments.out)
     n, d, v = len(recording["hidden"]), recording["hidden"].shape[1], len(recording["weight"])
     live = (recording["logprob_grad"] != 0).double().mean().item()
-    print(f"{arguments.out}: N={n}, D={d}, V={v}, {live:.0%} of the tokens have a coefficient")
+    print(f"{arguments.out}: N={n}, D={d}, V={v}, {live:.0%} of the tokens have a gradient")
 
 
 def read_problems(path: Path) -> list[dict[str, str]]:

@@ -107,11 +107,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
-def where(report: Report) -> str:
-    x = report["environment"]
+def where(*reports: Report) -> str:
+    """The first one's machine and versions, and the commits of all."""
+    x, commits = reports[0]["environment"], dict.fromkeys(report["environment"]["commit"] for report in reports)
     machine = x.get("gpu") or f"{x['cpu']}, {x['threads']} threads"
     peers = ", ".join(f"{name} {version}" for name, version in x["peers"].items() if version)
-    return f"{machine}, backend {x['backend']}, torch {x['torch']}, {peers}; commit {x['commit']}"
+    return f"{machine}, backend {x['backend']}, torch {x['torch']}, {peers}; commit {', '.join(commits)}"
 
 
 def _size(point: Report) -> str:
@@ -146,8 +147,9 @@ def summary(reports: list[Report]) -> str:
             "",
             *_claim(headlines[0]["dtype"], by_dtype[0]),
             f"Forward and backward on RL-like inputs, {_size(point)}, {1 - point['coefficients']:.0%} of the tokens "
-            f"without a coefficient, median of {turns} turns; memory beyond inputs and gradients; errors against "
-            f"float64, as shares of dW ({where(headlines[0])}):",
+            f"without a gradient (padding, clipped, or of zero advantage), median of {turns} turns; memory beyond inputs and gradients; errors against "
+            f"float64, as shares of dW. *eager*: logits, then log-softmax; *PyTorch*: its `linear_cross_entropy`. "
+            f"({where(*headlines)})",
             "",
             table(header, rows),
             *policies(headlines[0]),
@@ -192,7 +194,8 @@ def policies(report: Report) -> list[str]:
     return [
         "",
         f"The same in {report['dtype']} for policies that are more or less sure; all but ours is in multiples of ours. "
-        "The recorded ones are fitted to a real model, whose statistics are in `research/results/recordings.md`:",
+        "The recorded ones are fitted to a real model, whose statistics are in `research/results/recordings.md`; "
+        "[performance](docs/performance.md#the-backward) says what dense, sparse and dropped rows are:",
         "",
         table(header, rows),
     ]
@@ -237,8 +240,10 @@ def command(report: Report) -> str:
 
 
 def _point(point: Report) -> str:
+    # Some cases grow one of the sizes, and have it as their label.
+    label = "" if point["label"].isdecimal() else f"{point['label']}, "
     text = (
-        f"{point['label']}, {_size(point)}: {point['coefficients']:.0%} of the tokens have a coefficient, mean entropy "
+        f"{label}{_size(point)}: {point['coefficients']:.0%} of the tokens have a gradient, mean entropy "
         f"{point['mean_entropy']:.2f}.\n\n{table(HEADER, cells(point))}"
     )
     remarks = [certificate(line) for line in lines(point) if line.certificate and line.certificate["error_bound"]]

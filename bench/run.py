@@ -235,7 +235,7 @@ def _show(console: Console, report: dict[str, Any], point: dict[str, Any]) -> No
         table.add_row(*row, style="bold" if row[0].startswith("ours") else None)
     console.print(table)
     console.print(
-        f"{point['coefficients']:.0%} of the tokens have a coefficient, mean entropy {point['mean_entropy']:.2f}; "
+        f"{point['coefficients']:.0%} of the tokens have a gradient, mean entropy {point['mean_entropy']:.2f}; "
         f"{point['seconds']:.0f} s for this table"
     )
     for line in lines(point):

@@ -174,7 +174,7 @@ class CovGRPOConfig:
             instance of `CovarianceWeighting`, `ClipCov`, `KLCov`, `Steer` or `HighEntropy`.
         loss_type: how token losses are added up. ``"grpo"``: mean over sequences of the mean over their valid
             tokens; ``"bnpo"``, ``"dapo"``: mean over valid tokens (they differ in what a trainer passes as
-            ``normalizer``); ``"dr_grpo"``: sum over ``sequences * max_completion_length``; ``"cispo"``
+            ``normalizer``); ``"dr_grpo"``: the sum divided by ``sequences * max_completion_length``; ``"cispo"``
             (arXiv 2506.13585): mean over valid tokens of ``-sg(min(r, 1 + clip_high)) * a * x``. Sequences
             without a valid token do not count.
         importance_level: ``"token"``, or ``"sequence"`` (GSPO, arXiv 2507.18071).

@@ -95,11 +95,11 @@ def _verdicts(results: dict[str, Any], at: dict[str, Any]) -> Iterator[str]:
         for row in chosen(results, "updates", **at, update="all")
     }
     yield (
-        f"By the covariances ({_thousandths(covariance)} thousandths of a nat for a step of 1, on average, of which a "
-        f"share of {between(share)} between states) entropy "
-        f"{_verdict(covariance, 'should fall', 'should rise', 'should go neither way for certain')}. On average, that "
-        f"of own states {moved['SGD', 'own']} with SGD and {moved['AdamW', 'own']} with AdamW, that of fresh ones "
-        f"{moved['SGD', 'fresh']} with SGD and {moved['AdamW', 'fresh']} with AdamW."
+        f"The covariances predict a change of entropy of {_thousandths(covariance)} thousandths of a nat for a step of 1, "
+        f"on average (a share of {between(share)} of it from between states): entropy "
+        f"{_verdict(covariance, 'should fall', 'should rise', 'should neither fall nor rise for certain')}. Measured, "
+        f"the entropy of own states {moved['SGD', 'own']} with SGD and {moved['AdamW', 'own']} with AdamW, that of "
+        f"fresh states {moved['SGD', 'fresh']} with SGD and {moved['AdamW', 'fresh']} with AdamW."
     )
     for states in STATES:
         laws = {row["law"]: row["correlation"] for row in chosen(results, "laws", **adam, states=states)}
@@ -148,7 +148,7 @@ def _verdict(found: list[float], below: str, above: str, neither: str) -> str:
 
 
 def _moved(found: list[float]) -> str:
-    return _verdict(found, "falls", "rises", "goes neither way for certain")
+    return _verdict(found, "falls", "rises", "neither falls nor rises for certain")
 
 
 def _predicts(found: list[float]) -> str:
