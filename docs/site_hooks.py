@@ -14,7 +14,10 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 DOCS = "docs/"
-ELSEWHERE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "bench/README.md", "research/results/study.md")
+ELSEWHERE = (
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff", "LICENSE", "bench/README.md",
+    "research/results/study.md",
+)  # fmt: skip
 FOLDERS = ("bench", "covgrpo_kernels", "csrc", "docs", "examples", "research", "tests")
 PICTURES = ("bench/results/*.png", "research/results/*.png")
 PICTURE = re.compile(r"!\[[^]]*\]\(([^)]+\.png)\)")
