@@ -23,6 +23,7 @@ from .checks import (
     check_tensor,
 )
 from .collectives import all_counts, all_reduce_sum
+from .config import CovarianceWeighting
 from .kernels.interface import LogitTransform
 from .segments import Segments
 from .vocab_parallel import VocabSlice
@@ -36,7 +37,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class HeadInputs(NamedTuple):
-    """Rows and the head that they go through, flat and checked."""
+    """Rows and the head that they go through, flat and checked. All but the matrices are contiguous."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
@@ -57,6 +58,7 @@ class PreparedHead(NamedTuple):
     inputs: HeadInputs
     precision: Precision
     vocab_slice: VocabSlice | None
+    needs_grad: bool  # whether there can be a backward
 
 
 def resolve_grad_tol(grad_tol: float | str, dtype: torch.dtype) -> float:
@@ -125,14 +127,15 @@ def prepare_head(
     inputs = HeadInputs(
         hidden.reshape(targets.numel(), hidden.shape[-1]),
         weight,
-        bias,
-        targets.reshape(-1).long(),
+        None if bias is None else bias.contiguous(),
+        targets.reshape(-1).long().contiguous(),
         row_temperature,
         transform,
     )
     vocab_slice = None if group is None else VocabSlice.of(weight, group)
     uniform = None if grad_mode == "bounded" else _draw_uniform(generator, targets, vocab_slice)
-    return PreparedHead(inputs, Precision(tolerance, uniform), vocab_slice)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    return PreparedHead(inputs, Precision(tolerance, uniform), vocab_slice, needs_grad)
 
 
 def is_plain(value: object) -> bool:
@@ -188,7 +191,7 @@ def _row_temperature(temperature: float | Tensor, hidden: Tensor, targets: Tenso
         check_shape("temperature", temperature, targets.shape)
     if temperature.requires_grad:
         raise ValueError("temperature must not require a gradient, got one that does: none is computed for it")
-    return temperature.expand(targets.shape).reshape(-1).to(dtype)
+    return temperature.expand(targets.shape).reshape(-1).to(dtype).contiguous()
 
 
 def _draw_uniform(generator: torch.Generator | None, like: Tensor, vocab_slice: VocabSlice | None) -> Tensor:
@@ -224,6 +227,13 @@ class Tokens(NamedTuple):
             return there
         ranks = self.sequences.process_group.size()
         return there // ranks  # each rank that shares a sequence has counted it
+
+
+def check_sequence_ids(tokens: Tokens, weighting: CovarianceWeighting) -> None:
+    """Raises ValueError where the weighting needs to know responses, and does not."""
+    by_response = weighting.centering == "sequence" or weighting.advantage_centering == "response"
+    if by_response and tokens.sequences is None:
+        raise ValueError("sequence_ids must be given for packed tokens with this weighting, got None")
 
 
 def flatten(name: str, value: Tensor, shape: torch.Size) -> Tensor:

@@ -90,7 +90,8 @@ def _(hidden, weight, bias, targets, temperature, scale, softcap, stats, notes, 
     return [hidden.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
 
 
-@torch.library.custom_op("covgrpo::head_backward", mutates_args=())
+# It waits for the device, which a CUDA graph that is being captured cannot.
+@torch.library.custom_op("covgrpo::head_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def head_backward_op(
     hidden: Tensor,
     weight: Tensor,

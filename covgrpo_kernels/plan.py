@@ -17,11 +17,8 @@ import torch
 from torch import Tensor
 
 from .inputs import HeadInputs, Precision
-from .kernels.interface import TAIL_ROWS, Candidates, Coefficients, RowStats
+from .kernels.interface import DENSE, DROPPED, SPARSE, TAIL_ROWS, Candidates, Coefficients, RowStats
 from .sparse import SparseEntries, sparse_entries, tail_mix
-
-# What happens to a row: the values of `BackwardPlan.row_class`.
-DROPPED, SPARSE, DENSE = range(3)
 
 # In the budget for errors no row counts for more than this many times the mean. Below 16 the ordinary spread of a
 # policy's tokens would be cut off; with 32 it is not, and one token in 32 may be of any size without buying errors in

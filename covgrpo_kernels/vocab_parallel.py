@@ -47,7 +47,7 @@ def merge_stats(
     logprob, entropy, maximum, log_sum, has_target = torch.stack(gathered, 1)  # [ranks, N] each
 
     # A slice without a finite logit has no share; if no slice has one, there is no distribution.
-    empty = maximum.isnan() & entropy.isfinite()
+    empty = maximum.isnan() & log_sum.isfinite()
     size = (maximum + log_sum).where(~empty, -torch.inf)
     lead = size.argmax(0, keepdim=True)
     top, top_log_sum = maximum.gather(0, lead), log_sum.gather(0, lead)
@@ -55,8 +55,10 @@ def merge_stats(
     rest = log_ratio.exp().scatter(0, lead, 0).sum(0, keepdim=True)
     log_share = log_ratio - rest.log1p()
     share = log_share.exp()
-    mixed_entropy = (share * (entropy - log_share)).where(share != 0, 0).sum(0)
-    target_logprob = (logprob + log_ratio).where(has_target > 0, 0).sum(0) - rest.log1p().squeeze(0)
-    target_logprob = target_logprob.where((has_target > 0).any(0), torch.nan)
+    some = ~empty.all(0)
+    mixed_entropy = (share * (entropy - log_share)).where(share != 0, 0).sum(0).where(some, torch.nan)
+    of_target = (logprob.where(~empty, 0) + log_ratio).where(has_target > 0, 0)
+    target_logprob = of_target.sum(0) - rest.log1p().squeeze(0)
+    target_logprob = target_logprob.where((has_target > 0).any(0) & some, torch.nan)
     merged_log_sum = (top_log_sum + rest.log1p()).squeeze(0)
     return RowStats(torch.stack([target_logprob, mixed_entropy, top.squeeze(0), merged_log_sum]))

@@ -119,6 +119,7 @@ Candidates<T> candidates_of(const std::vector<Tensor>& t, int64_t rows) {
   if (t.empty()) return {};
   check(t.size() == 5, "candidates are five tensors");
   const int64_t room = t[2].size(1);
+  check(room <= Candidates<T>::MAX_ROOM, "there is room for too many candidates");
   return {data<T>(t[0], rows),        data<int32_t>(t[1], rows), data<int32_t>(t[2], rows * room),
           data<T>(t[3], rows * room), data<T>(t[4], rows),       room};
 }

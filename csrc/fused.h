@@ -271,7 +271,8 @@ COVGRPO_AVX512BF16 __attribute__((noinline)) void dlogits_block(const Slice<Form
   products += source * LANES;
 
   const F32 temperature = tokens.load(s.temperature, 1.0F);
-  // In lanes without a token the maximum is infinite: probability and gradient are zero, whatever the bias.
+  // In lanes without a token the maximum is infinite: probability and gradient are zero, whatever the bias, or NaN
+  // where an infinite weight meets their zeros: the sum over tokens leaves these lanes out.
   const Coefficients<F32> coefficients{
       tokens.load(g.coefficients.maximum, INFINITY), tokens.load(g.coefficients.log_sum, 0),
       tokens.load(g.coefficients.at_target, 0),      tokens.load(g.coefficients.logprob_grad, 0),
@@ -306,7 +307,8 @@ COVGRPO_AVX512BF16 __attribute__((noinline)) void dlogits_block(const Slice<Form
     dz *= slope;
     if (out.bias) {
       const F32 counted = is_tail ? dz * bias_counts : dz;
-      out.bias[lanes.first / LANES * s.weight.rows + row + r] = sum_of<float>(counted);
+      out.bias[lanes.first / LANES * s.weight.rows + row + r] = sum_of<float>(reinterpret_cast<F32>(
+          _mm512_maskz_mov_ps(first_lanes(lanes.count), reinterpret_cast<__m512>(counted))));
     }
     return dz;
   };

@@ -99,7 +99,9 @@ struct Candidates {
   int32_t* vocab_ids;   // [R, room]
   T* logits;            // [R, room]
   T* floors;            // [R]
-  int64_t room;
+  int64_t room;         // at most MAX_ROOM
+
+  static constexpr int64_t MAX_ROOM = 256;
 
   // Several threads may add to the same row.
   void add(int64_t row, int64_t vocab_id, T logit) const {
@@ -124,9 +126,10 @@ struct Candidates {
   int32_t drop_smaller_half(int64_t row) const {
     T* z = logits + row * room;
     int32_t* ids = vocab_ids + row * room;
-    std::vector<T> sorted(z, z + room);
-    const auto next_largest = sorted.begin() + room / 2;
-    std::nth_element(sorted.begin(), next_largest, sorted.end(), std::greater<T>());
+    T sorted[MAX_ROOM];  // no allocation, which may throw, while the row is locked
+    std::copy(z, z + room, sorted);
+    T* const next_largest = sorted + room / 2;
+    std::nth_element(sorted, next_largest, sorted + room, std::greater<T>());
     const T floor = std::nextafter(*next_largest, std::numeric_limits<T>::infinity());
     int32_t n = 0;
     for (int64_t k = 0; k < room; ++k)

@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bench import compiled
 
@@ -29,6 +31,38 @@ def test_every_kernel(architecture: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     for case in compiled.CASES:
         assert f"| {case.name} | {architecture} |" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuts"),
+    [((8, 6), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((11, 0), "sm_100"), ((12, 0), "sm_80")],
+)
+def test_a_gpu_gets_cuts_that_fit_into_its_shared_memory(
+    capability: tuple[int, int], cuts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPUs of 12.x are newer than 10.x and have less than half of its shared memory."""
+    from covgrpo_kernels.kernels.triton import configs
+
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert configs.architecture.__wrapped__(torch.device("cuda")) == cuts
+
+
+def test_a_search_restores_what_a_run_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is not there: candidates are None in most forwards."""
+    from covgrpo_kernels.kernels.triton import configs
+
+    hooks = {}
+    monkeypatch.setattr(configs, "AUTOTUNE", True)
+    monkeypatch.setattr(configs.triton, "autotune", lambda *_, **given: hooks.update(given) or (lambda kernel: kernel))
+    configs.tuned("online_softmax", key=["width"], restored=["maximum", "found"])(None)
+    arguments = dict(maximum=torch.ones(3), found=None, tile=torch.ones(2))
+    hooks["pre_hook"](arguments)
+    arguments["maximum"].zero_()
+    hooks["pre_hook"](arguments, reset_only=True)
+    hooks["post_hook"](arguments, None)
+    assert arguments["maximum"].tolist() == [1, 1, 1]
 
 
 def test_interpreted_kernels_are_refused() -> None:

@@ -309,6 +309,21 @@ def test_bad_bias(dtype, bad):
 
 
 @pytest.mark.parametrize("dtype", OWN)
+@pytest.mark.parametrize("tokens", [16, 20])
+def test_an_infinite_weight_in_the_gradient_of_the_bias(dtype, tokens):
+    """Of an entry that nothing is left of: 16 tokens are computed at a time, and those that are not there have states
+    of zero, whose product with it is NaN."""
+    hidden, weight, targets = inputs(dtype, tokens, 8, 60)
+    hidden = hidden.abs() + 0.1
+    weight[17, 2] = -float("inf")
+    targets[targets == 17] = 18
+    bias = torch.zeros(60, dtype=dtype, requires_grad=True)
+    linear_logprob(hidden, weight, targets, bias=bias, grad_tol=0.0).logprob.sum().backward()
+    assert bias.grad[17] == 0
+    assert bias.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", OWN)
 def test_denormal_inputs_and_gradients(dtype):
     """Denormal bfloat16 operands count as zero, which no sum of finite float32 products of them could tell; small
     gradients keep what their dtype holds of them."""

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from covgrpo_kernels import engines, kernels, linear_logprob, reference
-from covgrpo_kernels.testing import ErrorBook, random_head, rl_head, rms, run_logprob
+from covgrpo_kernels import covgrpo_loss, engines, kernels, linear_logprob, reference
+from covgrpo_kernels.testing import ErrorBook, random_batch, random_head, rl_head, rms, run_logprob
 
 if torch.cuda.is_available():
     pytest.skip("the kernels are compiled here", allow_module_level=True)
@@ -160,6 +160,39 @@ def test_what_is_not_finite_is_dense(value):
     assert not ours["dhidden"][token].isfinite().any()
     assert not ours["dweight"].isfinite().any()
     assert torch.equal(ours["dhidden"].isfinite(), exact["dhidden"].isfinite())
+
+
+def test_a_large_scale_of_the_loss_stays_within_float16():
+    """A GradScaler multiplies the loss by 2**16 to begin with."""
+    batch = random_batch(3, dtype=torch.float16)
+    gradients = []
+    for scale in (1.0, 2.0**16):
+        h, w = (batch[n].detach().requires_grad_() for n in ("hidden", "weight"))
+        loss = covgrpo_loss(**(batch | dict(hidden=h, weight=w)), temperature=0.3, metrics=False).loss
+        gradients.append([grad.double() / scale for grad in torch.autograd.grad(loss * scale, (h, w))])
+    for once, scaled in zip(*gradients, strict=True):
+        assert scaled.isfinite().all()
+        assert rms(scaled - once) <= 2 * torch.finfo(torch.float16).eps * rms(once)
+
+
+def test_tails_stay_within_float16():
+    """Flat rows at a low temperature: a tail's entries are thousands of times the floor, and the slope of logits is
+    10."""
+    temperature, generator = 0.1, torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(64, 32, generator=generator), torch.randn(512, 32, generator=generator)
+    # Half of the rows have 100 entries that are equally probable, and no others.
+    direction, length = weight[0] / weight[0].norm(), weight[0].norm()
+    weight[:100] = weight[0].clone()
+    weight[100:] -= torch.outer(weight[100:] @ direction, direction)
+    hidden[:32] = direction * 20 * temperature / length
+    hidden[32:] *= 3
+    targets, g = torch.randint(100, (64,), generator=generator), torch.randn(64, generator=generator)
+    g[32:] *= 30
+    head = dict(hidden=hidden, weight=weight, targets=targets, logprob_grad=g, temperature=temperature)
+    exact = run_logprob(reference.linear_logprob, **head, dtype=torch.float64)
+    ours = run_logprob(linear_logprob, **head, dtype=torch.float16, grad_tol=3e-4)
+    for name in ("dhidden", "dweight"):
+        assert rms(ours[name].double() - exact[name]) <= 8 * torch.finfo(torch.float16).eps * rms(exact[name])
 
 
 def test_unbiased_mode():

@@ -301,8 +301,11 @@ def test_suppressed_entries():
     book.check(torch.float32)
     check_draw(ours, eager_, oracle, bounds(**left, dtype=torch.float32))
     nothing = torch.full((vocab,), -torch.inf)
-    x = linear_logprob(head["hidden"][:4].float(), head["weight"].float(), allowed[places[:4]], bias=nothing).logprob
-    assert x.isnan().all()
+    for dtype in (torch.float32, torch.bfloat16, F64):
+        rows = (head["hidden"][:4].to(dtype), head["weight"].to(dtype), allowed[places[:4]])
+        x, h = linear_logprob(*rows, bias=nothing.to(dtype), entropy=True)
+        assert x.isnan().all()
+        assert h.isnan().all()
 
 
 def test_equal_logits_are_uniform():

@@ -362,6 +362,32 @@ def test_strides_linear_logprob(name: str, how: str) -> None:
     assert ours["dhidden"].shape == batch["hidden"].shape
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_strides_of_all_but_the_matrices(dtype: torch.dtype) -> None:
+    """In every engine, of which there are several for 16 bits."""
+    batch = inputs(dtype=dtype, tokens=24, vocab=70)
+    expected = step(batch)
+    for name in ("bias", "targets", "temperature"):
+        assert_same_bits(step(batch | {name: strided(batch[name], "every second")}), expected)
+    for one in (torch.tensor(0.7), torch.tensor([0.7]).expand(24)):
+        assert_same_bits(step(batch | dict(temperature=one)), step(batch | dict(temperature=torch.full((24,), 0.7))))
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype, default: torch.dtype) -> None:
+    batch = inputs(dtype=dtype, tokens=24, vocab=70)
+    of_loss, kind = random_batch(6, dtype=dtype), config("dapo", weighting=ClipCov(ratio=0.2, low=-50.0, high=50.0))
+    expected = step(batch, grad_tol=0.0), loss_step(of_loss, kind)
+    torch.set_default_dtype(default)
+    try:
+        found = step(batch, grad_tol=0.0), loss_step(of_loss, kind)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, before in zip(found, expected, strict=True):
+        assert_same_bits(ours, before)
+
+
 def test_expanded_inputs_and_gradients() -> None:
     """Stride zero: `sum().backward()`, one hidden state for all tokens, one column for all entries."""
     batch = inputs(dtype=torch.float64)

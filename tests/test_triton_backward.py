@@ -99,7 +99,7 @@ class Batch:
             found[r] = len(here)
             here = here[:capacity]
             ids[r, : len(here)], logits[r, : len(here)] = here.int(), z[r, here]
-        return plan_rows.Candidates(found, ids, logits, floor)
+        return Candidates(found, ids, logits, floor)
 
     def plan(self, candidates):
         inputs = on_device((candidates, self.stats, self.targets, self.g, self.e, self.temperature))
@@ -489,10 +489,7 @@ def tail_batch(dtype, settings="plain", n=300, depth=72, vocab=150, seed=9):
 
 
 def assigned(batch, hidden, rows, tail_rows, sharpness=10.0):
-    return tails.assign_tails(
-        rows, tail_rows, hidden, on_device(batch.temperature), scale=batch.head.scale,
-        entropy=batch.e is not None, sharpness=sharpness,
-    )  # fmt: skip
+    return tails.assign_tails(rows, tail_rows, hidden, entropy=batch.e is not None, sharpness=sharpness)
 
 
 @pytest.mark.parametrize("entropy", [False, True])
@@ -524,7 +521,7 @@ def test_every_row_uses_the_tails_most_like_its_own(dtype, sharpness, settings):
     cosine = torch.nn.functional.cosine_similarity(h.unsqueeze(1), h[heavy], dim=2)
     possible = rows.kind.cpu() == plan_rows.SPARSE_POSSIBLE
     tail, mass = rows.tail.cpu().double(), rows.mass.cpu().double()
-    mix = result.shares.cpu() / tail.unsqueeze(1) * mass[heavy] * batch.slope()[heavy]
+    mix = result.shares.cpu() / tail.unsqueeze(1) * mass[heavy]
     if sharpness is None:
         best = mix.argmax(1)
         assert (cosine.gather(1, best.unsqueeze(1)).squeeze(1) >= cosine.amax(1) - 1e-4)[possible].all()
@@ -620,7 +617,7 @@ def test_gradient_of_dense_rows_and_tails(settings, in_place):
             tail = eager.tail_probabilities(
                 batch.products[row].to(dtype), tile, coefficients.take(row), floors, 1 / MIN_PROB
             )
-            out[i] = tail * batch.slope()[r].to(dtype)
+            out[i] = tail
         return out
 
     exact = specified(F64)
@@ -782,9 +779,7 @@ def backward(batch, hidden, weight, candidates, grad_tol):
         g, e = g / scale, None if e is None else e / scale
     rows = plan_rows.plan_rows(on_device(candidates), stats, targets, g, e, t, scale=head.scale, softcap=head.softcap)
     tail_rows = rows.tail_weight.topk(T).indices
-    plan = tails.assign_tails(
-        rows, tail_rows, hidden, t, scale=head.scale, entropy=e is not None, sharpness=10.0
-    )  # fmt: skip
+    plan = tails.assign_tails(rows, tail_rows, hidden, entropy=e is not None, sharpness=10.0)
     classes = row_classes.classify_rows(plan.bound, rows.norm, plan.kind, rows.kept, tail_rows, grad_tol)
     n_listed, n_sparse, n_pairs = classes.counts.tolist()
     listed, parts, some = classes.rows[:n_listed], None, None
@@ -880,9 +875,8 @@ def test_offsets_beyond_32_bits():
     assert dweight.sum(1).tolist() == [0.0, 0.0, 0.0, 16.0]
     plan_of_all = batch_of_equals(n)
     similar = tails.assign_tails(
-        plan_of_all, targets[:T] - torch.arange(T, device=DEVICE), far, None, scale=1.0,
-        entropy=False, sharpness=None,
-    )  # fmt: skip
+        plan_of_all, targets[:T] - torch.arange(T, device=DEVICE), far, entropy=False, sharpness=None
+    )
     assert similar.shares[n - 1].argmax() == 0
 
 

@@ -13,6 +13,7 @@ from test_triton_forward import DEVICE, DTYPES, EXACT, OPTIONS, Calls, blocks, l
 from torch import Tensor
 
 from covgrpo_kernels.config import IGNORE_INDEX
+from covgrpo_kernels.kernels import interface
 from covgrpo_kernels.kernels.interface import Candidates
 from covgrpo_kernels.testing import random_head
 
@@ -42,7 +43,7 @@ def small_blocks() -> Iterator[None]:
 
 def vocab_of(entries: int) -> int:
     """So many entries where a peak is of 32; as many tiles where it is of more."""
-    return entries * configs.PEAK_WIDTH // 32
+    return entries * interface.PEAK_WIDTH // 32
 
 
 class Collected(NamedTuple):
@@ -100,7 +101,7 @@ def expected(z: Tensor, min_logits: Tensor, targets: Tensor) -> list[list[int]]:
 
 def pairs(z: Tensor, min_logits: Tensor, targets: Tensor) -> Tensor:  # [N, T]
     """Which (row, tile) pairs have a peak, rounded up, that reaches the row's minimum; from exact logits."""
-    width = configs.PEAK_WIDTH
+    width = interface.PEAK_WIDTH
     z = torch.nn.functional.pad(z, (0, -z.shape[1] % width), value=-torch.inf)
     peak = z.view(len(z), -1, width).amax(2)
     up = peak.to(torch.bfloat16)

@@ -393,7 +393,7 @@ FAULTS = {
     "no dual clip": (clipped, Fault("token_terms", "(slope > OPTIONS.dual_clip)", "(slope < 0.0)")),
     "gradient where the dual clip holds": (
         clipped,
-        Fault("token_terms", "tl.where(clipped | dual_clipped, 0.0", "tl.where(clipped, 0.0"),
+        Fault("token_terms", "held = clipped | dual_clipped", "held = clipped"),
     ),
     "no bound of CISPO": (cispo, Fault("token_terms", "(policy_ratio > OPTIONS.ratio_high", "(policy_ratio < 0.0")),
     "CISPO's gradient through the ratio": (
@@ -523,11 +523,10 @@ FAULTS = {
         room,
         Fault("numerics", "            n_before = n_over\n", "            n_before = n_over + 100000\n"),
     ),
-    "temperature of the heavy row lost": (mixed, Fault("tails", "slope_h /= tl.load(temperature + i_h)", "pass")),
     "dead rows among the tails": (too_few, Fault("tails", "is_heavy = possible & (", "is_heavy = (")),
     "no mass, no number": (
         no_mass,
-        Fault("tails", "tl.where(mass_h > 0.0, 1.0 / (mass_h * slope_h), 0.0)", "1.0 / (mass_h * slope_h)"),
+        Fault("tails", "tl.where(mass_h > 0.0, 1.0 / mass_h, 0.0)", "1.0 / mass_h"),
     ),
     "tails of dense rows": (states, Fault("tails", "other=0) == _SPARSE)", "other=0) != 0)")),
     "first part only": (states, Fault("tails", "i_p = part * T + i\n", "i_p = i\n")),
@@ -536,9 +535,10 @@ FAULTS = {
         Fault("dlogits", ")[:, None])) & (is_target == 0)", ")[:, None]) + 99.0) & (is_target == 0)"),
     ),
     "target in the tail": (dense_rows, Fault("dlogits", " & (is_target == 0)\n", "\n")),
-    "tail without its slope": (
+    "tail without the slope of the softcap": (dense_rows, Fault("dlogits", "if CAP is not None:", "if False:")),
+    "tail with the slope of the temperature": (
         dense_rows,
-        Fault("dlogits", "tl.exp(log_p - log_min_prob) * slope", "tl.exp(log_p - log_min_prob)"),
+        Fault("dlogits", "slope / (per_temperature * SCALE)", "slope / SCALE"),
     ),
     "row of the tile, not of all": (
         dense_rows,

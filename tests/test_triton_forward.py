@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from covgrpo_kernels import reference
 from covgrpo_kernels.config import IGNORE_INDEX
+from covgrpo_kernels.kernels import interface
 from covgrpo_kernels.testing import ErrorBook, bounds, check_draw, policy_head, random_head, rms
 
 triton = pytest.importorskip("triton")
@@ -49,7 +50,7 @@ def blocks(patch: pytest.MonkeyPatch, sizes: tuple[int, int, int], slices: int =
     if DEVICE.type == "cpu":
         cut = configs._blocks(*sizes, 1, 1, slices, True)
         patch.setitem(configs.FORWARD, "interpreter", {itemsize: {0: cut} for itemsize in (2, 4, 8)})
-        patch.setattr(configs, "PEAK_WIDTH", peak_width or sizes[1])
+        patch.setattr(interface, "PEAK_WIDTH", peak_width or sizes[1])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,7 +66,7 @@ def split(splits: int | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if splits is not None:
             patch.setattr(
-                fused, "splits_of", lambda vocab, _: max(min(splits, triton.cdiv(vocab, configs.PEAK_WIDTH)), 1)
+                fused, "splits_of", lambda vocab, _: max(min(splits, triton.cdiv(vocab, interface.PEAK_WIDTH)), 1)
             )
         yield
 
@@ -315,6 +316,7 @@ def test_rows_without_a_distribution():
     hidden, weight, targets = head["hidden"].float(), head["weight"].float(), torch.arange(4)
     nothing = forward(hidden, weight, targets, torch.full((90,), -torch.inf))
     assert nothing.logprob.isnan().all()
+    assert nothing.entropy.isnan().all()
     assert nothing.maximum.isnan().all()
     healthy = forward(hidden, weight, targets)
     for value in (torch.nan, torch.inf):
@@ -464,7 +466,7 @@ def test_peaks(width, tile, splits, monkeypatch):
     """The largest logit of every scored row and tile, rounded up, whatever the width of the product's own tiles; by
     place, and the last tile overhangs."""
     blocks(monkeypatch, (16, tile, 16), 2, width)
-    width = configs.PEAK_WIDTH
+    width = interface.PEAK_WIDTH
     head = whole_numbers(5, 37, 24, 2 * width + 21)
     head["bias"] *= 1001  # beyond the eight bits of bfloat16
     with split(splits):
@@ -487,7 +489,7 @@ def test_peaks_are_of_the_logits(dtype, options):
     settings = options | (dict(temperature=torch.linspace(0.5, 2.0, 21)) if "temperature" in options else {})
     results = forward(hidden, weight, head["targets"], bias, **settings, peaks=True)
     z = logits(hidden, weight, bias, **settings)
-    width = configs.PEAK_WIDTH
+    width = interface.PEAK_WIDTH
     z = torch.nn.functional.pad(z[results.rows.long()], (0, -70 % width), value=-torch.inf)
     expected = z.view(len(z), -1, width).amax(2).T
     error = results.peaks.double() - expected
@@ -503,7 +505,7 @@ def test_peaks_of_bad_rows():
     bias = torch.zeros(70)
     bias[:32] = -torch.inf
     peaks = forward(hidden, weight, torch.full((4,), 40), bias, peaks=True).peaks.float()
-    if configs.PEAK_WIDTH == 32:
+    if interface.PEAK_WIDTH == 32:
         assert peaks[0, [0, 3]].tolist() == [-torch.inf, -torch.inf]
     assert peaks[-1, [0, 1]].tolist() == [70.0, torch.inf]
     assert peaks[-1, 3].item() >= -65
@@ -516,7 +518,7 @@ def test_peaks_of_bad_rows():
 def test_nothing_to_fold(rows, vocab):
     results = forward(torch.randn(rows, 4), torch.randn(vocab, 4), torch.zeros(rows, dtype=torch.int64), peaks=True)
     assert results.stats.shape == (4, rows)
-    assert results.peaks.shape == (-(-vocab // configs.PEAK_WIDTH), rows)
+    assert results.peaks.shape == (-(-vocab // interface.PEAK_WIDTH), rows)
     assert results.logprob.isnan().all()
     assert results.maximum.isnan().all()
     assert results.log_sum.count_nonzero() == 0

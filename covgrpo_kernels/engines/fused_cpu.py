@@ -54,7 +54,7 @@ class FusedCpu(StreamingEngine):
                 self.kernels.fused_forward(
                     hidden,
                     rows.weight[a:b],
-                    _tile(rows, block, a, b),
+                    _tile(rows.targets, rows.temperature, rows, block, a, b),
                     running.take(block),
                     entropy,
                     workspace,
@@ -72,13 +72,13 @@ class FusedCpu(StreamingEngine):
         padded = _PaddedRows(dense)
         weight_sum = None
         if needs.weight and rows.dtype != torch.float32 and not blocks.is_single:
-            weight_sum = torch.empty(min(shape.vocab, vocab), depth)
+            weight_sum = torch.empty(min(shape.vocab, vocab), depth, dtype=torch.float32)
         scale = dense.scale.item()
         slices = list(vocab_slices(vocab, shape.vocab, 1))
         edges = [*(a for a, _ in slices), vocab]
         sparse_rows = dense.sparse.weight_rows(edges, needs.weight, needs.bias)
         for (a, b), of_sparse in zip(slices, sparse_rows, strict=True):
-            bias_sum = torch.zeros(b - a) if needs.bias else None
+            bias_sum = torch.zeros(b - a, dtype=torch.float32) if needs.bias else None
             slice_sum = grads.weight[a:b] if weight_sum is None else weight_sum[: b - a]
             for block, states in blocks:
                 is_first, is_last = block.start == 0, block.stop == padded.count
@@ -138,15 +138,13 @@ class _PaddedRows:
         return torch.nn.functional.pad(value, (self._front, 0), value=1) if self._front else value
 
     def tile(self, block: slice, a: int, b: int) -> Tile:
-        temperature = None if self._temperature is None else self._temperature[block]
-        bias = None if self._rows.bias is None else self._rows.bias[a:b].float()
-        return Tile(self._targets[block], a, self._rows.transform, bias, temperature)
+        return _tile(self._targets, self._temperature, self._rows, block, a, b)
 
 
-def _tile(rows: Rows, block: slice, a: int, b: int) -> Tile:
-    temperature = None if rows.temperature is None else rows.temperature[block]
+def _tile(targets: Tensor, temperature: Tensor | None, rows: Rows, block: slice, a: int, b: int) -> Tile:
+    """``targets`` and ``temperature``: of as many rows as ``block`` counts, which need not be those of ``rows``."""
     bias = None if rows.bias is None else rows.bias[a:b].float()
-    return Tile(rows.targets[block], a, rows.transform, bias, temperature)
+    return Tile(targets[block], a, rows.transform, bias, None if temperature is None else temperature[block])
 
 
 def _addend(sparse: WeightRows, width: int) -> tuple[Tensor | None, Tensor | None]:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ..inputs import HeadInputs, Precision
-from ..kernels.interface import TAIL_ROWS, Candidates, Coefficients, RowStats, Tile
+from ..kernels.interface import DENSE, PEAK_WIDTH, TAIL_ROWS, Candidates, Coefficients, RowStats, Tile
 from ..plan import (
-    DENSE,
     MAX_SHARE_OF_BUDGET,
     BackwardPlan,
     backward_plan_shapes,
@@ -34,7 +33,6 @@ from .tiling import WORKSPACE_BYTES, vocab_slices
 
 if TYPE_CHECKING:  # the modules need triton
     from ..kernels.triton.pairs import Pairs
-    from ..kernels.triton.plan_rows import Candidates as UnsortedCandidates
     from ..kernels.triton.plan_rows import RowPlan
     from ..kernels.triton.row_classes import RowClasses
     from ..kernels.triton.tails import TailPlan
@@ -94,7 +92,7 @@ class FusedGpu:
     def note_shapes(self, rows: int, vocab: int, dtype: torch.dtype, min_prob: float) -> Shapes:
         if not min_prob:
             return []
-        tiles = -(-vocab // 256)  # of configs.PEAK_WIDTH, which needs triton
+        tiles = -(-vocab // PEAK_WIDTH)
         return [
             ((tiles, rows), torch.bfloat16),
             ((rows,), torch.int32),
@@ -192,10 +190,9 @@ class FusedGpu:
 
     def _collect(
         self, inputs: HeadInputs, stats: RowStats, notes: list[Tensor], g: Tensor, e: Tensor | None, min_prob: float
-    ) -> UnsortedCandidates:
-        """Of the rows that have a gradient."""
+    ) -> Candidates:
+        """Of the rows that have a gradient, in any order."""
         from ..kernels.triton.collect import collect, largest
-        from ..kernels.triton.plan_rows import Candidates as UnsortedCandidates
 
         peaks, rows, place, count = notes
         found = collect(
@@ -203,7 +200,7 @@ class FusedGpu:
             stats.packed, g, e, 2 * _CAPACITY, min_prob=min_prob, scale=inputs.transform.scale,
             softcap=inputs.transform.softcap,
         )  # fmt: skip
-        return UnsortedCandidates(*largest(*found, _CAPACITY))
+        return Candidates(*largest(*found, _CAPACITY))
 
     def _assign_tails(
         self, inputs: HeadInputs, rows: RowPlan, g: Tensor, e: Tensor | None
@@ -213,9 +210,8 @@ class FusedGpu:
         weights = tail_weights.tail_weights(g, e, rows.tail_weight, MAX_SHARE_OF_BUDGET)
         tail_rows = weights.topk(TAIL_ROWS).indices
         assigned = tails.assign_tails(
-            rows, tail_rows, _row_contiguous(inputs.hidden), inputs.temperature, scale=inputs.transform.scale,
-            entropy=e is not None, sharpness=MIX_SHARPNESS,
-        )  # fmt: skip
+            rows, tail_rows, _row_contiguous(inputs.hidden), entropy=e is not None, sharpness=MIX_SHARPNESS
+        )
         return tail_rows, assigned
 
 
@@ -242,8 +238,9 @@ class _Step:
             per_row = [stats.maximum, stats.log_sum, self.planned.at_target, g]
             self.coefficients = Coefficients(torch.stack(per_row if e is None else [*per_row, stats.entropy, e]))
         self.scale = unit_scale.reshape(()) if len(unit_scale) else None
-        if grad_scale is not None and self.has_sparse:
-            # The sparse rows' values were planned without it.
+        if grad_scale is not None and (self.has_sparse or self.scale is not None):
+            # The values of sparse rows were planned without it, and coefficients of unit scale stay below what float16
+            # holds.
             self.scale = grad_scale.float() if self.scale is None else self.scale * grad_scale
         elif grad_scale is not None:
             self.coefficients.packed[2:4].mul_(grad_scale)
@@ -303,7 +300,9 @@ class _Step:
         weight = grads.weight[a:b] if needs.weight else None
         bias = grads.bias[a:b] if needs.bias else None
         if weight is not None and some_pairs is None and self.scale is None and len(states):
-            torch.mm(dz.t(), states, out=weight)  # sums in float32, rounded once
+            # Rounded once, but where cuBLAS adds up parts of a sum in the dtype of the operands, which PyTorch lets it
+            # (docs/numerics.md).
+            torch.mm(dz.t(), states, out=weight)
             weight = None
         if weight is not None or bias is not None:
             head_grad(dz, states, self.hidden, some_pairs, bias_factors, self.scale, weight, bias, first=a)

@@ -7,7 +7,8 @@ overwrite the products. All other tensors are contiguous along their last dimens
 A set of kernels is a module with these functions (`eager.py` has their signatures and is their specification):
 
 - on a tile: ``online_softmax_`` (updates the running softmax of each row) and ``dlogits`` (products to their gradient);
-- without a tile: ``covariance_weights`` and ``sparse_product``;
+- without a tile: ``covariance_weights``, ``covariance_weights_grad``, ``segment_sums``, ``segments_of_ids``,
+  ``sparse_product`` and ``token_terms``;
 - ``TILE_BUFFERS``, the number of tile-sized temporaries that the first two allocate.
 """
 
@@ -35,6 +36,12 @@ LOG_ZERO = -1e3
 MAX_CANDIDATES = 128
 # Dense rows whose tails stand for the tails of all sparse rows: as many as a vector of the C++ kernels has lanes.
 TAIL_ROWS = 16
+# Vocabulary ids whose largest logit a forward on a GPU leaves for the backward. Narrower costs memory (two bytes a row
+# and peak), wider costs products: the backward makes those of all of these ids again where one is probable.
+PEAK_WIDTH = 256
+
+# What happens to a row in the backward: the values of `BackwardPlan.row_class`.
+DROPPED, SPARSE, DENSE = range(3)
 
 
 class LogitTransform(NamedTuple):
@@ -86,7 +93,7 @@ class Tile(NamedTuple):
 class RowStats(NamedTuple):
     """Statistics of R rows over the whole vocabulary, in one tensor so that rows are taken by one operation.
 
-    A row without a finite logit has no distribution: its log-prob and its maximum are NaN.
+    A row without a finite logit has no distribution: its log-prob, its entropy and its maximum are NaN.
     """
 
     packed: Tensor  # [4, R]
@@ -152,8 +159,9 @@ class OnlineSoftmax(NamedTuple):
     def stats(self) -> RowStats:
         m, s, u, target = self.packed
         log_sum = s.log1p()
-        maximum = m.where(m != NO_MAX, torch.nan)
-        return RowStats(torch.stack([(target - maximum) - log_sum, log_sum + u / (1 + s), maximum, log_sum]))
+        # Of a row without a finite logit the log of the sum is a finite number all the same.
+        maximum, entropy = (value.where(m != NO_MAX, torch.nan) for value in (m, log_sum + u / (1 + s)))
+        return RowStats(torch.stack([(target - maximum) - log_sum, entropy, maximum, log_sum]))
 
 
 class Candidates(NamedTuple):

@@ -42,6 +42,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import interface
 from . import configs
 from .configs import architecture, describable, options
 from .forward import check_operands, multiprocessors
@@ -402,7 +403,7 @@ def collect(
     does, ValueError for peaks of another vocabulary."""
     check_operands(hidden, weight)
     device, tokens, (vocab, depth) = hidden.device, len(hidden), weight.shape
-    tiles = triton.cdiv(vocab, configs.PEAK_WIDTH)
+    tiles = triton.cdiv(vocab, interface.PEAK_WIDTH)
     if peaks.shape != (tiles, tokens):
         raise ValueError(f"peaks must be of shape {(tiles, tokens)}, got {tuple(peaks.shape)}")
     found, vocab_ids, logits = (
@@ -428,12 +429,12 @@ def collect(
     list_kernel[(tiles,)](peaks, limits, rows, count, ends, pairs, tokens, **options("list", device))
     head: Any = weight
     if blocks.pop("DESCRIPTORS") and describable(weight):
-        head = TensorDescriptor.from_tensor(weight, [configs.PEAK_WIDTH, blocks["B_D"]])
+        head = TensorDescriptor.from_tensor(weight, [interface.PEAK_WIDTH, blocks["B_D"]])
     # How many items there are is not known here: programs enough to keep every multiprocessor busy share them.
     products_kernel[(2 * multiprocessors(device),)](
         hidden, head, bias, temperature, floors, ends, item_ends, pairs, found, vocab_ids, logits,
         tiles, depth, vocab, *hidden.stride(), weight.stride(0),
-        ROOM=room, SCALE=scale, CAP=softcap, B_T=triton.next_power_of_2(tiles), B_V=configs.PEAK_WIDTH, **blocks,
+        ROOM=room, SCALE=scale, CAP=softcap, B_T=triton.next_power_of_2(tiles), B_V=interface.PEAK_WIDTH, **blocks,
     )  # fmt: skip
     return found, vocab_ids, logits, floors
 

@@ -137,10 +137,6 @@ def _blocks(
     )
 
 
-# Entries of the vocabulary whose largest logit the forward leaves for the backward. Narrower costs memory (two bytes a
-# row and peak), wider costs products: the backward makes those of all of these entries again where one is probable.
-PEAK_WIDTH = 256
-
 # The forward's cuts by architecture and bytes of an input's element, each from a depth on. SLICES: pieces of a tile
 # that are folded one after the other, for fewer registers at a time. DESCRIPTORS: whether a unit of the hardware copies
 # the blocks (TMA).
@@ -217,13 +213,14 @@ AUTOTUNE = os.environ.get("COVGRPO_AUTOTUNE", "0") == "1"
 
 @cache
 def architecture(device: torch.device) -> str:
-    """The key of `CONFIGS`: the nearest one that is not newer, for a device that has none of its own."""
+    """The key of `CONFIGS`: the nearest one that is not newer and needs no more shared memory, for a device that has
+    none of its own. GPUs of 12.x have 99 KiB a block, as 8.6 and 8.9. Any AMD GPU counts as gfx942."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
         return "gfx942"
     major = torch.cuda.get_device_properties(device).major
-    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+    return "sm_100" if major in (10, 11) else "sm_90" if major == 9 else "sm_80"
 
 
 def describable(x: torch.Tensor) -> bool:  # [R, C]
@@ -239,13 +236,24 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 def tuned(name: str, key: list[str], restored: list[str]) -> Callable[[Any], Any]:
-    """Decorates a kernel with Triton's search, where it was asked for. ``restored``: arguments a run changes."""
+    """Decorates a kernel with Triton's search, where it was asked for. ``restored``: arguments a run changes, where
+    they are not None, which Triton's own ``restore_value`` does not expect."""
+    before: dict[str, torch.Tensor] = {}
+
+    def save(arguments: dict[str, Any], reset_only: bool = False) -> None:
+        if not reset_only:
+            before.update({name: arguments[name].clone() for name in restored if arguments[name] is not None})
+
+    def restore(arguments: dict[str, Any], exception: Exception | None) -> None:
+        for name, value in before.items():
+            arguments[name].copy_(value)
+        before.clear()
 
     def decorate(kernel: Any) -> Any:
         if not AUTOTUNE:
             return kernel
         choices = [triton.Config(dict(B_R=c["B_R"], B_C=c["B_C"]), num_warps=c["num_warps"]) for c in SEARCH[name]]
-        return triton.autotune(choices, key=key, restore_value=restored, cache_results=True)(kernel)
+        return triton.autotune(choices, key=key, pre_hook=save, post_hook=restore, cache_results=True)(kernel)
 
     return decorate
 

@@ -74,7 +74,10 @@ def dlogits_kernel(  # type: ignore[no-untyped-def]
     if TAILS > 0:  # noqa: SIM102
         if tl.program_id(0) * B_R < TAILS:
             in_tail = (z < m + (l + tl.load(log_floor + i_r, mask=m_r, other=0.0)[:, None])) & (is_target == 0)
-            q = tl.where(in_tail, tl.exp(log_p - log_min_prob) * slope, 0.0)
+            q = tl.exp(log_p - log_min_prob)
+            if CAP is not None:
+                q *= slope / SCALE if per_temperature is None else slope / (per_temperature * SCALE)
+            q = tl.where(in_tail, q, 0.0)
             tl.store(out + o_b - TAILS * width, rounded(q, out), mask=m_b & (i_o < 2 * TAILS)[:, None])
     if entropy_grad is not None:
         e = tl.load(entropy_grad + i_r, mask=m_r, other=0.0)[:, None]
@@ -104,9 +107,8 @@ def dlogits(
 
     With ``rows`` the targets, temperatures and coefficients are those of N rows, of which the tile holds these. With
     T = ``tails`` the first T rows of the tile are not looked at, and the first T rows of ``out`` become the tails of
-    the T rows that follow: p * softcap' * scale / temperature / min_prob where log p is below ``log_floor`` and the
-    entry is not the target, zero elsewhere. (Divided by ``min_prob``, small probabilities stay in the range of
-    float16.)"""
+    the T rows that follow: p * softcap' / min_prob where log p is below ``log_floor`` and the entry is not the target,
+    zero elsewhere. (Divided by ``min_prob`` and without scale and temperature, they stay in the range of float16.)"""
     n_rows, width = products.shape
     dlogits_kernel[lambda meta: (triton.cdiv(n_rows - tails, meta["B_R"]), triton.cdiv(width, meta["B_C"]))](
         tile=products, out=out, rows=rows, targets=tile.targets, bias=tile.bias, temperature=tile.temperature,

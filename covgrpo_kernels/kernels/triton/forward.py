@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import interface
 from ..interface import NO_MAX
 from . import configs
 from .configs import architecture, describable, options
@@ -257,6 +258,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     if ENTROPY:
         ub = tl.load(partial + 3 * plane + o_b, mask=m_b, other=0.0)
         entropy += tl.sum(w * (ub + gap * (sb + 1.0)), 0) * inverse(1.0 + s)
+    entropy = tl.where(m == _NO_MAX, float("nan"), entropy)
     # Tokens that are not scored are of the first chunk, those of other chunks of theirs.
     written = m_r | (m_n & (i_p < 0) & (first == 0))
     plane = n_tokens.to(tl.int64)
@@ -286,7 +288,7 @@ def splits_of(vocab: int, device: torch.device) -> int:
     """Pieces of the vocabulary that are folded side by side and then merged. One for each multiprocessor: a single row
     block keeps all of them busy, and more row blocks are equal shares. Not a function of the rows, or a row's bits
     would depend on its batch."""
-    return max(min(multiprocessors(device), triton.cdiv(vocab, configs.PEAK_WIDTH)), 1)
+    return max(min(multiprocessors(device), triton.cdiv(vocab, interface.PEAK_WIDTH)), 1)
 
 
 def chunk_rows(tokens: int, bytes_of_a_row: int) -> int:
@@ -333,7 +335,7 @@ def partial_statistics(
     forward_kernel[(min(multiprocessors(hidden.device), items) if name in _PERSISTENT else items,)](
         *operands, bias, targets, temperature, rows, count, partial, peaks,
         first, room, len(targets), depth, vocab, splits, padded, weight.stride(0),
-        SCALE=scale, CAP=softcap, ENTROPY=entropy, B_P=configs.PEAK_WIDTH, **blocks,
+        SCALE=scale, CAP=softcap, ENTROPY=entropy, B_P=interface.PEAK_WIDTH, **blocks,
     )  # fmt: skip
 
 
@@ -367,14 +369,15 @@ def forward(
 
     ``hidden``: [N, D] float16, bfloat16 or float32 of any strides; float64 under the interpreter. ``weight``: [V, D] of
     the same dtype; rows that do not start at a multiple of 16 bytes take slow loads. ``bias``: [V] of any floating
-    dtype. ``targets``: [N] int64, contiguous; where ``ignore_index`` stands, the token is not scored. ``temperature``:
-    [N] float32 or float64. Rows are cut into chunks that keep within `WORKSPACE_BYTES`.
+    dtype. ``targets``: [N] int64; where ``ignore_index`` stands, the token is not scored. ``temperature``: [N] float32
+    or float64. These three are contiguous. Rows are cut into chunks that keep within `WORKSPACE_BYTES`.
 
     Returns ``(stats, rows, place, count, peaks)``:
 
     - ``stats`` [4, N] float32 (float64 for float64 inputs): log-prob of the target, entropy in nats (meaningless unless
       asked for), largest logit m, and log of the sum of exp(z - m). Zeros where the token is not scored. A target
-      outside [0, V) has a log-prob of NaN; a row without a finite logit has log-prob and maximum NaN.
+      outside [0, V) has a log-prob of NaN; a row without a finite logit has log-prob, entropy and maximum
+      NaN.
     - ``rows``, ``place``, ``count`` of `select_rows`.
     - ``peaks`` [V / PEAK_WIDTH, N] bfloat16 where asked for, else None: column i has the largest logit of scored row i
       among each PEAK_WIDTH entries, rounded up; NaN is left out. Columns from ``count`` on are undefined.
@@ -386,7 +389,7 @@ def forward(
     (tokens, depth), vocab = hidden.shape, len(weight)
     rows, place, count = select_rows(targets, ignore_index)
     stats = torch.empty(4, tokens, dtype=dtype, device=device)
-    tiles = triton.cdiv(vocab, configs.PEAK_WIDTH)
+    tiles = triton.cdiv(vocab, interface.PEAK_WIDTH)
     largest = torch.empty(tiles, tokens, dtype=torch.bfloat16, device=device) if peaks else None
     planes, splits, padded = 4 if entropy else 3, splits_of(vocab, device), padded_depth(depth, hidden.itemsize)
     bytes_of_a_row = padded * hidden.itemsize + planes * splits * dtype.itemsize

@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..interface import DENSE, SPARSE
 from .configs import options
 from .numerics import rounded
 from .plan_rows import RowPlan
-from .row_classes import DENSE, SPARSE, RowClasses
+from .row_classes import RowClasses
 
 _SPARSE, _DENSE = tl.constexpr(SPARSE), tl.constexpr(DENSE)
 
@@ -89,7 +90,7 @@ def hidden_grad(
     min_prob: float,
 ) -> None:
     """out = scale * the gradient of each row: of a dense row its product; of a sparse one the sum of its kept entries
-    and of its shares of the tails' products, times ``min_prob``, by which `grad` divides tails; of a dropped one
+    and of its shares of the tails' products, times ``min_prob``, by which `dlogits` divides tails; of a dropped one
     zero."""
     n_rows, depth = out.shape
     if not n_rows:

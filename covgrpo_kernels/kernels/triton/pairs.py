@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..interface import SPARSE
 from .configs import options
 from .plan_rows import RowPlan
-from .row_classes import SPARSE, RowClasses
+from .row_classes import RowClasses
 
 _SPARSE = tl.constexpr(SPARSE)
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..interface import LOG_ZERO
+from ..interface import LOG_ZERO, Candidates
 from .configs import options
 from .numerics import expm1, inverse, sort_rows
 
@@ -34,15 +34,6 @@ _SPARSE_POSSIBLE = tl.constexpr(SPARSE_POSSIBLE)
 
 # Sorts after every vocabulary id.
 _LAST_KEY = tl.constexpr(0x7FFFFFFF << 32)
-
-
-class Candidates(NamedTuple):
-    """The entries of each row whose logit reaches the row's floor, in any order."""
-
-    found: Tensor  # [N] int32; a row with more than K of them has lost some
-    vocab_ids: Tensor  # [N, K] int32
-    logits: Tensor  # [N, K] float32
-    min_logits: Tensor  # [N] float32 the floor
 
 
 class RowPlan(NamedTuple):

@@ -14,12 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..interface import DENSE, DROPPED, SPARSE
 from .configs import options
 from .numerics import counted_total
 from .plan_rows import NO_GRADIENT, SPARSE_POSSIBLE, TAIL_ROW
 
-# The values of `RowClasses.row_class`.
-DROPPED, SPARSE, DENSE = range(3)
 _DROPPED, _SPARSE, _DENSE = tl.constexpr(DROPPED), tl.constexpr(SPARSE), tl.constexpr(DENSE)
 _NO_GRADIENT, _SPARSE_POSSIBLE = tl.constexpr(NO_GRADIENT), tl.constexpr(SPARSE_POSSIBLE)
 _TAIL_ROW = tl.constexpr(TAIL_ROW)

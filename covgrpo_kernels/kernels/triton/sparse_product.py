@@ -30,7 +30,7 @@ def sparse_product_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([B_D], dtype=out.dtype.element_ty)
     for k in range(tl.load(offsets + i_s), tl.load(offsets + i_s + 1)):
         row = tl.load(indices + k)
-        x = tl.load(matrix + row * row_stride + i_d * column_stride, mask=m_d, other=0.0)
+        x = tl.load(matrix + row * row_stride + i_d.to(tl.int64) * column_stride, mask=m_d, other=0.0)
         total += tl.load(values + k) * x.to(total.dtype)
     tl.store(out + i_s * depth + i_d, total, mask=m_d)
 

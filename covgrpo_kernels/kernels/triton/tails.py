@@ -2,8 +2,8 @@
 
 `assign_tails` mixes them by how similar the hidden states are, and bounds the error.
 `sum_tail_states` adds up what the sparse rows of each tail contribute to dW: dW of all tails is Q^T S, with Q [T, V]
-the tails of the heavy rows (`grad`) and S [T, D] these sums. `gather_states` puts S and the hidden states of the dense
-rows into one matrix.
+the tails of the heavy rows (`dlogits`) and S [T, D] these sums. `gather_states` puts S and the hidden states of the
+dense rows into one matrix.
 
 Bytes: the first two read the hidden states once each, the second those of sparse rows only; the third reads and writes
 those of dense rows.
@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..interface import SPARSE
 from .configs import options
 from .numerics import dot_of_parts, operand, rounded
 from .plan_rows import SPARSE_POSSIBLE, TAIL_ROW, RowPlan
-from .row_classes import SPARSE
 
 _SPARSE_POSSIBLE, _TAIL_ROW, _SPARSE = tl.constexpr(SPARSE_POSSIBLE), tl.constexpr(TAIL_ROW), tl.constexpr(SPARSE)
 
@@ -46,14 +46,13 @@ def _inverse_norm(square):  # type: ignore[no-untyped-def]
 @triton.jit(
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[
-        "tail_rows", "temperature", "tail", "mass", "log_floor", "plan_kind", "plan_bound", "tail_bound", "shares",
+        "tail_rows", "tail", "mass", "log_floor", "plan_kind", "plan_bound", "tail_bound", "shares",
         "kind", "bound",
     ],
 )  # fmt: skip
 def assign_tails_kernel(  # type: ignore[no-untyped-def]
     hidden,  # [N, D]
     tail_rows,  # [T] int64
-    temperature,  # [N] or None
     tail,  # [N], as are the next five: of the row plan
     mass,
     log_floor,
@@ -66,7 +65,6 @@ def assign_tails_kernel(  # type: ignore[no-untyped-def]
     n_rows,
     depth,  # D
     hidden_stride,
-    SCALE: tl.constexpr,
     SHARPNESS: tl.constexpr,
     ENTROPY: tl.constexpr,
     T: tl.constexpr,
@@ -108,10 +106,7 @@ def assign_tails_kernel(  # type: ignore[no-untyped-def]
         mix /= tl.sum(mix, 1)[:, None]
 
     mass_h = tl.load(mass + i_h)
-    slope_h = tl.full([T], SCALE, tl.float32)
-    if temperature is not None:
-        slope_h /= tl.load(temperature + i_h)
-    per_tail = tl.where(mass_h > 0.0, 1.0 / (mass_h * slope_h), 0.0)
+    per_tail = tl.where(mass_h > 0.0, 1.0 / mass_h, 0.0)
     size = tl.load(tail + i_r, mask=m_r, other=0.0)
     tl.store(shares + i_r[:, None] * T + i_t[None, :], size[:, None] * mix * per_tail[None, :], mask=m_r[:, None])
 
@@ -134,9 +129,7 @@ def assign_tails(
     rows: RowPlan,  # of N rows
     tail_rows: Tensor,  # [T] int64; T is a power of two from 16 on
     hidden: Tensor,  # [N, D]
-    temperature: Tensor | None,  # [N] float32
     *,
-    scale: float,
     entropy: bool,
     sharpness: float | None,
 ) -> TailPlan:
@@ -148,9 +141,9 @@ def assign_tails(
     shares = torch.empty(n_rows, n_tails, dtype=torch.float32, device=hidden.device)
     kind, bound = torch.empty_like(rows.kind), torch.empty_like(rows.bound)
     assign_tails_kernel[lambda meta: (triton.cdiv(n_rows, meta["B_R"]),)](
-        hidden=hidden, tail_rows=tail_rows, temperature=temperature, tail=rows.tail, mass=rows.mass,
+        hidden=hidden, tail_rows=tail_rows, tail=rows.tail, mass=rows.mass,
         log_floor=rows.log_floor, plan_kind=rows.kind, plan_bound=rows.bound, tail_bound=rows.tail_bound,
-        shares=shares, kind=kind, bound=bound, n_rows=n_rows, depth=depth, hidden_stride=hidden.stride(0), SCALE=scale,
+        shares=shares, kind=kind, bound=bound, n_rows=n_rows, depth=depth, hidden_stride=hidden.stride(0),
         SHARPNESS=sharpness, ENTROPY=entropy, T=n_tails, **options("assign_tails", hidden.device),
     )  # fmt: skip
     return TailPlan(shares, kind, bound)
@@ -271,8 +264,8 @@ def gather_states(
 ) -> tuple[Tensor, Tensor | None]:
     """The states [R, D] that dW's products take, in the dtype of the hidden states: S of the tails in the first T rows,
     then hidden states of dense rows. And what multiplies the first T rows of dZ in the gradient of the bias, [T]
-    float32 (the others count once); None without tails. Both include ``min_prob``, by which `grad` divides the tails.
-    """
+    float32 (the others count once); None without tails. Both include ``min_prob``, by which `dlogits` divides the
+    tails."""
     depth, device = hidden.shape[1], hidden.device
     sums, sums_of_shares = (None, None) if parts is None else parts
     n_parts, n_tails = (0, 0) if sums_of_shares is None else sums_of_shares.shape

@@ -34,10 +34,11 @@ class _PolicyTerm(NamedTuple):
     """Of the tokens of a block, before their shares."""
 
     loss: Any
-    logprob_grad: Any
+    logprob_grad: Any  # but for what a bound holds
     advantage_grad: Any  # with respect to the weighted advantage
     clipped: Any  # whether the lower or upper bound holds it
     dual_clipped: Any
+    held: Any  # whether a bound leaves it no gradient
 
 
 @triton.jit
@@ -63,6 +64,7 @@ def _policy_term(ratio, x, a, has_term, OPTIONS: tl.constexpr):  # type: ignore[
     zero = tl.zeros_like(ratio)
     dual_clipped = zero > 0.0
     clipped = dual_clipped
+    held = dual_clipped
     if OPTIONS.cispo:
         slope = policy_ratio
         if OPTIONS.ratio_high is not None:
@@ -82,9 +84,9 @@ def _policy_term(ratio, x, a, has_term, OPTIONS: tl.constexpr):  # type: ignore[
         if OPTIONS.dual_clip is not None:
             dual_clipped = (a < 0.0) & (slope > OPTIONS.dual_clip)
             slope = tl.where(dual_clipped, zero + OPTIONS.dual_clip, slope)
-        policy, da = -slope * a, -slope
-        dx = tl.where(clipped | dual_clipped, 0.0, -policy_ratio * a)
-    return _PolicyTerm(policy, dx, da, clipped, dual_clipped)
+        held = clipped | dual_clipped
+        policy, dx, da = -slope * a, -policy_ratio * a, -slope
+    return _PolicyTerm(policy, dx, da, clipped, dual_clipped, held)
 
 
 @triton.jit
@@ -167,7 +169,8 @@ def token_terms_kernel(  # type: ignore[no-untyped-def]
         rollout_weight = tl.load(inputs.rollout + i_t, mask=m_v & (has_term | m_p), other=1.0)
         policy_share = share * rollout_weight.to(tl.float64)
 
-    policy, g = term.loss, policy_share * term.logprob_grad
+    # What a bound holds has no gradient, whatever it would be multiplied with.
+    policy, g = term.loss, tl.where(term.held, 0.0, policy_share * term.logprob_grad)
     if out.shared_grad is not None:
         tl.store(out.shared_grad + i_t, tl.where(m_v, g, 0.0), mask=m_t)
         g = tl.zeros_like(g)
