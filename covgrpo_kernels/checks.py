@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGEST = torch.finfo(torch.float64).max
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -43,7 +44,7 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {_got(value)}")
     # Not math.isfinite, which torch.compile does not trace.
-    if not (abs(value) < math.inf and (low < value if above_low else low <= value) and value <= high):
+    if not (abs(value) <= _LARGEST and (low < value if above_low else low <= value) and value <= high):
         interval = "" if low == -math.inf else f" and {'>' if above_low else '>='} {low:g}"
         interval += "" if high == math.inf else f" and <= {high:g}"
         raise ValueError(f"{name} must be finite{interval}, got {value!r}")

@@ -14,7 +14,7 @@ from .checks import check_floating, check_process_group, check_type
 from .collectives import all_ids
 from .config import CovarianceWeighting
 from .covariance import ScopeMoments, scope_moments
-from .inputs import flatten, flatten_tokens, valid_tokens
+from .inputs import accumulator_dtype, check_sequence_ids, flatten, flatten_tokens, valid_tokens
 from .segments import Segments
 
 
@@ -71,14 +71,12 @@ class GroupMoments:
         if weighting.scope == "group" and group_ids is None:
             raise ValueError("group_ids must be given for a weighting of scope 'group', got None")
         check_floating("logprobs", logprobs)
-        dtype = torch.promote_types(logprobs.dtype, torch.float32)
+        dtype = accumulator_dtype(logprobs.dtype)
         valid = valid_tokens("logprobs", logprobs, mask)
         tokens = flatten_tokens(
             logprobs, advantages, valid, dtype=dtype, group_ids=group_ids, group_size=None, sequence_ids=sequence_ids
         )
-        by_response = weighting.centering == "sequence" or weighting.advantage_centering == "response"
-        if by_response and tokens.sequences is None:
-            raise ValueError("sequence_ids must be given for packed tokens with this weighting, got None")
+        check_sequence_ids(tokens, weighting)
         none = torch.zeros(len(valid), dtype=torch.int64, device=valid.device)
         ids = none if group_ids is None else flatten("group_ids", group_ids, logprobs.shape).long()
         return cls(
@@ -99,6 +97,8 @@ class GroupMoments:
                 raise TypeError(f"others must be GroupMoments, got {type(other).__name__}")
             if other.weighting != self.weighting:
                 raise ValueError(f"others must have the weighting {self.weighting}, got {other.weighting}")
+        if any(part._process_group is not None for part in (self, *others)):
+            raise ValueError("others must be merged before reduce, got moments of several ranks")
         parts, first = [], 0
         for part in (self._batch, *(other._batch for other in others)):
             parts.append(part._replace(sequences=part.sequences + first))

@@ -146,10 +146,6 @@ def linear_logprob(
         hidden, weight, targets, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
         grad_tol=grad_tol, grad_mode=grad_mode, generator=generator, vocab_group=vocab_group,
     )  # fmt: skip
-    x = head.inputs
-    needs_grad = torch.is_grad_enabled() and any(
-        v is not None and v.requires_grad for v in (x.hidden, x.weight, x.bias)
-    )
-    settings = _Settings(entropy, ignore_index, needs_grad, head.vocab_slice)
-    logprob, h, *_ = _LinearLogprob.apply(*x, head.precision, settings)
+    settings = _Settings(entropy, ignore_index, head.needs_grad, head.vocab_slice)
+    logprob, h, *_ = _LinearLogprob.apply(*head.inputs, head.precision, settings)
     return LinearLogprob(logprob.reshape(targets.shape), h.reshape(targets.shape) if entropy else None)

@@ -71,6 +71,7 @@ class _Settings(NamedTuple):
     config: CovGRPOConfig
     generator: torch.Generator | None
     metrics: bool
+    needs_grad: bool
     vocab_slice: VocabSlice | None
 
     @property
@@ -122,13 +123,13 @@ class _CovGRPO(torch.autograd.Function):
         batch: _Batch,
         settings: _Settings,
     ) -> tuple[Tensor, ...]:
-        tokens, needs_grad = batch.tokens, any(ctx.needs_input_grad[:3])
+        tokens = batch.tokens
         is_scored = _scored(tokens, settings)
         targets = targets.where(is_scored, IGNORE_INDEX)
         inputs = HeadInputs(hidden, weight, bias, targets, temperature, transform)
         scored = operators.forward(
             inputs, entropy=settings.needs_entropy, ignore_index=IGNORE_INDEX, precision=precision,
-            needs_grad=needs_grad, vocab_slice=settings.vocab_slice,
+            needs_grad=settings.needs_grad, vocab_slice=settings.vocab_slice,
         )  # fmt: skip
         x, entropy = scored.stats.logprob, scored.stats.entropy
         objective = policy_objective(
@@ -291,7 +292,7 @@ def covgrpo_loss(
     )
     if not torch.compiler.is_compiling() and operators.reads_values(head.inputs.hidden):
         _check_advantages(tokens)
-    settings = _Settings(config, generator, metrics, head.vocab_slice)
+    settings = _Settings(config, generator, metrics, head.needs_grad, head.vocab_slice)
     loss, logprobs, entropy, weights, values = _CovGRPO.apply(*head.inputs, head.precision, batch, settings)
     return CovGRPOOutput(
         loss,

@@ -133,8 +133,8 @@ def _ratio_bounds(config: CovGRPOConfig) -> tuple[float | None, float | None]:
 
 
 def _advantages(tokens: Tokens, kind: Weighting | None, weights: Tensor | None) -> Tensor:  # [N]
-    """What the 80/20 rule leaves out has no policy term, whatever its ratio and rollout weight are."""
-    if not isinstance(kind, HighEntropy):
+    """What Clip-Cov and the 80/20 rule leave out has no policy term, whatever its ratio and rollout weight are."""
+    if not isinstance(kind, (ClipCov, HighEntropy)):
         return tokens.advantages
     assert weights is not None
     return tokens.advantages.where(weights != 0, 0)

@@ -168,10 +168,11 @@ def covgrpo_loss(
         ids: dict[str, Any] = dict(group_ids=group_ids, group_size=group_size, sequence_ids=sequence_ids)
         W = covariance_weights(all_x, advantages, valid, weighting=kind, **ids).reshape(-1)[keep]
     elif isinstance(kind, ClipCov):
-        draw = torch.rand(targets.numel(), generator=generator, device=x.device)[keep]
+        draw = torch.rand(targets.numel(), generator=generator, device=x.device, dtype=torch.float32)[keep]
         candidate = (cov > kind.low) & (cov < kind.high) & ~(clipped * A < r * A)
         chosen = draw.where(candidate, 2.0).argsort()[: max(int(kind.ratio * n), 1)]
         W = W.index_fill(0, chosen[candidate[chosen]], 0.0)
+        A = A.where(W != 0, 0)  # those removed have no policy term
     elif isinstance(kind, (Steer, HighEntropy)):
         W = _weights_by_entropy(x.detach(), H.detach(), A, r.detach(), kind)
         A = A.where(W != 0, 0)  # those left out have no policy term
@@ -241,8 +242,9 @@ def _policy_term(
         policy = -surrogate
     if isinstance(kind, KLCov):
         top = cov.argsort(descending=True, stable=True)[: max(int(kind.fraction * len(x)), 1)]
-        policy = policy + kind.coef * (x - old).abs() * torch.zeros_like(x).index_fill(0, top, 1.0)
-        has_term = has_term.index_fill(0, top, True)
+        penalised = torch.zeros_like(has_term).index_fill(0, top, True)
+        policy = policy + torch.where(penalised, kind.coef * (x - old).abs(), 0)
+        has_term = has_term | penalised
     return policy if tis is None else policy * tis.where(has_term, 1)
 
 

@@ -100,6 +100,7 @@ def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:
     dual_clipped = torch.zeros_like(valid)
     if options.cispo:
         clipped = dual_clipped if options.ratio_high is None else ratio > options.ratio_high
+        held = dual_clipped
         slope = clip_ratio(policy_ratio, None, options.ratio_high)
         policy_x = x.where(has_term, 0)
         policy, dx, da = -slope * a * policy_x, -slope * a, -slope * policy_x
@@ -110,15 +111,16 @@ def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:
         if options.dual_clip is not None:
             dual_clipped = (a < 0) & (slope > options.dual_clip)
             slope = slope.masked_fill(dual_clipped, options.dual_clip)
-        policy, da = -slope * a, -slope
-        dx = (-policy_ratio * a).masked_fill(clipped | dual_clipped, 0)
+        held = clipped | dual_clipped
+        policy, dx, da = -slope * a, -policy_ratio * a, -slope
 
     policy_share = share
     if inputs.rollout is not None:
         # Where there is no term to multiply, an infinite weight must not make one.
         counts = has_term if inputs.penalised is None else has_term | inputs.penalised
         policy_share = share * inputs.rollout.where(counts, 1)
-    g, shared = policy_share * dx, x.new_empty(0)
+    # What a bound holds has no gradient, whatever it would be multiplied with.
+    g, shared = (policy_share * dx).masked_fill(held, 0), x.new_empty(0)
     if options.share_grad:
         g, shared = torch.zeros_like(x), g.where(valid, 0)
     if inputs.penalised is not None:

@@ -18,7 +18,15 @@ from .covariance import CovarianceStats, ScopeMoments, weights_from_moments
 from .covariance import covariance_weights as covariance_weights_in_torch
 from .covariance import covariance_weights_grad as covariance_weights_grad_in_torch
 from .group_moments import GroupMoments
-from .inputs import Tokens, accumulator_dtype, flatten, flatten_floats, flatten_tokens, valid_tokens
+from .inputs import (
+    Tokens,
+    accumulator_dtype,
+    check_sequence_ids,
+    flatten,
+    flatten_floats,
+    flatten_tokens,
+    valid_tokens,
+)
 from .segments import Segments
 from .token_terms import importance_ratio
 
@@ -37,9 +45,7 @@ class CovarianceWeights(NamedTuple):
 
 def check_ids(tokens: Tokens, weighting: CovarianceWeighting) -> None:
     """Raises ValueError where an id that the weighting needs is missing."""
-    needs_sequences = weighting.centering == "sequence" or weighting.advantage_centering == "response"
-    if needs_sequences and tokens.sequences is None:
-        raise ValueError("sequence_ids must be given for packed tokens with this weighting, got None")
+    check_sequence_ids(tokens, weighting)
     if weighting.scope == "group" and tokens.groups is None:
         raise ValueError("group_ids or group_size must be given for a weighting of scope 'group', got neither")
 
@@ -106,7 +112,9 @@ def with_moments(
     if weighting != moments.weighting:
         raise ValueError(f"moments must be of the weighting {weighting}, got {moments.weighting}")
     if tokens.process_group is not None:
-        raise ValueError("process_group must be None where moments are given, which know all ranks by `reduce`")
+        raise ValueError(
+            "process_group and sequence_group must be None where moments are given, which know all ranks by `reduce`"
+        )
     if moments.weighting.scope == "group":
         if group_ids is None:
             raise ValueError("group_ids must be given where moments are, got None")
@@ -129,7 +137,7 @@ def clip_cov_choice(
     generator: torch.Generator | None,
 ) -> Tensor:  # [N] bool
     """The random tokens whose policy term Clip-Cov removes."""
-    draw = torch.rand(len(valid), generator=generator, device=valid.device)
+    draw = torch.rand(len(valid), generator=generator, device=valid.device, dtype=torch.float32)
     candidate = (covariance > weighting.low) & (covariance < weighting.high) & eligible
     order = draw.where(candidate, 2.0).argsort()
     return _first_of(order, _share_of(valid, weighting.ratio)) & candidate
@@ -185,7 +193,7 @@ def _high_entropy_weights(entropy: Tensor, tokens: Tokens, weighting: HighEntrop
 
 def _share_of(valid: Tensor, share: float) -> Tensor:  # []
     """max(int(share * number of valid tokens), 1), on the device."""
-    return (valid.sum() * share).floor().clamp(min=1)
+    return (valid.sum(dtype=torch.float64) * share).floor().clamp(min=1)
 
 
 def _first_of(order: Tensor, count: Tensor) -> Tensor:  # [N] bool

@@ -112,6 +112,7 @@ WRONG_HEAD = {
     "temperature gradient": (dict(temperature=torch.ones(N, requires_grad=True)), ValueError, "temperature"),
     "logit_scale zero": (dict(logit_scale=0), ValueError, "logit_scale"),
     "logit_scale nan": (dict(logit_scale=NAN), ValueError, "logit_scale"),
+    "logit_scale too large": (dict(logit_scale=10**400), ValueError, "logit_scale"),
     "logit_scale inf": (dict(logit_scale=-INF), ValueError, "logit_scale"),
     "logit_scale type": (dict(logit_scale=torch.ones(())), TypeError, "logit_scale"),
     "softcap zero": (dict(softcap=0.0), ValueError, "softcap"),

@@ -1,6 +1,7 @@
 """The loss over ranks and micro-batches equals the reference's on the whole batch: groups, responses and the vocabulary
 cut anywhere. Every worker makes the whole batch from a seed and takes its part; nothing is sent but what is tested."""
 
+import copy
 import random
 import sys
 
@@ -305,6 +306,25 @@ def test_sure_tokens_keep_their_digits_where_slices_are_merged():
         assert off.max() <= logits, (name, off.max(), logits)
 
 
+def empty_slices(which):
+    """`sliced_logprob` of a bias that leaves nothing of the first slice, or of any."""
+    bias = torch.zeros(5000)
+    bias[: 2000 if which == "one" else 5000] = -torch.inf
+    h, w, y, _ = confident_head(0)
+    half = slice(0, 2000) if dist.get_rank() == 0 else slice(2000, 5000)
+    out = linear_logprob(h, w[half], y, bias=bias[half].to(h.dtype), entropy=True, vocab_group=dist.group.WORLD)
+    return out.logprob, out.entropy, linear_logprob(h, w, y, bias=bias.to(h.dtype), entropy=True)
+
+
+def test_slices_of_a_head_without_a_finite_logit():
+    """One has no share; where all are such, log-prob and entropy are NaN as on one rank."""
+    for which in ("one", "all"):
+        for logprob, entropy, whole in processes(2).run(empty_slices, which):
+            assert whole.entropy.isfinite().all() == (which == "one")
+            torch.testing.assert_close(logprob, whole.logprob, equal_nan=True)
+            torch.testing.assert_close(entropy, whole.entropy, equal_nan=True)
+
+
 def test_gradient_of_hidden_states_is_rounded_once():
     """As exact over four ranks as on one."""
     h, w, y, options = confident_head(0)
@@ -483,6 +503,11 @@ def test_moments_refuse_what_does_not_belong_together():
         moments.merge(moments_of(batch, CovarianceWeighting(scope="batch")))
     with pytest.raises(TypeError, match="others must be GroupMoments"):
         moments.merge(batch)
+    reduced = copy.copy(moments)
+    reduced._process_group = object()  # stands for what `reduce` sets
+    for first, second in ((moments, reduced), (reduced, moments)):
+        with pytest.raises(ValueError, match="others must be merged before reduce, got moments of several ranks"):
+            first.merge(second)
     with pytest.raises(ValueError, match="weighting must not have differentiate_weights"):
         moments_of(batch, CovarianceWeighting(differentiate_weights=True))
     with pytest.raises(ValueError, match="group_ids must be given"):
@@ -532,7 +557,7 @@ def test_wrong_calls_raise_on_every_rank():
             f"group_size needs [B, T] rows of one response each, got [{3 + rank}, 5]; "
             "packed tokens and parts of sequences take group_ids",
             f"sequence_group must share its rows, or get sequence_ids: here are {3 + rank} rows",
-            "process_group must be None where moments are given, which know all ranks by `reduce`",
+            "process_group and sequence_group must be None where moments are given, which know all ranks by `reduce`",
         ]
 
 

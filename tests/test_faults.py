@@ -397,7 +397,7 @@ KERNEL_FAULTS = {
         terms, KernelFault("token_terms", "within * a < policy_ratio * a", "within * a > policy_ratio * a")
     ),
     "clipped tokens have a gradient": (
-        terms, KernelFault("token_terms", "tl.where(clipped | dual_clipped, 0.0", "tl.where(dual_clipped, 0.0")
+        terms, KernelFault("token_terms", "held = clipped | dual_clipped", "held = dual_clipped")
     ),
     "no upper bound": (terms, KernelFault("token_terms", "(within > OPTIONS.ratio_high)", "(within < 0.0)")),
     "dual clip of positive advantages": (terms, KernelFault("token_terms", "(a < 0.0) & (slope", "(a > 0.0) & (slope")),

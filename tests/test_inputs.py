@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
 from covgrpo_kernels import (
+    ClipCov,
     CovarianceWeighting,
     CovGRPOConfig,
     KLCov,
@@ -304,6 +305,59 @@ def test_rollout_weight_of_a_token_without_a_term(config: str, value: float, met
     for dirty, clean in zip(loss_and_gradients(arguments, CONFIGS[config], metrics=metrics), expected, strict=True):
         assert clean.isfinite().all()
         assert torch.equal(dirty, clean)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(clip_high=None, dual_clip=3.0), dict(importance_level="sequence")], ids=str
+)
+@pytest.mark.parametrize("value", [INF, NAN])
+def test_rollout_weight_of_a_token_that_a_bound_holds(value: float, options: dict[str, Any], backend: str) -> None:
+    """It reaches the loss, as in eager PyTorch; its gradient is zero, whatever that is multiplied with."""
+    arguments = batch()
+    sign = -1.0 if "dual_clip" in options else 1.0
+    arguments["advantages"] = changed(arguments["advantages"], 2, sign)
+    old = covgrpo_loss(**arguments).logprobs - 2.0  # ratios of 7
+    arguments |= dict(old_logprobs=old, rollout_weights=torch.ones(len(old)))
+    config = CovGRPOConfig(weighting="none", **options)
+    clean = loss_and_gradients(arguments, config, grad_tol=0.0)
+    held = arguments | dict(rollout_weights=changed(arguments["rollout_weights"], 2, value))
+    for dirty, before in zip(loss_and_gradients(held, config, grad_tol=0.0)[1:], clean[1:], strict=True):
+        assert torch.equal(dirty, before)
+    exact = {n: v.double() if v.is_floating_point() else v for n, v in held.items() if isinstance(v, Tensor)}
+    leaf = exact["weight"].requires_grad_()
+    loss = reference.covgrpo_loss(**(held | exact), config=config).loss
+    assert torch.autograd.grad(loss, leaf)[0].isfinite().all()
+    assert not loss.isfinite()
+    assert not covgrpo_loss(**held, config=config).loss.isfinite()
+
+
+@pytest.mark.parametrize("value", [INF, NAN])
+def test_rollout_weight_of_a_token_that_clip_cov_removes(value: float) -> None:
+    arguments, config = batch(), CovGRPOConfig(weighting=ClipCov(ratio=0.5, low=-50.0, high=50.0))
+
+    def step(rollout: Tensor, loss: Any = covgrpo_loss) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        leaf = arguments["weight"].clone().requires_grad_()
+        given = arguments | dict(weight=leaf, rollout_weights=rollout)
+        out = loss(**given, config=config, generator=generator)
+        return out.weights, out.loss.detach(), torch.autograd.grad(out.loss, leaf)[0]
+
+    weights, *clean = step(arguments["rollout_weights"])
+    removed = arguments["mask"] & (weights == 0)
+    assert removed.any()
+    dirty = arguments["rollout_weights"].expand_as(removed).masked_fill(removed, value)
+    assert all(map(torch.equal, step(dirty)[1:], clean))
+    assert all(x.isfinite().all() for x in step(dirty, reference.covgrpo_loss)[1:])
+
+
+def test_old_log_probs_of_tokens_that_kl_cov_does_not_penalise() -> None:
+    """The penalty is of the chosen tokens alone; what has no advantage has no other term."""
+    arguments, config = batch(advantages=torch.zeros(16)), CovGRPOConfig(weighting=KLCov(fraction=0.01))
+    _, dhidden, dweight = loss_and_gradients(arguments, config)
+    row = next(row for row in range(16) if not dhidden[row, 0].any())
+    arguments["old_logprobs"] = changed(arguments["old_logprobs"], (row, 0), INF)
+    assert torch.equal(loss_and_gradients(arguments, config)[2], dweight)
+    assert reference.covgrpo_loss(**arguments, config=config).loss.isfinite()
 
 
 @pytest.mark.parametrize("value", [INF, NAN])

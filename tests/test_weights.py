@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from interpreter import fewer
 
-from covgrpo_kernels import CovarianceWeighting, CovGRPOConfig, covariance_weights, reference
+from covgrpo_kernels import CovarianceWeighting, CovGRPOConfig, covariance_weights, reference, weighting
 from covgrpo_kernels.testing import random_batch, rms
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -27,6 +27,13 @@ batches = st.builds(
     length=st.sampled_from([1, 2, 7]), keep=st.sampled_from([0.2, 0.75, 1.0]),
     packed=st.booleans(), shuffled=st.booleans(),
 )  # fmt: skip
+
+
+def test_a_share_of_the_tokens_is_rounded_down():
+    """In float32 the product of 0.29 and 100 is 29."""
+    for share, tokens in ((0.29, 100), (0.7, 90), (0.3, 100_000), (2e-4, 3_000_001)):
+        chosen = weighting._share_of(torch.ones(tokens, dtype=torch.bool), share)
+        assert chosen == max(int(share * tokens), 1)
 
 
 def arguments(batch):
