@@ -9,7 +9,8 @@ from typing import Any
 
 from .grpo.config import TrainConfig, check_option, option_type
 
-_STRING, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
+_YAML = "tag:yaml.org,2002:"  # what the tags of YAML's own types begin with
+_STRING, _NULL = f"{_YAML}str", f"{_YAML}null"
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def _value(name: str, node: Any) -> int | float | str:
     kind, is_scalar = option_type(name), isinstance(node.value, str)
     if is_scalar and kind is str and node.tag == _STRING:
         return node.value
-    if is_scalar and kind is not str and node.style is None:
+    if is_scalar and kind is not str and node.style is None and node.tag.startswith(_YAML):
         with contextlib.suppress(ValueError):
             return kind(node.value)
     got = (repr(node.value) if node.style else node.value or "nothing") if is_scalar else f"a {node.id}"

@@ -68,6 +68,7 @@ def test_the_file_of_the_documents(path: Path) -> None:
         ("steps: '80'", "line 1: steps must be of type int, got '80'"),
         ("steps:", "line 1: steps must be of type int, got nothing"),
         ("steps: [80]", "line 1: steps must be of type int, got a sequence"),
+        ("steps: !mine 8", "line 1: steps must be of type int, got 8"),
         ("steps: 0", "line 1: steps must be >= 1, got 0"),
         ("out: 123", "line 1: out must be of type str, got 123; in quotes it is one"),
         ("device: yes", "line 1: device must be of type str, got yes; in quotes it is one"),

@@ -127,6 +127,16 @@ def test_a_step_equals_that_of_one_process(size: int, how: str, changes: dict[st
     same_step(size, how, dataclasses.replace(ODD, **changes))
 
 
+def test_counts_are_added_up_and_means_are_not() -> None:
+    """Over the microbatches of a step, as over ranks."""
+    parts = [
+        {"ratio/non_finite": 1.0, "entropy": 2.0, "tokens": 1},
+        {"ratio/non_finite": 2.0, "entropy": 1.0, "tokens": 9},
+    ]
+    of_each = [{name: torch.tensor(value) for name, value in part.items()} for part in parts]
+    assert parallel.pooled(of_each, 1) == {"ratio/non_finite": 3.0, "entropy": 1.5}
+
+
 @pytest.mark.deep
 @pytest.mark.parametrize("weighting", ["covariance", "none"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

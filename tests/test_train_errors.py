@@ -20,8 +20,9 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from covgrpo_kernels import cli  # noqa: E402
+from covgrpo_kernels.grpo import demo  # noqa: E402
 from covgrpo_kernels.grpo import train as training  # noqa: E402
-from covgrpo_kernels.grpo.checkpoint import TrainingError  # noqa: E402
+from covgrpo_kernels.grpo.checkpoint import RunFolder, TrainingError  # noqa: E402
 from covgrpo_kernels.grpo.config import TrainConfig  # noqa: E402
 from covgrpo_kernels.grpo.policy import byte_tokenizer  # noqa: E402
 from covgrpo_kernels.grpo.train import train  # noqa: E402
@@ -420,6 +421,42 @@ def test_a_model_without_tokenizer_or_end(tmp_path: Path) -> None:
 
 
 # --- prompts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighting", ["clip_cov", "kl_cov"])
+def test_weightings_and_loss_types_that_do_not_go_together(tmp_path: Path, weighting: str) -> None:
+    """Before the warm start, which may take minutes."""
+    options = dict(out=str(tmp_path / "out"), loss_type="cispo", weighting=weighting)
+    refused(ValueError, "loss_type 'cispo' has no PPO clip", tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(seed=2**64), "seed must be <= 18446744073709551615, got 18446744073709551616"),
+        (dict(lr=10**400), "lr must be finite, got 1000"),
+    ],
+)
+def test_numbers_that_are_too_large(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(RUN, **options)
+    assert dataclasses.replace(RUN, seed=2**64 - 1).seed == 2**64 - 1
+
+
+def test_a_run_that_is_finished_with_fewer_steps(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last step was not evaluated: what is said is of the last one that was."""
+    start, first, second = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert "eval/accuracy" not in first
+    other = {name: value for name, value in second.items() if name != "eval/accuracy"}
+    for rows, last in (([start, first], 0), ([start, first, second, other | {"step": 3}], 2)):
+        monkeypatch.setattr(training, "read_metrics", lambda path, rows=rows: rows)
+        training.conclude(RunFolder(run, "train", {}, ()), RUN, 2)
+        before, after = start["eval/accuracy"], rows[last]["eval/accuracy"]
+        said = f"Of 2 held-out problems {before:.1%} solved at the start, {after:.1%} after {last} steps."
+        assert said in capsys.readouterr().out
+        assert f"{before:.0%} -> {after:.0%}" in demo.summary({"GRPO": rows})
 
 
 def test_prompts_that_are_too_long(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ class TrainConfig:
     warmup_steps: int = _option(10, "batches over which the learning rate rises", ">= 0")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm", "> 0")
 
-    seed: int = _option(0, "of everything random", ">= 0")
+    seed: int = _option(0, "of everything random", ">= 0, <= 18446744073709551615")
     device: str = _option("auto", 'torch device; "auto": cuda where there is one, else cpu')
     dtype: str = _option(
         "float32", "of matrix products; auto: bfloat16 where the device has it. Parameters are always float32",
@@ -155,9 +156,9 @@ def check_option(name: str, value: Any, about: typing.Mapping[str, Any]) -> None
     if about["choices"] and value not in about["choices"]:
         raise ValueError(f"{name} must be one of {', '.join(about['choices'])}, got {value!r}")
     number: Any = value
-    if kind is float and not math.isfinite(number):
+    if kind is float and not abs(number) <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {value!r}")
     for limit in filter(None, about["limits"].split(", ")):
         comparison, bound = limit.split()
-        if not _COMPARE[comparison](number, float(bound)):
+        if not _COMPARE[comparison](number, kind(bound)):
             raise ValueError(f"{name} must be {limit}, got {value!r}")

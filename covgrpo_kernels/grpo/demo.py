@@ -11,7 +11,7 @@ import torch
 from .config import ALGORITHMS, TrainConfig
 from .logs import read_metrics
 from .plots import save_report
-from .train import start_run, train
+from .train import evaluated, start_run, train
 
 
 def demo(config: TrainConfig) -> None:
@@ -35,13 +35,14 @@ def demo(config: TrainConfig) -> None:
 def summary(runs: dict[str, list[dict[str, Any]]]) -> str:
     """A table: means over the first and the last tenth of the steps, and held-out accuracy before and after."""
     table = [("", "reward", "held out", "entropy", "tokens used", "seconds")]
-    for name, (before, *steps) in runs.items():
+    for name, rows in runs.items():
+        before, last, steps = rows[0], evaluated(rows)[-1], rows[1:]
         tenth = max(len(steps) // 10, 1)
         reward, entropy, used = (
             " -> ".join(f"{mean(row[key] for row in end):{form}}" for end in (steps[:tenth], steps[-tenth:]))
             for key, form in (("reward/mean", ".2f"), ("entropy", ".2f"), ("rows/live_fraction", ".0%"))
         )
-        accuracy = f"{before['eval/accuracy']:.0%} -> {steps[-1]['eval/accuracy']:.0%}"
+        accuracy = f"{before['eval/accuracy']:.0%} -> {last['eval/accuracy']:.0%}"
         seconds = f"{sum(row['seconds'] for row in steps):.0f}"
         table.append((name, reward, accuracy, entropy, used, seconds))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

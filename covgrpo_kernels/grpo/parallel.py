@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from .checkpoint import TrainingError
 
 T = TypeVar("T")
+COUNTS = ("ratio/non_finite", "rows/invalid_targets", "rows/invalid_advantages")  # metrics of the loss, of tokens
 
 
 def join() -> None:
@@ -100,6 +101,8 @@ def pooled(microbatches: list[dict[str, Tensor]], optimizer_steps: int) -> dict[
     share = tokens / reduce(tokens)  # of the tokens of all ranks
 
     def pool(name: str, values: Tensor) -> float:  # [microbatches]
+        if name in COUNTS:
+            return reduce(values.sum()).item()
         if name.startswith("loss"):  # the loss of an optimiser step is the sum over its microbatches
             return reduce(values.sum()).item() / optimizer_steps
         if name.endswith("/max"):

@@ -185,12 +185,21 @@ def evaluate(policy: Policy, problems: list[Problem], config: TrainConfig) -> fl
     return right / len(problems)
 
 
+def evaluated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The steps that were evaluated: the start, and the last one unless a run was finished with fewer steps than it was
+    begun with."""
+    return [row for row in rows if "eval/accuracy" in row]
+
+
 def conclude(folder: RunFolder, config: TrainConfig, problems: int) -> None:
     """Draws report.png, and says what came of the run and where it is."""
     rows = read_metrics(folder.path / "metrics.jsonl")
     save_report(folder, {ALGORITHMS[config.weighting]: rows})
-    steps, (first, *_, last) = rows[1:], (row["eval/accuracy"] for row in rows if "eval/accuracy" in row)
-    print(f"Of {problems} held-out problems {first:.1%} solved at the start, {last:.1%} after {len(steps)} steps.")
+    steps, first, last = rows[1:], rows[0], evaluated(rows)[-1]
+    print(
+        f"Of {problems} held-out problems {first['eval/accuracy']:.1%} solved at the start, "
+        f"{last['eval/accuracy']:.1%} after {last['step']} steps."
+    )
     print(f"{folder.path}: model/ with its tokenizer, metrics.jsonl, report.png with the curves.", flush=True)
     if all(row["reward/equal_groups"] == 1 for row in steps):
         right, cut = (mean(row[name] for row in steps) for name in ("reward/mean", "response/truncated"))
@@ -219,6 +228,7 @@ def start_run(config: TrainConfig, command: str, start: Path | None = None) -> t
 
 
 def problems_and_policy(config: TrainConfig) -> tuple[Task, Policy]:
+    _ = config.loss  # which raises where weighting and loss type do not go together
     rows = min(len(part) for step in split_groups(config.prompts_per_step, config, torch.Generator()) for part in step)
     rows = min(rows, SOLUTIONS) if config.warm_start_steps else rows
     if parallel.size() > rows:

@@ -65,9 +65,9 @@ class CovGRPOTrainer(GRPOTrainer):
         *args, **kwargs: as GRPOTrainer takes them.
         weighting: "covariance", "steer", "high_entropy", "none" (or None), a `CovarianceWeighting` whose weights are
             not differentiated, a `Steer` or a `HighEntropy`. Scope "batch" is the batch of a generation.
-        fused_head: log-probs by `linear_logprob`, through `patch_model`; inputs with images go TRL's way. False leaves
-            all to TRL. With TRL 1.14 it also takes the place of ``use_liger_kernel``'s path, whose kernels for layers
-            stay.
+        fused_head: log-probs by `linear_logprob`, through `patch_model`; inputs with images, or with token type ids, go
+            TRL's way. False leaves all to TRL. With TRL 1.14 it also takes the place of ``use_liger_kernel``'s path,
+            whose kernels for layers stay.
         grad_tol: as `linear_logprob` takes it: "auto" or a number, 0 for exact gradients.
 
     Raises:
