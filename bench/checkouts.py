@@ -41,5 +41,11 @@ def in_turns(
 
 
 def commit(folder: Path) -> str:
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    """Its hash, and "-dirty" where files were changed that git knows, but for results."""
+
+    def git(*words: str) -> str:
+        made = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+        return made.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)*/results/*")
+    return git("describe", "--always") + ("-dirty" if changed else "")

@@ -8,7 +8,6 @@ import json
 import math
 import platform
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ import torch
 from covgrpo_kernels import kernels
 from covgrpo_kernels.benchmark import Contender, Problem, step, timed, warm
 from covgrpo_kernels.testing import Results
+
+from .checkouts import commit
 
 
 class Bare:
@@ -95,9 +96,8 @@ PEERS = ("trl", "liger-kernel", "verl", "cut-cross-entropy")
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Where and with what a measurement was made."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     where: dict[str, Any] = dict(torch=torch.__version__, python=platform.python_version())
-    where |= dict(commit=commit.stdout.strip(), peers={name: version(name) for name in PEERS})
+    where |= dict(commit=commit(Path(__file__).parent), peers={name: version(name) for name in PEERS})
     if device is None or device.type != "cuda":
         backend = kernels.describe(torch.device("cpu"))
         capability = torch.backends.cpu.get_cpu_capability()

@@ -147,9 +147,9 @@ def summary(reports: list[Report]) -> str:
             "",
             *_claim(headlines[0]["dtype"], by_dtype[0]),
             f"Forward and backward on RL-like inputs, {_size(point)}, {1 - point['coefficients']:.0%} of the tokens "
-            f"without a gradient (padding, clipped, or of zero advantage), median of {turns} turns; memory beyond inputs and gradients; errors against "
-            f"float64, as shares of dW. *eager*: logits, then log-softmax; *PyTorch*: its `linear_cross_entropy`. "
-            f"({where(*headlines)})",
+            f"without a gradient (padding, clipped, or of zero advantage), median of {turns} turns; memory beyond "
+            "inputs and gradients; errors against float64, as shares of dW. *eager*: logits, then log-softmax; "
+            f"*PyTorch*: its `linear_cross_entropy`. ({where(*headlines)})",
             "",
             table(header, rows),
             *policies(headlines[0]),
@@ -193,9 +193,10 @@ def policies(report: Report) -> list[str]:
         )
     return [
         "",
-        f"The same in {report['dtype']} for policies that are more or less sure; all but ours is in multiples of ours. "
-        "The recorded ones are fitted to a real model, whose statistics are in `research/results/recordings.md`; "
-        "[performance](docs/performance.md#the-backward) says what dense, sparse and dropped rows are:",
+        f"The same in {report['dtype']} for policies that are more or less sure; the times of the others are in "
+        "multiples of ours. The recorded ones are fitted to a real model, whose statistics are in "
+        "`research/results/recordings.md`; [performance](docs/performance.md#the-backward) says what dense, sparse and "
+        "dropped rows are:",
         "",
         table(header, rows),
     ]

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import RESULTS
 from .models import SOURCES
-from .study.arms import ALL_ARMS, SEEDS, TASKS
+from .study.arms import ALL_ARMS, REAL_SEEDS, SEEDS, TASKS
 
 POLICIES = ("transformers", "matplotlib")  # what the commands that train small policies need
 INTERRUPTED = 130
@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     real.add_argument("--out", metavar="FOLDER", default="runs/real", help="of the runs (default: runs/real)")
     real.add_argument("--results", metavar="FOLDER", type=Path, help=f"default: research/{RESULTS.name}")
-    real.add_argument("--seeds", metavar="INT", type=int, default=3, help="so many (default: 3)")
+    real.add_argument("--seeds", metavar="INT", type=int, default=REAL_SEEDS, help=f"so many (default: {REAL_SEEDS})")
     real.add_argument("--workers", metavar="INT", type=int, default=2, help="runs at a time (default: 2)")
 
     recipe = command(

@@ -29,7 +29,7 @@ TEMPERATURES = (0.6, 1.0)
 MANY = (64, 128, 256)  # entries above the floor
 BLOCK = 128  # rows that have their logits at a time
 ROWS = 2048  # that are measured, of each recording
-PROMPTS_USED = 60  # of bench/prompts.jsonl, which are in random order: 7,680 tokens
+PROMPTS_USED, RESPONSES, NEW_TOKENS = 60, 4, 32  # of bench/prompts.jsonl, which are in random order: 7,680 tokens
 PROBES = 512  # rows whose dL/dlogits is measured
 
 
@@ -64,11 +64,12 @@ def recorded(name: str, temperature: float) -> Path:
     from bench.record import PROMPTS, read_problems, record, save
     from covgrpo_kernels.grpo.policy import load_policy
 
-    path = cache_folder() / "recordings" / f"{name}_t{temperature}.pt"
+    path = cache_folder() / "recordings" / f"{name}_t{temperature}_{PROMPTS_USED}x{RESPONSES}x{NEW_TOKENS}.pt"
     if not path.exists():
         policy = load_policy(str(model_folder(name)), torch.device("cpu"))
         problems = read_problems(PROMPTS)[:PROMPTS_USED]
-        save(record(policy, problems, group_size=4, max_new_tokens=32, temperature=temperature), path)
+        made = record(policy, problems, group_size=RESPONSES, max_new_tokens=NEW_TOKENS, temperature=temperature)
+        save(made, path)
     return path
 
 

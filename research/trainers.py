@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from covgrpo_kernels.benchmark import resident_kib
 
 from . import RESULTS
 from .models import model_folder
@@ -111,7 +112,8 @@ def _train(pipe: Any, name: str, length: int, dtype: str, steps: int) -> None:
         clock = Clock()
         trainer.add_callback(clock)
         trainer.train()
-    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, clock.seconds))
+    # Not `resource.getrusage`, whose peak a process has from the one that started it.
+    pipe.send((resident_kib("VmHWM:") / 1024, clock.seconds))
     pipe.close()
 
 

@@ -95,8 +95,8 @@ def _verdicts(results: dict[str, Any], at: dict[str, Any]) -> Iterator[str]:
         for row in chosen(results, "updates", **at, update="all")
     }
     yield (
-        f"The covariances predict a change of entropy of {_thousandths(covariance)} thousandths of a nat for a step of 1, "
-        f"on average (a share of {between(share)} of it from between states): entropy "
+        f"The covariances predict a change of entropy of {_thousandths(covariance)} thousandths of a nat for a step of "
+        f"1, on average (a share of {between(share)} of it from between states): entropy "
         f"{_verdict(covariance, 'should fall', 'should rise', 'should neither fall nor rise for certain')}. Measured, "
         f"the entropy of own states {moved['SGD', 'own']} with SGD and {moved['AdamW', 'own']} with AdamW, that of "
         f"fresh states {moved['SGD', 'fresh']} with SGD and {moved['AdamW', 'fresh']} with AdamW."

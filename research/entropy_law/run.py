@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ def run(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
     # Last: where it is, all is done.
     write_atomically(out / "entropy_law.json", lambda file: file.write(text.encode()))
     return json.loads(text)
+
+
+def is_finished(out: Path, seed: int = 0, quick: bool = False) -> bool:
+    """Whether OUT/entropy_law.json is there, and of these settings."""
+    path = out / "entropy_law.json"
+    settings = json.loads(json.dumps(six_digits(dataclasses.asdict(plan(seed, quick)))))
+    return path.exists() and json.loads(path.read_text()).get("settings") == settings
 
 
 def command(*, out: Path, seed: int, quick: bool, report_only: bool, document: Path | None) -> None:

@@ -88,7 +88,8 @@ def _transformers(model: str, revision: str | None, settings: Evaluation) -> Eng
         inputs = inputs.to(device)
         output = policy.generate(
             **inputs, max_new_tokens=settings.max_new_tokens, do_sample=True, temperature=settings.temperature,
-            top_p=settings.top_p, top_k=0, eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id,
+            top_p=settings.top_p, top_k=0, repetition_penalty=1.0, eos_token_id=list(ends),
+            pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         responses = []
         for tokens in output[:, inputs["input_ids"].shape[1] :].tolist():

@@ -1,7 +1,8 @@
 """What the study compares: two tasks, and arms that share everything but their token weights.
 
-Arms have the same start, problems, sizes and learning rate. Each changes one thing, but for two: author_code() is a
-whole configuration, and the KL term and the missing PPO clip are part of it; KL-Cov has no PPO clip by definition.
+Arms have the same start, problems, sizes and learning rate. Each changes one thing, but for these: author_code() is a
+whole configuration, and the KL term and the missing PPO clip are part of it; KL-Cov has no PPO clip by definition; and
+arms with `weights` have them computed once for each rollout, where CW-GRPO computes them in each update.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ TASKS = {
 }
 EVALUATION = Evaluation(problems=64, samples=16, every=50)
 SEEDS = 12
+REAL_SEEDS = 3  # of the runs with a real model
 
 # The same in a minute or two: it shows that all works, and nothing else.
 _MINIATURE = dict(

@@ -16,7 +16,7 @@ from covgrpo_kernels.grpo.config import TrainConfig
 
 from .. import RESULTS
 from ..models import model_folder
-from .arms import Evaluation
+from .arms import REAL_SEEDS, Evaluation
 from .run import RunSpec, perform_all, read_run
 from .study import write_report
 from .summary import write_summaries
@@ -40,7 +40,6 @@ _SIZES = TrainConfig(
 REAL_TASKS = {"sums": _SIZES, "largest": _SIZES}
 REAL_ARMS = ("grpo", "cw_grpo", "author_code", "kl_cov")
 REAL_EVALUATION = Evaluation(problems=64, samples=8, every=50)
-REAL_SEEDS = 3
 
 # An arm's learning rate is that of the highest mean reward over the last ten steps of a short run on the first task,
 # with a seed that no other run has.

@@ -11,6 +11,7 @@ import torch
 
 from covgrpo_kernels.grpo.checkpoint import write_atomically
 
+from ..models import SOURCES
 from .arms import ABLATIONS, ALL_ARMS, ARMS, VARIANTS
 from .statistics import TAILS, Difference, difference
 from .summary import POINTS, Line, Summaries
@@ -292,7 +293,8 @@ variance are over the last half of the steps."""
 CONTROLS = """\
 CW-GRPO against two controls. The mean of the weights is 1 by construction; but the weighted advantages are smaller than
 the advantages, since tokens with large ones have large covariances. AdamW is blind to a constant factor of the loss, so
-the second control has it in the learning rate."""
+the second control has it in the learning rate. The permuted weights are computed once, before the updates of a step;
+CW-GRPO's in each update."""
 
 VARIANTS_OF_WEIGHTS = """\
 What the Gaussian takes away is lopsided: large covariances are mostly those of unlikely tokens in bad responses, and
@@ -312,27 +314,30 @@ Means over seeds, as in the picture above: of the first and the last tenth of th
 {steps} steps where it is highest and lowest, with the step in their middle."""
 
 REAL_MODEL = """\
-SmolLM2-135M-Instruct, all of its weights trained in float32 from its own start. It answers a question after a few
+{model}, all of its weights trained in {dtype} from its own start. It answers a question after a few
 examples, in a line: the sum of two numbers of two digits, or the largest of five. Tasks, arms, claims and the rule for
-learning rates were fixed before the first run. Intervals of so few seeds are those of Student's distribution: a
-difference that they cannot tell from zero may well be one."""
+learning rates were fixed before the first run."""
 
 SWEEP = """\
 Each arm has the learning rate with the highest reward at the end of a short run on the first task, with a seed that no
-other run has. That reward by learning rate, the chosen one in bold:"""
+other run has. Where two arms have different ones, a difference between them may be the learning rate's. That reward by
+learning rate, the chosen one in bold:"""
 
 INTERVALS = """\
-Intervals are bootstrap-t over seeds, of paired differences. In a table a star says that the interval leaves out zero,
-two that it does so with all comparisons of the table in mind (Bonferroni); in the pictures of differences thick lines
-are the first, orange where they leave out zero, and thin lines the second, red where they do. Advantages kept: sum
-|W A| / sum |A| for the weights that CW-GRPO gives or would give. Minibatches are so small that Clip-Cov and KL-Cov
-choose one token of each, which is more than the share that their paper has."""
+Intervals are of paired differences over seeds: bootstrap-t, and of fewer than six seeds Student's, as if the
+differences were normal; of so few seeds a difference that is not told from zero may well be there. In a table a star
+says that the interval leaves out zero, two that it does so with all comparisons of the table in mind (Bonferroni); in
+the pictures of differences thick lines are the first, orange where they leave out zero, and thin lines the second, red
+where they do. Advantages kept: sum |W A| / sum |A| for the weights that CW-GRPO gives or would give. Minibatches are so
+small that Clip-Cov and KL-Cov choose one token of each, which is more than the share that their paper has."""
 
 
 def real_model(summaries: Summaries) -> list[str]:
     """The section of the runs with a real model."""
     study = Study(summaries)
-    lines = ["", "## On a real model", "", REAL_MODEL, "", *in_short(study)]
+    options = study.options[study.tasks[0]]["options"]
+    about = REAL_MODEL.format(model=SOURCES[options["model"]].title, dtype=options["dtype"])
+    lines = ["", "## On a real model", "", about, "", *in_short(study)]
     lines += ["", *[_protocol(study, task) for task in study.tasks]]
     if summaries.sweep:
         lines += ["", SWEEP, "", *sweep_table(study, summaries.sweep)]
@@ -400,7 +405,7 @@ def _protocol(study: Study, task: str) -> str:
     options, evaluation = (study.options[task][name] for name in ("options", "evaluation"))
     runs = [run for (t, _, _), run in study.runs.items() if t == task]
     rates = sorted({run["lr"] for run in runs if ALL_ARMS[run["arm"]].lr_like is None})
-    lr = " or ".join(f"{rate:g}" for rate in rates)
+    lr = " or ".join(f"{rate:g}" for rate in rates) + (", by arm" if len(rates) > 1 else "")
     difficulty = "" if options["model"] else f", difficulty {options['difficulty']}"
     return (
         f"- {task}{difficulty}: {len(runs)} runs, {len(study.arms(task))} arms of "

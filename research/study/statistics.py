@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,7 @@ class Difference:
 def difference(values: Tensor, comparisons: int, seed: int = 0) -> Difference:  # [seeds]
     """Of paired differences. Bootstrap-t: seeds are drawn anew, and how many standard errors their mean is away is what
     the interval is made from; the plain percentile interval of eight values holds the mean in 90% of cases only, not
-    in 95%. Of a few seeds that number is drawn from Student's distribution, as if the differences were normal. With
+    in 95%. Of a few seeds that number has Student's distribution, as if the differences were normal. With
     ``comparisons`` in a table each gets its share of the 5% (Bonferroni). Raises ValueError for fewer than two."""
     n = len(values)
     if n < 2:
@@ -63,19 +64,28 @@ def difference(values: Tensor, comparisons: int, seed: int = 0) -> Difference:  
     centre, error = x.mean(), _standard_error(x)
     if error == 0:
         return Difference(*[centre.item()] * 5)
-    generator = torch.Generator().manual_seed(seed)
-    if n < FEW:
-        normal = torch.randn(n, RESAMPLES, generator=generator, dtype=x.dtype)
-        away = (normal[0] / (normal[1:].square().sum(0) / (n - 1)).sqrt()).sort().values
-    else:
-        drawn = x[torch.randint(n, (RESAMPLES, n), generator=generator)]
-        # Where one seed was drawn n times there is nothing to measure by: infinitely far.
-        away = ((drawn.mean(1) - centre) / _standard_error(drawn)).sort().values
     ends = []
+    if n < FEW:
+        for share in (0.05, 0.05 / comparisons):
+            away = students_quantile(1 - share / 2, n - 1)
+            ends += [(centre - error * away).item(), (centre + error * away).item()]
+        return Difference(centre.item(), *ends)
+    drawn = x[torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))]
+    # Where one seed was drawn n times there is nothing to measure by: infinitely far.
+    resampled = ((drawn.mean(1) - centre) / _standard_error(drawn)).sort().values
     for share in (0.05, 0.05 / comparisons):
         tail = int(share / 2 * RESAMPLES)
-        ends += [(centre - error * away[-1 - tail]).item(), (centre - error * away[tail]).item()]
+        ends += [(centre - error * resampled[-1 - tail]).item(), (centre - error * resampled[tail]).item()]
     return Difference(centre.item(), *ends)
+
+
+def students_quantile(share: float, degrees: int) -> float:
+    """What Student's t is below with this probability, to three digits. With t = sqrt(degrees) tan(u) the density of u
+    is proportional to cos(u)^(degrees - 1), which is added up."""
+    u = torch.linspace(-math.pi / 2, math.pi / 2, 1_000_001, dtype=torch.float64)
+    below = u.cos().pow(degrees - 1).cumsum(0)
+    place = torch.searchsorted(below, share * below[-1])
+    return degrees**0.5 * u[place].tan().item()
 
 
 def _standard_error(x: Tensor) -> Tensor:  # [..., n] -> [...]

@@ -69,7 +69,7 @@ def study(
         specs = all_runs(Path(out), tasks, arms, seeds, steps, miniature)
         perform_all(specs, workers)
         write_summaries(specs, folder / "study.json")
-        if not (Path(out) / "entropy_law.json").exists():
+        if not entropy_law.is_finished(Path(out), quick=miniature):
             entropy_law.run(Path(out), quick=miniature)
         if results is not None:
             for name in ("entropy_law.png", "entropy_law.json"):

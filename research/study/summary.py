@@ -100,7 +100,10 @@ def write_summaries(specs: Sequence[RunSpec], path: Path, sweep: Sequence[Line] 
         starts = {_start(other) for other in others}
         rates = {other["lr"] for other in others if other["arm"] == spec.arm and spec.after is None}
         if tasks.setdefault(spec.task, task) != task or len(starts) > 1 or len(rates) > 1:
-            raise TrainingError(f"{path} has runs of {spec.task} with other options or another start: choose a folder")
+            raise TrainingError(
+                f"{path} has runs of {spec.task} with other options, another start or another learning rate of "
+                f"{spec.arm}: choose a folder"
+            )
         runs[_key(line)] = line
     order = {arm: place for place, arm in enumerate(ALL_ARMS)}
     lines = sorted(runs.values(), key=lambda line: (line["seed"], list(tasks).index(line["task"]), order[line["arm"]]))

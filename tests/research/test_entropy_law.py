@@ -22,7 +22,7 @@ from research import RESULTS
 from research.entropy_law import law
 from research.entropy_law.law import States, entropy, first_order, gradients, measure_step
 from research.entropy_law.report import findings, updated
-from research.entropy_law.run import run
+from research.entropy_law.run import is_finished, run
 from research.entropy_law.statistics import agreement, correlation, interval, slope, statistics
 
 F64 = torch.float64
@@ -214,6 +214,13 @@ def test_quick_run(quick: tuple[dict, Path]) -> None:
                 errors = torch.tensor(row["own"]) - torch.tensor(row["own, first order"])
                 assert errors.abs().mean() < 0.3 * torch.tensor(row["own"]).abs().mean()
             assert len(row["own"]) == len(row["fresh"]) == PLAN.batches
+
+
+def test_a_law_of_other_settings_is_not_taken(quick: tuple[dict, Path], tmp_path: Path) -> None:
+    assert is_finished(quick[1], quick=True)
+    assert not is_finished(quick[1])
+    assert not is_finished(quick[1], seed=1, quick=True)
+    assert not is_finished(tmp_path, quick=True)
 
 
 def test_sentences_follow_the_numbers(quick: tuple[dict, Path]) -> None:
