@@ -409,6 +409,15 @@ def test_backend_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = {"cpp": ModuleType("cpp"), "triton": ModuleType("triton")}
     modules["triton"].INTERPRETED = False  # type: ignore[attr-defined]
     monkeypatch.setattr(kernels, "_import", modules.get)
+    capability = (7, 5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    kernels._is_too_old.cache_clear()
+    monkeypatch.setenv(kernels.VARIABLE, "auto")
+    with pytest.warns(RuntimeWarning, match=r"need a GPU of compute capability 8\.0 or higher"):
+        assert kernels.select(gpu) is eager
+    capability = (8, 0)
+    kernels._is_too_old.cache_clear()
     for name, device in (("cpp", cpu), ("triton", gpu)):
         for value in (name, "auto"):
             monkeypatch.setenv(kernels.VARIABLE, value)
@@ -419,6 +428,7 @@ def test_backend_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernels.VARIABLE, "cpp")
     with pytest.raises(RuntimeError, match=r"COVGRPO_BACKEND=cpp can't run on cuda: the C.. kernels run on the CPU"):
         kernels.select(gpu)
+    kernels._is_too_old.cache_clear()
     monkeypatch.setenv(kernels.VARIABLE, "Triton")
     with pytest.raises(ValueError, match="COVGRPO_BACKEND must be 'auto', 'cpp', 'eager' or 'triton', got 'Triton'"):
         kernels.select(cpu)

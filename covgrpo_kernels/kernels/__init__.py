@@ -37,7 +37,15 @@ def _usable(name: str, device: torch.device) -> ModuleType | str:
         return "the C++ kernels run on the CPU"
     if name == "triton" and isinstance(kernels, ModuleType) and device.type != "cuda" and not kernels.INTERPRETED:
         return "Triton kernels run on a GPU, or anywhere, slowly, with TRITON_INTERPRET=1"
+    if name == "triton" and isinstance(kernels, ModuleType) and device.type == "cuda" and _is_too_old(device):
+        return "Triton kernels need a GPU of compute capability 8.0 or higher"
     return kernels
+
+
+@cache
+def _is_too_old(device: torch.device) -> bool:
+    """Such a GPU has too little shared memory for the kernels, and none of the tensor cores that they are cut for."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def select(device: torch.device) -> ModuleType:
