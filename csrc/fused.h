@@ -307,8 +307,8 @@ COVGRPO_AVX512BF16 __attribute__((noinline)) void dlogits_block(const Slice<Form
     dz *= slope;
     if (out.bias) {
       const F32 counted = is_tail ? dz * bias_counts : dz;
-      out.bias[lanes.first / LANES * s.weight.rows + row + r] = sum_of<float>(reinterpret_cast<F32>(
-          _mm512_maskz_mov_ps(first_lanes(lanes.count), reinterpret_cast<__m512>(counted))));
+      out.bias[lanes.first / LANES * s.weight.rows + row + r] = sum_of<float>(
+          reinterpret_cast<F32>(_mm512_maskz_mov_ps(first_lanes(lanes.count), reinterpret_cast<__m512>(counted))));
     }
     return dz;
   };
