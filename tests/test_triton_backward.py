@@ -27,6 +27,8 @@ hidden_grad = importlib.import_module(f"{FOLDER}.hidden_grad")
 configs = importlib.import_module(f"{FOLDER}.configs")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# On a GPU `-m gpu` chooses all of these.
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 F64, INF, NAN = torch.float64, math.inf, math.nan
 EPS = torch.finfo(torch.float32).eps
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -21,6 +21,8 @@ pytest.importorskip("triton")
 forward = importlib.import_module("covgrpo_kernels.kernels.triton.forward")
 collection = importlib.import_module("covgrpo_kernels.kernels.triton.collect")
 configs = importlib.import_module("covgrpo_kernels.kernels.triton.configs")
+# On a GPU `-m gpu` chooses all of these.
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
 
 def use_small_blocks(patch: pytest.MonkeyPatch) -> None:

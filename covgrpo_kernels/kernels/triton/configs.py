@@ -1,5 +1,5 @@
 """How each kernel is cut into programs on each architecture. Fixed, so that a result does not depend on a search;
-COVGRPO_AUTOTUNE=1 searches among `SEARCH` instead, once a process for every kind of input."""
+COVGRPO_AUTOTUNE=1 searches among `SEARCH` instead, once for every kind of input; Triton keeps what it found on disk."""
 
 from __future__ import annotations
 
