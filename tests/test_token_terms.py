@@ -118,7 +118,7 @@ def test_every_option(name: str, dtype: torch.dtype) -> None:
         assert len(ours.metrics) == (len(METRICS) if metrics else 0)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2, 5, 32, 300])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 5, 32, 300, 251])
 def test_any_number_of_tokens(tokens: int) -> None:
     for seed in range(3):
         inputs = draw(tokens, torch.float32, optional=True, seed=seed)

@@ -107,6 +107,8 @@ def online_softmax_block(z, m, s, u, ENTROPY: tl.constexpr):  # type: ignore[no-
 def online_softmax_block_with_maximum(z, largest, m, s, u, ENTROPY: tl.constexpr):  # type: ignore[no-untyped-def]
     """Likewise, for a caller that needs the largest logit of each row itself."""
     mb = tl.maximum(largest, _NO_MAX)  # a block of -inf has no maximum
+    # z comes out of a `tl.where`: else a compiler would fuse the product that made it with this difference, and the
+    # largest logit would not give zero.
     d = z - mb[:, None]
     at_max = d == 0.0
     e = tl.where(at_max, 0.0, tl.exp(d))

@@ -322,6 +322,8 @@ def token_terms(inputs: TokenInputs, options: TermOptions) -> TokenTerms:
         metrics=summary if metrics else None, n_blocks=blocks, **coefficients,
         KL_LOSS=options.beta != 0, ENTROPY_LOSS=options.entropy_coef != 0, TINY=torch.finfo(x.dtype).tiny,
         Q=tuple(COVARIANCE_QUANTILES.values()), **cut_of("totals", device),
+        # The place of a quantile is rounded before it is compared: no product may be fused with the next sum.
+        enable_fp_fusion=False,
     )  # fmt: skip
     logprob_grad, shared_grad, weights_grad, entropy_grad = grads
     return TokenTerms(loss, logprob_grad, shared_grad, weights_grad, entropy_grad, summary)
