@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import covgrpo_kernels.operators  # noqa: F401  # registers what `Segments` calls
 from covgrpo_kernels import kernels
 from covgrpo_kernels.kernels import eager
 from covgrpo_kernels.segments import Segments
