@@ -26,6 +26,7 @@ from covgrpo_kernels import (
     covariance_weights,
     covgrpo_loss,
     linear_logprob,
+    operators,
     reference,
 )
 from covgrpo_kernels.testing import check_draw, random_batch, random_head, rms, run_logprob
@@ -414,6 +415,21 @@ def test_strides_covgrpo_loss(name: str, how: str) -> None:
     changed = batch | {name: strided(batch[name], how)}
     assert torch.equal(changed[name], batch[name])
     assert_rounding(loss_step(changed, kind), loss_step(batch, kind), "loss", "dhidden", "dweight", "weights")
+
+
+def test_nothing_is_kept_for_a_backward_that_cannot_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `no_grad`, and where nothing requires a gradient: candidates cost time and memory."""
+    seen, forward = [], operators.forward
+    monkeypatch.setattr(operators, "forward", lambda *a, **k: seen.append(k["needs_grad"]) or forward(*a, **k))
+    batch = random_batch(0, dtype=torch.bfloat16)
+    leaf = batch | dict(weight=batch["weight"].clone().requires_grad_())
+    covgrpo_loss(**batch)
+    covgrpo_loss(**leaf)
+    with torch.no_grad():
+        covgrpo_loss(**leaf)
+        linear_logprob(leaf["hidden"], leaf["weight"], leaf["targets"])
+    linear_logprob(leaf["hidden"], leaf["weight"], leaf["targets"])
+    assert seen == [False, True, False, False, True]
 
 
 def test_leading_shapes_are_only_views() -> None:

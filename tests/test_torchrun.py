@@ -24,13 +24,14 @@ transformers = pytest.importorskip("transformers")
 from processes import processes  # noqa: E402
 from test_grpo import guesses  # noqa: E402
 
-from covgrpo_kernels import cli  # noqa: E402
+from covgrpo_kernels import cli, covgrpo_loss  # noqa: E402
 from covgrpo_kernels.grpo import parallel  # noqa: E402
 from covgrpo_kernels.grpo import train as training  # noqa: E402
 from covgrpo_kernels.grpo.config import LOSS_TYPES, TrainConfig  # noqa: E402
 from covgrpo_kernels.grpo.policy import Policy, load_policy, new_policy  # noqa: E402
 from covgrpo_kernels.grpo.rollout import sample  # noqa: E402
 from covgrpo_kernels.grpo.train import train  # noqa: E402
+from covgrpo_kernels.testing import random_batch  # noqa: E402
 
 CPU = torch.device("cpu")
 # 15 rows in microbatches of 5: no number of processes divides them, and every cut goes through a group.
@@ -135,6 +136,7 @@ def test_counts_are_added_up_and_means_are_not() -> None:
     ]
     of_each = [{name: torch.tensor(value) for name, value in part.items()} for part in parts]
     assert parallel.pooled(of_each, 1) == {"ratio/non_finite": 3.0, "entropy": 1.5}
+    assert set(parallel.COUNTS) <= set(covgrpo_loss(**random_batch(0)).metrics)
 
 
 @pytest.mark.deep
