@@ -218,7 +218,11 @@ def _parser() -> argparse.ArgumentParser:
         "--dtypes", metavar="DTYPE", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"],
         help="float32, bfloat16: autocast (default: both)",
     )  # fmt: skip
-    trainers.add_argument("--steps", metavar="INT", type=int, default=2, help="the first is not counted (default: 2)")
+    trainers.add_argument("--steps", metavar="INT", type=int, default=1, help="after a short one (default: 1)")
+    trainers.add_argument(
+        "--within", metavar="GIB", type=float,
+        help="also seek the longest completion whose step has its peak within this memory (default: do not)",
+    )  # fmt: skip
     trainers.add_argument("--out", metavar="FOLDER", type=Path, help=f"default: research/{RESULTS.name}")
     return parser
 

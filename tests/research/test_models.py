@@ -151,3 +151,19 @@ def test_some_groups_are_whole() -> None:
 def test_table_of_trainers() -> None:
     runs = [dict(trainer="A", tokens=8, dtype="float32", peak_mib=12.4, seconds=[9.0, 1.0, 3.0])]
     assert trainers.report(dict(runs=runs)).splitlines()[-1] == "| 8 | float32 | A | 12 | 2.0 s |"
+
+
+@pytest.mark.parametrize(("limit", "found"), [(0, 0), (1500, 1280), (4000, 2816), (1e9, 8176 // 256 * 256)])
+def test_the_longest_completion_within_a_limit(limit: float, found: int) -> None:
+    """Of peaks that grow faster than in a straight line, from few of them; the next length is over the limit."""
+    asked = []
+
+    def peak(tokens: int) -> float:
+        asked.append(tokens)
+        return tokens + (tokens / 100) ** 2
+
+    assert trainers.longest(peak, limit, 8176) == found
+    assert len(asked) == len(set(asked)) <= 7
+    assert not any(n % 256 for n in asked)
+    assert found == 0 or peak(found) <= limit
+    assert found == 7936 or peak(found + 256) > limit
