@@ -15,6 +15,7 @@ from .compare import Line, bare_step, lines, noise
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+RECORDINGS = ROOT / "research" / "results" / "recordings.json"
 BEGIN, END = "<!-- figures: python -m bench report -->", "<!-- end of figures -->"
 NOTHING = "Nothing has been measured yet: `python -m bench`."
 
@@ -152,53 +153,71 @@ def summary(reports: list[Report]) -> str:
             f"*PyTorch*: its `linear_cross_entropy`. ({where(*headlines)})",
             "",
             table(header, rows),
-            *policies(headlines[0]),
+            *policies(headlines),
         ]
     )
 
 
-def policies(report: Report) -> list[str]:
+def policies(reports: list[Report]) -> list[str]:
     """How the step depends on the policy, where more than one was measured."""
-    if len(report["points"]) < 2:
+    points = [(report["dtype"], point) for report in reports for point in report["points"] if len(report["points"]) > 1]
+    if not points:
         return []
     header = [
         "", "mean entropy", "rows dense / sparse / dropped", "ours", "ours (exact)", "eager", "fastest peer",
         "error of dW, x eager's",
     ]  # fmt: skip
-    rows = []
-    for point in report["points"]:
-        by_name = {line.name: line for line in lines(point)}
-        if (ours := by_name.get("ours")) is None or ours.certificate is None:
-            continue
-
-        def over_ours(line: Line | None, base: float = ours.step) -> str:
-            return "" if line is None else f"{line.step / base:.2f}"
-
-        # From the fastest on; compiled eager is eager.
-        peers = [line for name, line in by_name.items() if not name.startswith(("ours", "eager"))]
-        rows_of = ours.certificate["rows"]
-        classes = (rows_of["dense"], rows_of["sparse"], 1 - rows_of["dense"] - rows_of["sparse"])
-        error = ours.errors["dweight"]["of_eager"]
-        rows.append(
-            [
-                point["label"],
-                f"{point['mean_entropy']:.2f}",
-                " / ".join(f"{share:.0%}" for share in classes),
-                seconds(ours.step),
-                over_ours(by_name.get("ours (exact)")),
-                over_ours(by_name.get("eager")),
-                f"{over_ours(peers[0])} ({peers[0].name})" if peers else "",
-                "" if error is None else f"{error:.2g}",
-            ]
-        )
+    rows = [row for dtype, point in points for row in (_policy(dtype, point), _recording(dtype, point)) if row]
     return [
         "",
-        f"The same in {report['dtype']} for policies that are more or less sure; the times of the others are in "
-        "multiples of ours. The recorded ones are fitted to a real model, whose statistics are in "
-        "`research/results/recordings.md`; [performance](docs/performance.md#the-backward) says what dense, sparse and "
-        "dropped rows are:",
+        "The same for policies that are more or less sure; the times of the others are in multiples of ours. Two "
+        "policies are fitted to recordings of a real model, SmolLM2, at temperatures of 0.6 and 1.0, which stand "
+        "below them and of which `research/results/recordings.md` has more. "
+        "[Performance](docs/performance.md#the-backward) says what dense, sparse and dropped rows are:",
         "",
         table(header, rows),
+    ]
+
+
+def _recording(dtype: str, point: Report) -> list[str]:
+    """What the policy of a point is fitted to, where it is, in the recordings' dtype."""
+    temperature = point["label"].removeprefix("RL-like, recorded-").removesuffix(" policy")
+    inputs = json.loads(RECORDINGS.read_text())["inputs"] if dtype == "bfloat16" else {}
+    if (recorded := inputs.get(f"smollm2 at {temperature}")) is None:
+        return []
+    return [
+        f"*SmolLM2 at {temperature}*",
+        f"{recorded['entropy']['mean']:.2f}",
+        _row_classes(*(recorded["row_classes"][name] for name in ("dense", "sparse"))),
+        *[""] * 5,
+    ]
+
+
+def _row_classes(dense: float, sparse: float) -> str:
+    return " / ".join(f"{share:.0%}" for share in (dense, sparse, 1 - dense - sparse))
+
+
+def _policy(dtype: str, point: Report) -> list[str]:
+    by_name = {line.name: line for line in lines(point)}
+    if (ours := by_name.get("ours")) is None or ours.certificate is None:
+        return []
+
+    def over_ours(line: Line | None) -> str:
+        return "" if line is None else f"{line.step / ours.step:.2f}"
+
+    # From the fastest on; compiled eager is eager.
+    peers = [line for name, line in by_name.items() if not name.startswith(("ours", "eager"))]
+    rows_of = ours.certificate["rows"]
+    error = ours.errors["dweight"]["of_eager"]
+    return [
+        f"{dtype}, {point['label'].removeprefix('RL-like, ')}",
+        f"{point['mean_entropy']:.2f}",
+        _row_classes(rows_of["dense"], rows_of["sparse"]),
+        seconds(ours.step),
+        over_ours(by_name.get("ours (exact)")),
+        over_ours(by_name.get("eager")),
+        f"{over_ours(peers[0])} ({peers[0].name})" if peers else "",
+        "" if error is None else f"{error:.2g}",
     ]
 
 
