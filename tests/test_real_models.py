@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from datasets import Dataset  # noqa: E402
 from test_trl import Exact  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback  # noqa: E402
 
+from covgrpo_kernels import cli  # noqa: E402
+from covgrpo_kernels.grpo.policy import load_policy  # noqa: E402
 from covgrpo_kernels.integrations.transformers import patch_model  # noqa: E402
 from covgrpo_kernels.integrations.trl import CovGRPOTrainer  # noqa: E402
 from covgrpo_kernels.testing import ErrorBook, check_draw, rms  # noqa: E402
@@ -168,3 +172,31 @@ def test_trainers_agree_on_a_real_model(bf16: bool, tmp_path: Path, capsys: pyte
     eps = torch.finfo(torch.bfloat16 if bf16 else torch.float32).eps
     bound = {"loss": 16 * eps * (1 + rms(draws[2]["loss"])), "norm": 4 * eps * rms(draws[2]["norm"])}
     check_draw(*draws, bound=bound)
+
+
+# ------------------------------------------------------------------------------------------------------ covgrpo train
+
+
+def test_covgrpo_train_in_the_chat_template(tmp_path: Path) -> None:
+    """Two steps on sums of two small numbers: prompts are messages in the model's template, and what is written is a changed
+    model that still has it."""
+    folder = folder_of("smollm2")
+    problems = [dict(prompt=f"What is {a} + {b}?", answer=str(a + b)) for a in range(1, 10) for b in range(1, 10)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    options = dict(model=folder, data=tmp_path / "sums.jsonl", out=tmp_path / "run", steps=2, prompts_per_step=4)
+    options |= dict(group_size=4, max_new_tokens=24, eval_problems=4)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    assert cli.main(["train", *flags]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "reward/mean" in row]
+    assert len(steps) == 2
+    # In its template the model ends some answers itself within 24 tokens, and some of them are right.
+    assert all(row["response/truncated"] < 1 for row in steps)
+    assert any(row["reward/mean"] > 0 for row in steps)
+    assert all(math.isfinite(row["loss/policy"]) for row in steps)
+    made = load_policy(str(tmp_path / "run" / "model"), torch.device("cpu"), chat_template="auto")
+    start = load_policy(str(folder), torch.device("cpu"), chat_template="auto")
+    prompt = problems[0]["prompt"]
+    assert made.encode([prompt]) == start.encode([prompt])
+    assert "<|im_start|>assistant" in start.tokenizer.decode(start.encode([prompt])[0])
+    assert any(not a.equal(b) for a, b in zip(made.model.parameters(), start.model.parameters(), strict=True))
