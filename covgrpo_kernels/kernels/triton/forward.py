@@ -259,8 +259,8 @@ def merge_kernel(  # type: ignore[no-untyped-def]
         ub = tl.load(partial + 3 * plane + o_b, mask=m_b, other=0.0)
         entropy += tl.sum(w * (ub + gap * (sb + 1.0)), 0) * inverse(1.0 + s)
     entropy = tl.where(m == _NO_MAX, float("nan"), entropy)
-    # Tokens that are not scored are of the first chunk, those of other chunks of theirs.
-    written = m_r | (m_n & (i_p < 0) & (first == 0))
+    # Tokens that are not scored are of the first chunk, whose `first` is zero; those of other chunks of theirs.
+    written = m_r | (m_n & (i_p < 0) & (i_r == i_p))
     plane = n_tokens.to(tl.int64)
     tl.store(stats + i_n, tl.where(m_r, logprob, 0.0), mask=written)
     tl.store(stats + plane + i_n, tl.where(m_r, entropy, 0.0), mask=written)

@@ -132,7 +132,7 @@ def classify_rows_kernel(  # type: ignore[no-untyped-def]
         n_pairs += tl.sum(pairs, 0)
     if tail_rows is not None:
         i_t = tl.arange(0, T)
-        m_t = (i_t >= 0) & (n_sparse > 0)
+        m_t = i_t < n_sparse * T  # all of them, or none
         heavy = tl.load(tail_rows + i_t)
         tl.store(rows + i_t, heavy, mask=m_t)
         tl.store(rows + T + i_t, heavy, mask=m_t)
