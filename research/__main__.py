@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
     real = command(
         "real-run", _real_run, POLICIES,
-        "the study's methods on a real model, SmolLM2-135M-Instruct, in a night on a CPU",
+        "the study's methods on a real model, SmolLM2-135M-Instruct, in some three hours on two cores",
         "Chooses each method's learning rate in short runs, trains with several seeds, and adds a section to study.md. "
         "The model is that of fetch-models. Interrupted runs go on from their last checkpoints.",
     )  # fmt: skip

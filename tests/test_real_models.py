@@ -178,8 +178,8 @@ def test_trainers_agree_on_a_real_model(bf16: bool, tmp_path: Path, capsys: pyte
 
 
 def test_covgrpo_train_in_the_chat_template(tmp_path: Path) -> None:
-    """Two steps on sums of two small numbers: prompts are messages in the model's template, and what is written is a changed
-    model that still has it."""
+    """Two steps on sums of two small numbers: prompts are messages in the model's template, and what is written is a
+    changed model that still has it."""
     folder = folder_of("smollm2")
     problems = [dict(prompt=f"What is {a} + {b}?", answer=str(a + b)) for a in range(1, 10) for b in range(1, 10)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))

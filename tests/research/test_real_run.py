@@ -1,8 +1,9 @@
-"""The runs with a real model: with a small new one in its place, but for the last test."""
+"""The runs with a real model: with a small new one in its place, but for one test that asks for it."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 from pathlib import Path
@@ -15,11 +16,11 @@ pytest.importorskip("transformers")
 
 from covgrpo_kernels.grpo.checkpoint import TrainingError
 from covgrpo_kernels.grpo.policy import new_policy
-from research import few_shot
+from research import RESULTS, few_shot
 from research.models import ModelNotFetchedError
 from research.prefix_tree import PrefixTreePolicy
 from research.study import real, run
-from research.study.arms import Evaluation
+from research.study.arms import REAL_SEEDS, Evaluation
 from research.study.run import RunSpec, perform
 from research.study.summary import read_summaries, write_summaries
 
@@ -161,3 +162,20 @@ def test_the_real_model_answers_often_enough() -> None:
         prompts = [problem.prompt for problem in problems]
         batch = sample(policy, prompts, 4, 8, real.REAL_TASKS[name].temperature, torch.Generator().manual_seed(0))
         assert reward(policy, batch, problems).mean() >= 0.2, name
+
+
+def test_the_committed_runs_are_those_of_the_command() -> None:
+    """All of them, with its settings, each at the learning rate that its rule chooses from the committed sweep."""
+    found = read_summaries(RESULTS / "real_run.json")
+    there = {(run["task"], run["arm"], run["seed"]) for run in found.runs}
+    assert there == set(itertools.product(real.REAL_TASKS, real.REAL_ARMS, range(REAL_SEEDS)))
+    assert len(found.runs) == len(there)
+    for task, config in real.REAL_TASKS.items():
+        settings = RunSpec(Path(), task, "grpo", 0, config, real.REAL_EVALUATION).settings()
+        del settings["options"]["lr"]
+        assert found.tasks[task] == {name: settings[name] for name in ("options", "evaluation")}
+    for arm in real.REAL_ARMS:
+        swept = [row for row in found.sweep if row["arm"] == arm]
+        assert sorted(row["lr"] for row in swept) == sorted(real.LEARNING_RATES)
+        best = max(swept, key=lambda row: row["reward"])["lr"]
+        assert {run["lr"] for run in found.runs if run["arm"] == arm} == {best}

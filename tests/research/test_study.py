@@ -727,10 +727,9 @@ def test_a_summary_says_what_the_run_did(started: Path) -> None:
 def test_the_committed_report_is_made_from_the_committed_numbers() -> None:
     """No sentence of it is written by hand; docs/method.md says the same of what holds, and
     has no number of two decimals or more that is not there."""
-    summaries = read_summaries(RESULTS / "study.json")
+    summaries, real = (read_summaries(RESULTS / f"{name}.json") for name in ("study", "real_run"))
     report = (RESULTS / "study.md").read_text()
-    recorded = RESULTS / "real_run.json"
-    assert report == document(summaries, read_summaries(recorded) if recorded.exists() else None)
+    assert report == document(summaries, real)
     section = (ROOT / "docs" / "method.md").read_text().split("## What the study showed")[1]
     assert "\n".join(in_short(Study(summaries))) in section
     numbers = re.findall(r"\d\.\d\d+", section)
