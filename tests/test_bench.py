@@ -778,6 +778,24 @@ def test_figures_are_those_of_the_file(results):
         assert report.seconds(x) in row
 
 
+def test_the_table_of_policies_has_both_dtypes_and_the_recordings():
+    """Of the committed results: what each policy is fitted to stands below it, as far as it was recorded."""
+    headlines = [x for x in report.read(report.RESULTS) if (x["case"], x["device"]) == ("headline", "cpu")]
+    table = report.policies(headlines)[-1].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert [row[0] for row in rows] == [
+        "bfloat16, sure policy", "bfloat16, recorded-0.6 policy", "*SmolLM2 at 0.6*", "bfloat16, recorded-1.0 policy",
+        "*SmolLM2 at 1.0*", *(f"float32, {name} policy" for name in testing.POLICIES),
+    ]  # fmt: skip
+    recorded = json.loads(report.RECORDINGS.read_text())["inputs"]
+    for row in rows:
+        if row[0].startswith("*"):
+            assert row[1] == f"{recorded[row[0].strip('*').lower()]['entropy']['mean']:.2f}"
+        else:
+            assert all(row)
+    assert report.policies([x | dict(points=x["points"][:1]) for x in headlines]) == []
+
+
 def test_without_results_the_documents_say_so(tmp_path):
     assert set(report.documents(tmp_path).values()) == {report.NOTHING}
 
