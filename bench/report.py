@@ -171,8 +171,8 @@ def policies(reports: list[Report]) -> list[str]:
     return [
         "",
         "The same for policies that are more or less sure; the times of the others are in multiples of ours. Two "
-        "policies are fitted to recordings of a real model, SmolLM2, at temperatures of 0.6 and 1.0, which stand "
-        "below them and of which `research/results/recordings.md` has more. "
+        "policies are fitted to recordings of a real model, SmolLM2, at temperatures of 0.6 and 1.0. What was recorded "
+        "stands below them (fewer of its tokens have a gradient); `research/results/recordings.md` has more of it. "
         "[Performance](docs/performance.md#the-backward) says what dense, sparse and dropped rows are:",
         "",
         table(header, rows),

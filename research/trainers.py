@@ -58,17 +58,17 @@ def run(tokens: Sequence[int], dtypes: Sequence[str], steps: int, within: float 
         peak(name, dtype, steps, length)
     if within is not None:
         for dtype, name in itertools.product(dtypes, SOUGHT):
-            longest(functools.partial(peak, name, dtype, 1), within * 1024, context())
+            longest(functools.partial(peak, name, dtype, 1), within * 1024, positions())
     print(report(found))
 
 
-def longest(peak: Callable[[int], float], limit: float, context: int) -> int:
-    """The longest completion whose peak is within ``limit``, of the multiples of SPACING up to ``context``; 0: none.
+def longest(peak: Callable[[int], float], limit: float, most: int) -> int:
+    """The longest completion whose peak is within ``limit``, of the multiples of SPACING up to ``most``; 0: none.
     As peaks grow in nearly a straight line, two of them say where to look."""
     known = {n: peak(n) for n in (4 * SPACING, 8 * SPACING)}
     while True:
         low = max((n for n in known if known[n] <= limit), default=0)
-        high = min((n for n in known if known[n] > limit), default=context // SPACING * SPACING + SPACING)
+        high = min((n for n in known if known[n] > limit), default=most // SPACING * SPACING + SPACING)
         if high - low <= SPACING:
             return low
         (a, at_a), (b, at_b) = sorted(known.items())[-2:]
@@ -77,7 +77,7 @@ def longest(peak: Callable[[int], float], limit: float, context: int) -> int:
         known[guess] = peak(guess)
 
 
-def context() -> int:
+def positions() -> int:
     """The longest completion that the model's positions leave room for, beside a prompt of SHORT tokens."""
     from transformers import AutoConfig
 
