@@ -64,7 +64,8 @@ def run(tokens: Sequence[int], dtypes: Sequence[str], steps: int, within: float 
 
 def longest(peak: Callable[[int], float], limit: float, most: int) -> int:
     """The longest completion whose peak is within ``limit``, of the multiples of SPACING up to ``most``; 0: none.
-    As peaks grow in nearly a straight line, two of them say where to look."""
+    Peaks grow in about a straight line, so that two of them say where to look; but they scatter with what the C library
+    keeps of freed memory, so that a length between those that were measured may be an exception."""
     known = {n: peak(n) for n in (4 * SPACING, 8 * SPACING)}
     while True:
         low = max((n for n in known if known[n] <= limit), default=0)
@@ -118,7 +119,6 @@ def _train(pipe: Any, name: str, length: int, dtype: str, steps: int) -> None:
     folder = model_folder(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     stream = _recorded_tokens()
-
     lengths = itertools.chain([SHORT], itertools.repeat(length))
 
     def completions(prompts: list[str], trainer: Any) -> dict[str, Any]:
